@@ -1,0 +1,24 @@
+"""LoRA sync for ms-swift's GRPO and kin, done right: the vLLM engine serves exactly the trainer's policy.
+
+How data flows, one way::
+
+    adapter.py   the trainer's LoRA tensors and PEFT's scalings, read and never written
+    origin.py    where they came from, checked against the file at the first sync
+    engine/      how they land in vLLM: base.py (unmerged base, once), loader.py (adapter, each sync)
+    sync.py      the stages of one sync in order, and the check before every rollout
+    scope.py     which trainers this is for;  releases.py: which release has which defect
+    patches/     the thin hooks into ms-swift;  arming.py: when they go in and out
+
+Importing this package arms it: the hooks go in when ms-swift's rollout module is loaded. It loads neither torch nor
+vLLM nor ms-swift by itself. ``SWIFT_LORA_FIX=off`` keeps everything out.
+"""
+
+from __future__ import annotations
+
+from . import errors
+from .arming import Status, apply, arm, remove, status
+
+__version__ = "0.1.0"
+__all__ = ["Status", "apply", "errors", "remove", "status", "__version__"]
+
+arm()

@@ -1,0 +1,17 @@
+"""Print the path of the plugin file for ms-swift's --external_plugins."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "print the plugin file's path, for --external_plugins"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    print(Path(__file__).resolve().parent.parent / "plugin" / "swift_lora_fix_plugin.py")
+    return 0

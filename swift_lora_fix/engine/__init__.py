@@ -1,0 +1,1 @@
+"""Engine side: what vLLM holds, and how an adapter gets there."""

@@ -1,0 +1,55 @@
+"""One exception tree. Each error also subclasses the built-in that fits it, so that an ``except`` of that works."""
+
+from __future__ import annotations
+
+
+class SwiftLoraFixError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class SettingsError(SwiftLoraFixError, ValueError):
+    """An environment variable or argument of this package has a value it cannot have."""
+
+
+class MissingPackageError(SwiftLoraFixError, ImportError):
+    """ms-swift, vLLM or PEFT is needed and not installed."""
+
+
+class UnsupportedReleaseError(SwiftLoraFixError, RuntimeError):
+    """The installed release is older than the oldest one this package knows."""
+
+
+class ContractError(SwiftLoraFixError, RuntimeError):
+    """The installed release lacks something that the patches hook or call; nothing was changed."""
+
+
+class PatchConflictError(SwiftLoraFixError, RuntimeError):
+    """Somebody else wrapped a patched function afterwards, so it cannot be taken out alone."""
+
+
+class UnsupportedTrainerError(SwiftLoraFixError, NotImplementedError):
+    """The trainer is of a kind whose LoRA sync this package does not cover (Megatron)."""
+
+
+class UnsupportedAdapterError(SwiftLoraFixError, ValueError):
+    """The adapter has something that vLLM's LoRA cannot serve (DoRA, modules_to_save, a rank above the engine's)."""
+
+
+class AdapterFileError(SwiftLoraFixError, OSError):
+    """An adapter folder is missing, incomplete or corrupt."""
+
+
+class ResumeMismatchError(SwiftLoraFixError, RuntimeError):
+    """The trainer's LoRA is not the one of the checkpoint that the run claims to start from."""
+
+
+class TrainerModifiedError(SwiftLoraFixError, RuntimeError):
+    """The trainer's adapter is merged into its base while it should only be read."""
+
+
+class EngineStateError(SwiftLoraFixError, RuntimeError):
+    """The engine does not hold the policy that a rollout is about to be generated from."""
+
+
+class CacheResetError(SwiftLoraFixError, RuntimeError):
+    """vLLM reported that a cache computed with the previous policy was not reset."""

@@ -1,0 +1,1 @@
+"""What is patched, and how it goes in and out again."""

@@ -1,0 +1,91 @@
+"""The hooks into ms-swift and PEFT. No logic here: each hands over to the stage it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from .. import origin, sync
+from .registry import Patch, PatchSet
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = wrapped(*args, **kwargs)
+    sync.begin(trainer)
+    return result
+
+
+def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    state = sync.state_of(trainer)
+    if state is not None:
+        sync.note_sleep(trainer, state)
+    return wrapped(*args, **kwargs)
+
+
+def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    state = sync.state_of(trainer)
+    if state is None:
+        return wrapped(*args, **kwargs)
+    return sync.synchronize(trainer, state)
+
+
+def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    state = sync.state_of(trainer)
+    if state is not None:
+        sync.check_served(state)
+    return wrapped(*args, **kwargs)
+
+
+def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = wrapped(*args, **kwargs)
+    origin.record_load(model, *_adapter_and_folder(*args, **kwargs))
+    return result
+
+
+def _adapter_and_folder(model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    return adapter_name, model_id
+
+
+ROLLOUT = PatchSet(
+    "ms-swift rollout",
+    (
+        Patch(
+            "RolloutTrainerMixin.prepare_rollout",
+            _prepare_rollout,
+            why="the scope is decided, and an adapter that the engine cannot serve refused, before training starts",
+            goes_when="with the last of the others",
+        ),
+        Patch(
+            "RolloutTrainerMixin._fast_infer",
+            _fast_infer,
+            why="after a sleep the engine may have lost base or slots, and nothing restores them within a step",
+            goes_when="ms-swift syncs again after every wake-up",
+        ),
+        Patch(
+            "RolloutTrainerMixin._move_model_to_vllm",
+            _move_model_to_vllm,
+            why="LoRA counted twice, first batch from the base, trainer's base drifting, its LoRA cast to bf16",
+            goes_when="ms-swift pushes the unmerged base and reads the adapter without merging it",
+        ),
+        Patch(
+            "RolloutTrainerMixin._engine_infer",
+            _engine_infer,
+            why="without the adapter in the engine, rollouts silently come from the base model",
+            goes_when="ms-swift refuses a rollout whose adapter is not loaded",
+        ),
+    ),
+)
+
+PEFT = PatchSet(
+    "PEFT adapter loads",
+    (
+        Patch(
+            "PeftModel.load_adapter",
+            _load_adapter,
+            why="nothing else tells at the first sync which file the trainer's adapter was read from",
+            goes_when="ms-swift or PEFT keeps the folder an adapter was loaded from",
+        ),
+    ),
+)

@@ -1,0 +1,12 @@
+"""For ms-swift: ``--external_plugins "$(swift-lora-fix plugin)"``.
+
+Alone in its folder, because ms-swift puts that folder first on ``sys.path``. ms-swift runs it again in each dataloader
+worker: there importing the package, which arms it lazily, is enough.
+"""
+
+import multiprocessing
+
+import swift_lora_fix
+
+if multiprocessing.parent_process() is None:
+    swift_lora_fix.apply()

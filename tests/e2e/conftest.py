@@ -1,0 +1,129 @@
+"""Every real run is started once, two at a time, as soon as a selected test needs it; the tests wait for theirs."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from swift_lora_fix import releases
+from tests.support.driver import Run, make_model, this_python
+
+AFFECTED = releases.family_of(releases.installed_swift() or "0").has(releases.DOUBLE_COUNT)  # type: ignore[union-attr]
+CHECKPOINT_STEP = 2
+LAST_STEP = 6
+
+
+class Runs:
+    """The runs of this environment. ``needs`` of a run is started before it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(max_workers=int(os.environ.get("SLF_PARALLEL_RUNS", "2")))
+        self.futures: dict[str, Future[Run]] = {}
+        self.model = make_model(this_python(), folder / "models")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "train_fixed" / "run" / f"checkpoint-{CHECKPOINT_STEP}"
+
+    def start(self, name: str) -> Future[Run]:
+        if name not in self.futures:
+            needs, build = SCENARIOS[name]
+            needed = [self.start(other) for other in needs]
+
+            def go() -> Run:
+                for future in needed:
+                    future.result()
+                return build(self, name).start()
+
+            self.futures[name] = self.pool.submit(go)
+        return self.futures[name]
+
+    def get(self, name: str) -> Run:
+        return self.start(name).result()
+
+    def make(self, name: str, fixed: bool, environment: dict[str, str] | None = None, **arguments: object) -> Run:
+        ranks = int(arguments.pop("ranks", 1))  # type: ignore[call-overload]
+        return Run(
+            name,
+            this_python(),
+            self.model,
+            self.folder / name,
+            fixed,
+            arguments=dict(arguments),
+            environment=environment or {},
+            ranks=ranks,
+        )
+
+
+FROZEN = {"SLF_FREEZE": "1", "SLF_DROP_ADAPTER_AT_STEP": str(LAST_STEP)}
+
+
+def _train(runs: Runs, name: str) -> Run:
+    """From scratch, killed outright in step 3 as a preempted machine would be; checkpoint-2 is left behind."""
+    return runs.make(name, fixed=True, environment={"SLF_KILL_AT_STEP": "3"})
+
+
+def _resume(fixed: bool) -> Callable[[Runs, str], Run]:
+    """Issue 8233: resume with a reference adapter, learning rate 0; before the last step the adapter is lost."""
+
+    def build(runs: Runs, name: str) -> Run:
+        return runs.make(
+            name,
+            fixed,
+            FROZEN,
+            resume_from_checkpoint=runs.checkpoint,
+            ref_adapters=runs.checkpoint,
+            beta=0.04,
+            max_steps=LAST_STEP + 1,
+            save_steps=100,
+        )
+
+    return build
+
+
+def _adapters(runs: Runs, name: str) -> Run:
+    return runs.make(name, fixed=True, adapters=runs.checkpoint, move_model_batches=2, max_steps=3, save_steps=100)
+
+
+def _ddp(fixed: bool) -> Callable[[Runs, str], Run]:
+    def build(runs: Runs, name: str) -> Run:
+        return runs.make(name, fixed, ranks=2, max_steps=3, save_steps=100, learning_rate=0.002)
+
+    return build
+
+
+SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
+    "train_fixed": ((), _train),
+    "resume_fixed": (("train_fixed",), _resume(True)),
+    "resume_stock": (("train_fixed",), _resume(False)),
+    "adapters_fixed": (("train_fixed",), _adapters),
+    "ddp_fixed": ((), _ddp(True)),
+    "ddp_stock": ((), _ddp(False)),
+}
+
+_runs: Runs | None = None
+
+
+def _needed(items: list[pytest.Item]) -> list[str]:
+    names = [name for item in items for mark in item.iter_markers("needs") for name in mark.args]
+    return sorted(dict.fromkeys(names), key=list(SCENARIOS).index)
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    keep = os.environ.get("SLF_E2E_FOLDER")
+    runs = Runs(Path(keep) if keep else tmp_path_factory.mktemp("e2e"))
+    for name in _needed(request.session.items):
+        runs.start(name)
+    return runs
+
+
+@pytest.fixture
+def run(runs: Runs, request: pytest.FixtureRequest) -> Run:
+    """The (first) run that the test needs, finished."""
+    return [runs.get(name) for mark in request.node.iter_markers("needs") for name in mark.args][0]

@@ -1,0 +1,168 @@
+"""Starts real ``swift rlhf`` GRPO runs with a real colocated vLLM engine on the CPU, as subprocesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PLUGINS = Path(__file__).resolve().parent / "plugins"
+REPOSITORY = PLUGINS.parents[2]
+FIX = REPOSITORY / "swift_lora_fix" / "plugin" / "swift_lora_fix_plugin.py"
+TIMEOUT_SECONDS = 600
+
+
+@dataclass
+class Run:
+    """One run: what to start, and afterwards what came of it.
+
+    arguments are ms-swift's, without dashes; environment is added to the process's. ``fixed`` loads the plugin.
+    """
+
+    name: str
+    python: Path
+    model: Path
+    folder: Path
+    fixed: bool
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    plugins: tuple[Path, ...] = ()
+    ranks: int = 1
+    returncode: int | None = None
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    def probes(self, rank: int = 0) -> list[dict[str, Any]]:
+        """What the probe plugin recorded, one record a rollout."""
+        path = self.folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def command(self) -> list[str]:
+        cli = subprocess.check_output(
+            [
+                str(self.python),
+                "-c",
+                "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])",
+            ],
+            text=True,
+        ).strip()
+        launcher = [str(self.python)]
+        if self.ranks > 1:
+            launcher += [
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={self.ranks}",
+                f"--master_port={free_port()}",
+            ]
+        plugins = [
+            PLUGINS / "slf_cpu_shims.py",
+            *self.plugins,
+            *([FIX] if self.fixed else []),
+            PLUGINS / "slf_probe.py",
+        ]
+        command = [*launcher, f"{cli}/cli/rlhf.py", "--external_plugins", *map(str, plugins)]
+        for name, value in {**self._defaults(Path(cli).parent), **self.arguments}.items():
+            command += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        return command
+
+    def start(self) -> Run:
+        """Run it to its end; the exit status is in ``returncode``, never raised."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "SLF_PROBE_FILE": str(self.folder / "probe.jsonl"),
+            **self.environment,
+        }
+        with open(self.folder / "log.txt", "w") as log:
+            self.returncode = subprocess.run(
+                self.command(),
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                timeout=TIMEOUT_SECONDS,
+                cwd=self.folder,
+            ).returncode
+        return self
+
+    def _defaults(self, site_packages: Path) -> dict[str, Any]:
+        swift_3 = (site_packages / "swift" / "trainers" / "rlhf_trainer").is_dir()
+        return {
+            "rlhf_type": "grpo",
+            "model": self.model,
+            "model_type": "qwen2",
+            "template": "chatml",
+            "dataset": self.model.parent / "prompts.jsonl",
+            "reward_funcs": "slf_spread",
+            "train_type" if swift_3 else "tuner_type": "lora",
+            "lora_rank": 8,
+            "lora_alpha": 16,
+            "target_modules": "all-linear",
+            "use_vllm": "true",
+            "vllm_mode": "colocate",
+            "vllm_enable_lora": "true",
+            "vllm_enforce_eager": "true",
+            "vllm_max_model_len": 256,
+            "use_cpu": "true",
+            "torch_dtype": "bfloat16",
+            "gradient_checkpointing": "false",
+            "max_length": 128,
+            "max_completion_length": 16,
+            "num_generations": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 4,
+            "save_steps": 2,
+            "learning_rate": 0.02,  # large on purpose: a few steps make a LoRA whose double count shows
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0,
+            "max_grad_norm": 100,
+            "beta": 0,
+            "logging_steps": 1,
+            "report_to": "none",
+            "output_dir": self.output,
+            "add_version": "false",
+            "dataloader_num_workers": 0,
+        }
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def make_model(python: Path, folder: Path, architecture: str = "qwen2") -> Path:
+    """Make a tiny model with the Python of the environment that will load it; return its folder."""
+    target = folder / architecture
+    if not (target / "config.json").is_file():
+        subprocess.run(
+            [str(python), "-m", "tests.support.tiny", architecture, str(target)],
+            cwd=REPOSITORY,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return target
+
+
+def this_python() -> Path:
+    return Path(sys.executable)

@@ -1,0 +1,41 @@
+"""Real PEFT models of two linear layers and an embedding, and the little of a trainer that a unit test needs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"model_type": "tiny"}
+        self.embed = torch.nn.Embedding(10, 8)
+        self.first = torch.nn.Linear(8, 12, bias=False)
+        self.second = torch.nn.Linear(12, 4, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.embed(ids)))
+
+
+def peft_model(seed: int = 0, zero_b: bool = False, **config: Any) -> torch.nn.Module:
+    """A PEFT model; B is random unless ``zero_b``."""
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["first", "second"], **config}
+    model = get_peft_model(Tiny(), LoraConfig(**settings))
+    if not zero_b:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or "lora_embedding_B" in name:
+                    parameter.normal_()
+    return model
+
+
+def trainer_of(model: torch.nn.Module, **attributes: Any) -> Any:
+    """What the trainer side reads of a trainer, around a real PEFT model."""
+    state = SimpleNamespace(deepspeed_plugin=None)
+    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), unwrap_model=lambda m: m)
+    return SimpleNamespace(model=model, accelerator=accelerator, **attributes)

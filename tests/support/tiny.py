@@ -1,0 +1,122 @@
+"""Tiny models with their own tokenizers, made on the spot.
+
+Run with the Python of the environment that will load them: a tokenizer saved by transformers 5 does not load in 4.
+
+    python -m tests.support.tiny qwen2 FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PROMPTS = [
+    "Count to three.",
+    "Name a colour of the sky.",
+    "What is two plus two?",
+    "Say hello to the reader.",
+    "Which animal barks?",
+    "Write one short word.",
+    "Is water wet?",
+    "Give me a number below ten.",
+]
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Save a byte-level BPE tokenizer of 512 entries with a chat template; return its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(PROMPTS * 4 + ["system user assistant"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=256
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    # ms-swift and vLLM read the Qwen2 class name from here
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=1))
+    return 512
+
+
+def make_model(architecture: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """Save a tiny random model of ``architecture`` (qwen2, llama, qwen3, qwen2_moe) with a tokenizer in ``folder``."""
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    common = dict(
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    names = {
+        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+        "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+        "qwen2_moe": (
+            "Qwen2MoeConfig",
+            "Qwen2MoeForCausalLM",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "shared_expert_intermediate_size": 64,
+            },
+        ),
+    }
+    config_name, model_name, extra = names[architecture]
+    config = getattr(transformers, config_name)(**common, **extra)
+    model = getattr(transformers, model_name)(config).to(getattr(torch, dtype))
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_dataset(path: Path, rows: int = 64) -> Path:
+    """Write ``rows`` prompts in ms-swift's message format."""
+    lines = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}]}) for i in range(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architecture")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
+    make_dataset(args.folder.parent / "prompts.jsonl")
+
+
+if __name__ == "__main__":
+    main()

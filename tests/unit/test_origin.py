@@ -1,0 +1,106 @@
+"""Where the adapter came from: real PEFT models and real checkpoint folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swift_lora_fix import adapter, errors, origin
+from tests.support.peft_models import peft_model, trainer_of
+
+
+def decide(model: torch.nn.Module, resume: Path | None = None, step: int = 0) -> origin.AdapterOrigin:
+    bound = adapter.bind(model)
+    args = SimpleNamespace(resume_from_checkpoint=str(resume) if resume else None)
+    with adapter.whole_values(bound, trainer_of(model)) as values:
+        return origin.determine(model, bound, values, args, step)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint-7"
+    peft_model(seed=1).save_pretrained(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
+    return folder
+
+
+def test_from_scratch() -> None:
+    found = decide(peft_model(zero_b=True))
+    assert (found.kind, found.path, found.b_is_zero) == ("scratch", None, True)
+    assert "LoRA weights from scratch" in str(found) and "every lora_B is zero" in str(found)
+
+
+def test_weights_that_no_file_explains() -> None:
+    assert decide(peft_model()).kind == "memory"
+
+
+def test_resume(checkpoint: Path) -> None:
+    model = peft_model(seed=1)
+    found = decide(model, checkpoint, step=7)
+    expected = hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (found.kind, found.step, found.sha256, found.compared) == ("resume", 7, expected, True)
+    norm = torch.stack([p.detach().float().norm() for n, p in model.named_parameters() if "lora_" in n]).norm()
+    assert found.norm == pytest.approx(float(norm)) and not found.b_is_zero
+
+
+def test_adapters_is_what_peft_loaded(checkpoint: Path) -> None:
+    model = peft_model(seed=1)
+    origin.record_load(model, "default", checkpoint)
+    origin.record_load(model, "ref_adapter", "/some/sft")
+    found = decide(model)
+    assert (found.kind, found.path, found.reference, found.compared) == ("adapters", str(checkpoint), "/some/sft", True)
+
+
+def test_a_rollout_that_comes_after_training_steps_is_not_compared(checkpoint: Path) -> None:
+    found = decide(peft_model(seed=2), checkpoint, step=9)
+    assert not found.compared and "not compared: already trained" in str(found)
+
+
+def test_a_bf16_file_for_an_fp32_adapter_is_equal(checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = checkpoint / "adapter_model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file)
+    model = peft_model(seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(parameter.bfloat16())
+    assert decide(model, checkpoint, step=7).compared
+
+
+def test_an_empty_adapter_under_a_resume_is_an_error_that_names_both(checkpoint: Path) -> None:
+    with pytest.raises(errors.ResumeMismatchError) as caught:
+        decide(peft_model(seed=1, zero_b=True), checkpoint, step=7)
+    text = str(caught.value)
+    assert str(checkpoint) in text and "every lora_B zero" in text and "lora_B.weight differs" in text
+    assert text.count("LoRA norm") == 2
+
+
+def test_another_adapter_under_a_resume_is_an_error(checkpoint: Path) -> None:
+    with pytest.raises(errors.ResumeMismatchError, match="4 of 4 tensors disagree"):
+        decide(peft_model(seed=2), checkpoint, step=7)
+    with pytest.raises(errors.ResumeMismatchError, match="is not in the file"):
+        decide(peft_model(seed=1, target_modules=["embed", "first", "second"]), checkpoint, step=7)
+    with pytest.raises(errors.ResumeMismatchError, match=r"is \(4, 8\) in the file, \(2, 8\) in the run"):
+        decide(peft_model(seed=1, r=2), checkpoint, step=7)
+
+
+def test_a_folder_that_is_missing_or_corrupt_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.AdapterFileError, match="does not exist"):
+        decide(peft_model(), tmp_path / "nowhere")
+    file = checkpoint / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(errors.AdapterFileError, match="adapter_model.safetensors cannot be read"):
+        decide(peft_model(seed=1), checkpoint, step=7)
+    file.unlink()
+    with pytest.raises(errors.AdapterFileError, match="has no adapter_model.safetensors"):
+        decide(peft_model(seed=1), checkpoint, step=7)
+    (checkpoint / "adapter_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(errors.AdapterFileError, match="adapter_model.bin cannot be read"):
+        decide(peft_model(seed=1), checkpoint, step=7)
