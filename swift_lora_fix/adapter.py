@@ -6,6 +6,7 @@ Legend for shapes: r rank, in/out the wrapped layer's features, vocab/hidden for
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from .errors import TrainerModifiedError, UnsupportedAdapterError
 
 DEFAULT_ADAPTER = "default"  # the adapter that ms-swift trains; --ref_adapters loads another one beside it
+CHUNK_BYTES = 64 << 20
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
 
@@ -32,14 +34,37 @@ class AdapterEntry:
     scale: float
     rank: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """The whole shape; a ZeRO-3 parameter that is not gathered is itself empty."""
+        return getattr(self.parameter, "ds_shape", self.parameter.shape)
+
+    @property
+    def module(self) -> str:
+        """The wrapped module's name in the trainer's model."""
+        return self.key.removeprefix("base_model.model.").split(".lora_")[0]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive entries, gathered and written together so that the memory for it stays bounded."""
+
+    entries: tuple[AdapterEntry, ...]
+    parameters: tuple[torch.nn.Parameter, ...] = field(repr=False)
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """The trainer's adapter, bound once: parameters are stable objects, their values are read at each sync."""
+    """The trainer's adapter, bound once: parameters are stable objects, their values are read at each sync.
+
+    layers: PEFT's LoRA layers. chunks: the entries again, in parts of at most ``CHUNK_BYTES`` in fp32.
+    """
 
     name: str
     entries: tuple[AdapterEntry, ...]
     config: Any = field(repr=False)
+    layers: tuple[Any, ...] = field(repr=False)
+    chunks: tuple[Chunk, ...] = field(repr=False)
 
     @property
     def max_rank(self) -> int:
@@ -70,9 +95,11 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     config = configs[adapter_name]
     _check_servable(adapter_name, config)
 
+    layers = []
     scale_of: dict[int, tuple[float, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+            layers.append(module)
             scale, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
             if getattr(module, "use_dora", {}).get(adapter_name):
                 raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"DoRA (use_dora) in module {name!r}"))
@@ -86,45 +113,84 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     entries = tuple(AdapterEntry(key, parameter, *scale_of[id(parameter)]) for key, parameter in state.items())
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
-    return Adapter(adapter_name, entries, config)
+    return Adapter(adapter_name, entries, config, tuple(layers), tuple(_chunks(entries)))
+
+
+def _chunks(entries: Sequence[AdapterEntry]) -> Iterator[Chunk]:
+    part: list[AdapterEntry] = []
+    size = 0
+    for entry in entries:
+        elements = math.prod(entry.shape)
+        if part and size + 4 * elements > CHUNK_BYTES:
+            yield Chunk(tuple(part), tuple(e.parameter for e in part))
+            part, size = [], 0
+        part.append(entry)
+        size += 4 * elements
+    yield Chunk(tuple(part), tuple(e.parameter for e in part))
 
 
 @contextlib.contextmanager
-def whole_values(adapter: Adapter, trainer: Any) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield the whole value of each entry's parameter, in order, gathering the adapter alone.
+def whole_values(chunk: Chunk, trainer: Any) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield the whole value of each parameter of ``chunk``, gathering nothing else; valid inside only.
 
-    Plain and data-parallel: the live parameters. DeepSpeed ZeRO-3: ``GatheredParameters`` of the LoRA parameters.
-    FSDP2: ``full_tensor()`` of the LoRA DTensors. All ranks must enter it together. Values are valid inside only.
+    Plain and data-parallel: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of these LoRA
+    parameters. FSDP2: ``full_tensor()`` of these LoRA DTensors. All ranks must walk the same chunks together.
     """
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     with contextlib.ExitStack() as stack:
-        if plugin is not None and plugin.zero_stage == 3:
+        if _is_zero3(trainer):
             import deepspeed
 
-            stack.enter_context(deepspeed.zero.GatheredParameters(adapter.parameters))
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(chunk.parameters)))
         with torch.no_grad():
-            yield [_whole(parameter, trainer) for parameter in adapter.parameters]
+            yield [_whole(parameter, trainer) for parameter in chunk.parameters]
 
 
-def check_unmerged(model: torch.nn.Module) -> None:
-    """Raise TrainerModifiedError where an adapter is merged into the trainer's base."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def is_sharded(adapter: Adapter, trainer: Any) -> bool:
+    """Whether this rank holds only parts of the adapter (ZeRO-3, FSDP2)."""
+    return _is_zero3(trainer) or any(hasattr(parameter, "full_tensor") for parameter in adapter.parameters)
 
-    merged = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and module.merged]
+
+def shards(adapter: Adapter) -> list[torch.Tensor]:
+    """What this rank itself holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 local shard."""
+    local = []
+    for parameter in adapter.parameters:
+        value = getattr(parameter, "ds_tensor", parameter)
+        local.append(value.to_local() if hasattr(value, "to_local") else value)
+    return local
+
+
+def read_to_host(adapter: Adapter, trainer: Any) -> dict[str, torch.Tensor]:
+    """Copy the whole adapter to the CPU, chunk by chunk, in the trainer's dtypes; the copies alias nothing."""
+    host = {}
+    for chunk in adapter.chunks:
+        with whole_values(chunk, trainer) as values:
+            for entry, value in zip(chunk.entries, values):
+                host[entry.key] = value.detach().to("cpu", copy=True)
+    return host
+
+
+def check_unmerged(adapter: Adapter) -> None:
+    """Raise TrainerModifiedError where the trainer has an adapter merged into its base."""
+    merged = [index for index, layer in enumerate(adapter.layers) if layer.merged]
     if merged:
         raise TrainerModifiedError(
-            f"The trainer's adapter is merged into its base in {len(merged)} modules, the first {merged[0]!r}. A sync "
+            f"The trainer's adapter is merged into its base in {len(merged)} of {len(adapter.layers)} modules. A sync "
             "reads the base and the adapter apart: call model.unmerge_adapter() before training goes on."
         )
 
 
+def _is_zero3(trainer: Any) -> bool:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def _whole(parameter: torch.nn.Parameter, trainer: Any) -> torch.Tensor:
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
     value = parameter.detach()
-    if hasattr(value, "full_tensor"):
-        if value.is_cpu and trainer.accelerator.device.type != "cpu":  # FSDP2 with CPU offload
-            value = value.to(trainer.accelerator.device)
-        value = value.full_tensor()
-    return value
+    if value.is_cpu and trainer.accelerator.device.type != "cpu":  # FSDP2 with CPU offload
+        value = value.to(trainer.accelerator.device)
+    return value.full_tensor()
 
 
 def _members(module: Any, attributes: tuple[str, ...], adapter_name: str) -> Iterator[torch.nn.Parameter]:

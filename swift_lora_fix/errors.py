@@ -47,6 +47,10 @@ class TrainerModifiedError(SwiftLoraFixError, RuntimeError):
     """The trainer's adapter is merged into its base while it should only be read."""
 
 
+class NonFiniteAdapterError(SwiftLoraFixError, ValueError):
+    """The trainer's adapter holds NaN or infinity, or values that the LoRA dtype cannot hold; nothing was written."""
+
+
 class EngineStateError(SwiftLoraFixError, RuntimeError):
     """The engine does not hold the policy that a rollout is about to be generated from."""
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +65,11 @@ def record_load(model: Any, adapter_name: str, folder: Any) -> None:
     _loads.setdefault(model, {})[adapter_name] = os.fspath(folder)
 
 
-def determine(model: Any, adapter: Adapter, values: Sequence[torch.Tensor], args: Any, step: int) -> AdapterOrigin:
+def determine(model: Any, adapter: Adapter, held: dict[str, torch.Tensor], args: Any, step: int) -> AdapterOrigin:
     """Say where the adapter came from and check it against its file.
 
     Args:
-        model: the trainer's PeftModel. adapter, values: its entries and their whole values.
+        model: the trainer's PeftModel. adapter: its adapter. held: what the trainer holds of it, whole, on the CPU.
         args: the training arguments (``resume_from_checkpoint``).
         step: the trainer's ``global_step`` now.
 
@@ -82,8 +81,8 @@ def determine(model: Any, adapter: Adapter, values: Sequence[torch.Tensor], args
     claimed = getattr(args, "resume_from_checkpoint", None)
     claimed = claimed if isinstance(claimed, (str, os.PathLike)) else None
     folder = _folder(claimed, loads.get(adapter.name))
-    norm = float(torch.stack([value.detach().float().norm().cpu() for value in values]).norm())
-    b_is_zero = not any(bool(value.any()) for entry, value in zip(adapter.entries, values) if _is_b(entry.key))
+    norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
+    b_is_zero = not any(bool(value.any()) for key, value in held.items() if _is_b(key))
     facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, reference=loads.get("ref_adapter"))
     if folder is None:
         kind = "scratch" if b_is_zero else "memory"
@@ -93,7 +92,7 @@ def determine(model: Any, adapter: Adapter, values: Sequence[torch.Tensor], args
     expected_step = (saved_step or 0) if claimed else 0
     compared = step == expected_step
     if compared:
-        _compare(folder, read_weights(file), adapter, values, norm, b_is_zero)
+        _compare(folder, read_weights(file), held, norm, b_is_zero)
     kind = "resume" if claimed else "adapters"
     return AdapterOrigin(kind, str(folder), saved_step, sha256_of(file), compared=compared, **facts)
 
@@ -150,29 +149,24 @@ def sha256_of(file: Path) -> str:
 
 
 def _compare(
-    folder: Path,
-    saved: dict[str, torch.Tensor],
-    adapter: Adapter,
-    values: Sequence[torch.Tensor],
-    norm: float,
-    b_is_zero: bool,
+    folder: Path, saved: dict[str, torch.Tensor], held: dict[str, torch.Tensor], norm: float, b_is_zero: bool
 ) -> None:
     different = []
-    for entry, value in zip(adapter.entries, values):
-        file_value = saved.get(entry.key)
+    for key, value in held.items():
+        file_value = saved.get(key)
         if file_value is None:
-            different.append(f"{entry.key} is not in the file")
+            different.append(f"{key} is not in the file")
         elif file_value.shape != value.shape:
-            different.append(f"{entry.key} is {tuple(file_value.shape)} in the file, {tuple(value.shape)} in the run")
-        elif not torch.equal(file_value.to(value.dtype), value.detach().cpu()):
-            different.append(f"{entry.key} differs")
+            different.append(f"{key} is {tuple(file_value.shape)} in the file, {tuple(value.shape)} in the run")
+        elif not torch.equal(file_value.to(value.dtype), value):
+            different.append(f"{key} differs")
     if different:
         file_norm = float(torch.stack([t.float().norm() for t in saved.values()]).norm()) if saved else 0.0
         raise ResumeMismatchError(
             f"The run claims to start from {folder} (LoRA norm {file_norm:.6g}), but the trainer holds another adapter "
-            f"(LoRA norm {norm:.6g}{', every lora_B zero' if b_is_zero else ''}). {len(different)} of "
-            f"{len(adapter.entries)} tensors disagree: {'; '.join(different[:4])}. Check that the base model, "
-            "--lora_rank and --target_modules are those of the checkpoint, and that nothing re-initialised the adapter."
+            f"(LoRA norm {norm:.6g}{', every lora_B zero' if b_is_zero else ''}). {len(different)} of {len(held)} "
+            f"tensors disagree: {'; '.join(different[:4])}. Check that the base model, --lora_rank and "
+            "--target_modules are those of the checkpoint, and that nothing re-initialised the adapter."
         )
 
 

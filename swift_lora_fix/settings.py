@@ -10,6 +10,7 @@ from .errors import SettingsError
 
 _ON = {"", "on", "1", "true", "yes"}
 _OFF = {"off", "0", "false", "no"}
+_WRITERS = {"direct", "loader"}
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,12 @@ class Settings:
     """Settings of this process.
 
     enabled: ``SWIFT_LORA_FIX`` (``on``, the default, or ``off``, which keeps every patch out).
+    writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
+        through vLLM's own adapter loader, the slow reference path).
     """
 
     enabled: bool = True
+    writer: str = "direct"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -28,4 +32,7 @@ class Settings:
         value = environment.get("SWIFT_LORA_FIX", "").strip().lower()
         if value not in _ON | _OFF:
             raise SettingsError(f"SWIFT_LORA_FIX={value!r} is not understood: set it to 'on' or 'off', or unset it.")
-        return cls(enabled=value not in _OFF)
+        writer = environment.get("SWIFT_LORA_FIX_WRITER", "").strip().lower() or "direct"
+        if writer not in _WRITERS:
+            raise SettingsError(f"SWIFT_LORA_FIX_WRITER={writer!r} is not understood: set it to 'direct' or 'loader'.")
+        return cls(enabled=value not in _OFF, writer=writer)

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import adapter as adapters
 from . import origin, scope
 from .engine import base, loader
 from .engine.handle import EngineHandle
+from .engine.writer import AdapterWriter, WriteReport
 from .errors import EngineStateError
 from .log import info
+from .settings import Settings
 
 
 @dataclass
 class SyncState:
     """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's adapter."""
 
+    model: Any
     engine: EngineHandle
     adapter: adapters.Adapter
+    writer: AdapterWriter
     origin: origin.AdapterOrigin | None = None
     base_is_current: bool = False
     served_step: int | None = None
     syncs: int = 0
-    last_seconds: float = 0.0
     base_pushes: int = 0
+    last_seconds: float = 0.0
+    last_write: WriteReport = field(default_factory=lambda: WriteReport("none"))
 
     def summary(self) -> dict[str, Any]:
         """For ``swift_lora_fix.status()``."""
@@ -35,7 +40,10 @@ class SyncState:
             "served_step": self.served_step,
             "syncs": self.syncs,
             "base_pushes": self.base_pushes,
-            "last_seconds": self.last_seconds,
+            "path": self.last_write.path,
+            "adapter_bytes": self.last_write.bytes_written,
+            "sync_seconds": self.last_seconds,
+            **{f"{stage}_seconds": seconds for stage, seconds in self.last_write.seconds.items()},
         }
 
 
@@ -47,9 +55,12 @@ def begin(trainer: Any) -> None:
     decision = scope.decide(trainer)
     info(decision.reason)
     if decision.ours:
-        state = SyncState(EngineHandle(trainer.engine), adapters.bind(_model(trainer)))
-        loader.check_ranks(state.adapter, state.engine)
-        _states[trainer] = state
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        engine, adapter = EngineHandle(trainer.engine), adapters.bind(model)
+        loader.check_ranks(adapter, engine)
+        direct = Settings.from_environment().writer == "direct"
+        writer = AdapterWriter(engine, adapter, scope.request_class(trainer), direct)
+        _states[trainer] = SyncState(model, engine, adapter, writer)
 
 
 def state_of(trainer: Any) -> SyncState | None:
@@ -62,50 +73,54 @@ def latest() -> SyncState | None:
     return list(_states.values())[-1] if _states else None
 
 
-def note_sleep(trainer: Any, state: SyncState) -> None:
-    """Before a rollout: an engine that slept is given its weights again, whatever the step.
+def note_losses(trainer: Any, state: SyncState) -> None:
+    """Before a rollout: an engine that slept, or whose slots somebody wrote to, is synced again, whatever the step.
 
     Sleep level 2 throws the base away; LoRA slots may be lost at any level (vLLM issues 39934, 53888).
     """
-    if state.engine.is_asleep:
+    asleep = state.engine.is_asleep
+    if asleep and trainer.args.sleep_level == 2:
+        state.base_is_current = False
+    if asleep or not state.writer.is_current():
+        state.writer.forget_slots()
         state.served_step = None
-        trainer._last_loaded_step = -1  # ms-swift then syncs after waking the weights up
-        if trainer.args.sleep_level == 2:
-            state.base_is_current = False
+        trainer._last_loaded_step = -1  # ms-swift then syncs, after waking the weights up
 
 
 def synchronize(trainer: Any, state: SyncState) -> None:
     """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
     started = time.perf_counter()
     state.engine.check_idle()
-    adapters.check_unmerged(_model(trainer))
-    state.served_step = None
-    with adapters.whole_values(state.adapter, trainer) as values:
-        if state.origin is None:
-            step = trainer.state.global_step
-            state.origin = origin.determine(_model(trainer), state.adapter, values, trainer.args, step)
-            info(str(state.origin))
-        staged = loader.stage(state.adapter, values, state.engine.lora_dtype)
+    adapters.check_unmerged(state.adapter)
+    if state.origin is None:
+        held = adapters.read_to_host(state.adapter, trainer)
+        state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
+        info(str(state.origin))
     if not state.base_is_current:
-        base.push(trainer, state.engine)
+        base.push(trainer, state.engine, state.adapter)
         state.base_is_current = True
         state.base_pushes += 1
-    loader.load(state.engine, state.adapter, staged, scope.request_class(trainer))
+    validated = time.perf_counter()
+    state.writer.validate(trainer)
+    written = time.perf_counter()
+    state.served_step = None
+    state.last_write = state.writer.write(trainer)
+    caches = time.perf_counter()
     state.engine.reset_caches()
+    ended = time.perf_counter()
+    state.last_write.seconds.update(validate=written - validated, caches=ended - caches)
+    state.last_seconds = ended - started
     state.served_step = trainer.state.global_step
     state.syncs += 1
-    state.last_seconds = time.perf_counter() - started
 
 
 def check_served(state: SyncState) -> None:
     """Before every rollout: raise EngineStateError unless the engine serves the policy of the last sync."""
     missing = "no sync of this trainer has completed" if state.served_step is None else state.engine.what_is_missing()
+    if missing is None and not state.writer.is_current():
+        missing = "somebody wrote to its LoRA slots after the last sync"
     if missing:
         raise EngineStateError(
             f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
             "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
         )
-
-
-def _model(trainer: Any) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model)

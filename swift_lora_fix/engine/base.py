@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..adapter import check_unmerged
+from ..adapter import Adapter, check_unmerged
 from ..errors import EngineStateError
 from ..log import warning
 from .handle import EngineHandle
 
 
-def push(trainer: Any, engine: EngineHandle) -> None:
+def push(trainer: Any, engine: EngineHandle, adapter: Adapter) -> None:
     """Push the trainer's unmerged base into the engine; the trainer is only read.
 
     Raises EngineStateError naming the engine's parameters that were not written, where the engine was started with
@@ -31,11 +31,11 @@ def push(trainer: Any, engine: EngineHandle) -> None:
     # Up to 4.1 ms-swift splits the names before it knows that the engine has LoRA layers, and then leaves every wrapped
     # layer out when it moves in batches (--move_model_batches). Now it knows.
     trainer.parameter_groups, trainer.parameter_groups_no_lora = trainer.split_batches()
-    check_unmerged(trainer.model)
+    check_unmerged(adapter)
     with _WrittenStorages() as written, _shadowed(trainer, "_move_adapter_to_vllm"):
         with _shadowed(trainer.model, "merge_adapter", "unmerge_adapter"):
             trainer._move_full_model_to_vllm()
-    check_unmerged(trainer.model)
+    check_unmerged(adapter)
     _check_complete(engine, written.pointers)
 
 

@@ -55,13 +55,18 @@ class EngineHandle:
     def is_asleep(self) -> bool:
         return bool(getattr(self.executor, "is_sleeping", False))
 
+    def slot_index(self) -> int | None:
+        """Which LoRA slot holds the adapter."""
+        slots = list(self.manager.lora_index_to_id)
+        return slots.index(ADAPTER_ID) if ADAPTER_ID in slots else None
+
     def what_is_missing(self) -> str | None:
         """Name what keeps the adapter from being served, or None when a rollout would use it."""
         listed = set(self.llm_engine.list_loras())
         if ADAPTER_ID not in listed:
             return f"adapter {ADAPTER_ID} ({ADAPTER_NAME}) is not loaded; loaded are {sorted(listed) or 'none'}"
-        slots = list(self.manager.lora_index_to_id)
-        if ADAPTER_ID not in slots:
+        if self.slot_index() is None:
+            slots = list(self.manager.lora_index_to_id)
             return f"adapter {ADAPTER_ID} ({ADAPTER_NAME}) is in no LoRA slot; the slots hold {slots}"
         return None
 

@@ -1,13 +1,14 @@
 """The reference path: vLLM loads the adapter with its own code, from copies, under one fixed id.
 
 Scaling is folded into B here, with PEFT's own number for each module, and vLLM is told 1. So rank and alpha patterns
-and rsLoRA come out right on releases whose ``PEFTHelper`` knows one scaling for the whole adapter.
+and rsLoRA come out right on releases whose ``PEFTHelper`` knows one scaling for the whole adapter. The product is taken
+in fp32 and rounded once to the LoRA dtype. vLLM rounds B first and scales it after (``LoRALayerWeights.optimize``): the
+same bits where the scaling is a power of two, else up to one more rounding away from what the trainer computes with.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,14 +30,17 @@ def check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
         )
 
 
-def stage(adapter: Adapter, values: Sequence[torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copy the adapter to the CPU in the engine's LoRA dtype, B multiplied by PEFT's scaling before the cast.
+def stage(
+    adapter: Adapter, held: dict[str, torch.Tensor], dtype: torch.dtype, pinned: bool = False
+) -> dict[str, torch.Tensor]:
+    """Copy ``held`` (whole CPU tensors by PEFT key) into new CPU tensors of the LoRA dtype, scaling folded into B.
 
-    Always copies: vLLM keeps and scales in place what it is given where device and dtype already match.
+    Always copies: vLLM keeps, and scales in place, what it is given where device and dtype already match.
     """
     staged = {}
-    for entry, value in zip(adapter.entries, values):
-        copy = torch.empty(value.shape, dtype=dtype, device="cpu")
+    for entry in adapter.entries:
+        value = held[entry.key]
+        copy = torch.empty(value.shape, dtype=dtype, device="cpu", pin_memory=pinned)
         copy.copy_(value if entry.scale == 1.0 else value.float() * entry.scale)
         staged[entry.key] = copy
     return staged
@@ -45,8 +49,8 @@ def stage(adapter: Adapter, values: Sequence[torch.Tensor], dtype: torch.dtype) 
 def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor], request_class: Any) -> None:
     """Have vLLM replace the adapter by ``staged`` (PEFT keys, (r, in) and (out, r), LoRA dtype, scaling folded in).
 
-    ``request_class`` is ms-swift's ``TensorLoRARequest``. Raises EngineStateError when vLLM does not take it, or leaves
-    out modules of it.
+    ``request_class`` is ms-swift's ``TensorLoRARequest``. vLLM keeps the tensors. Raises EngineStateError when it does
+    not take them, or has no layer for modules of them.
     """
     fields: dict[str, Any] = dict(
         lora_name=ADAPTER_NAME,
@@ -62,10 +66,10 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
     loaded = engine.llm_engine.add_lora(request_class(**fields))
     if loaded is False:
         raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
-    check_served(engine)
+    _check_served(engine)
 
 
-def check_served(engine: EngineHandle) -> None:
+def _check_served(engine: EngineHandle) -> None:
     """Raise EngineStateError naming the modules of the loaded adapter that no layer of the engine applies."""
     manager = engine.manager
     loaded = manager.list_adapters()[ADAPTER_ID]

@@ -20,7 +20,7 @@ def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwar
 def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     state = sync.state_of(trainer)
     if state is not None:
-        sync.note_sleep(trainer, state)
+        sync.note_losses(trainer, state)
     return wrapped(*args, **kwargs)
 
 

@@ -21,7 +21,8 @@ TIMEOUT_SECONDS = 600
 class Run:
     """One run: what to start, and afterwards what came of it.
 
-    arguments are ms-swift's, without dashes; environment is added to the process's. ``fixed`` loads the plugin.
+    arguments are ms-swift's, without dashes; environment is added to the process's. ``fixed`` loads the plugin;
+    ``plugins`` come before it, ``last_plugins`` after everything (their wrappers are the outermost).
     """
 
     name: str
@@ -32,7 +33,10 @@ class Run:
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     plugins: tuple[Path, ...] = ()
+    last_plugins: tuple[Path, ...] = ()
     ranks: int = 1
+    gpu: bool = False
+    probe: bool = True
     returncode: int | None = None
 
     @property
@@ -65,12 +69,10 @@ class Run:
                 f"--nproc_per_node={self.ranks}",
                 f"--master_port={free_port()}",
             ]
-        plugins = [
-            PLUGINS / "slf_cpu_shims.py",
-            *self.plugins,
-            *([FIX] if self.fixed else []),
-            PLUGINS / "slf_probe.py",
-        ]
+        plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py"]
+        plugins += [*self.plugins, *([FIX] if self.fixed else []), PLUGINS / "slf_rewards.py"]
+        plugins += [PLUGINS / "slf_probe.py"] if self.probe else []
+        plugins += self.last_plugins
         command = [*launcher, f"{cli}/cli/rlhf.py", "--external_plugins", *map(str, plugins)]
         for name, value in {**self._defaults(Path(cli).parent), **self.arguments}.items():
             command += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
@@ -105,6 +107,7 @@ class Run:
 
     def _defaults(self, site_packages: Path) -> dict[str, Any]:
         swift_3 = (site_packages / "swift" / "trainers" / "rlhf_trainer").is_dir()
+        device = {"attn_impl": "sdpa", "vllm_gpu_memory_utilization": 0.4} if self.gpu else {"use_cpu": "true"}
         return {
             "rlhf_type": "grpo",
             "model": self.model,
@@ -121,7 +124,7 @@ class Run:
             "vllm_enable_lora": "true",
             "vllm_enforce_eager": "true",
             "vllm_max_model_len": 256,
-            "use_cpu": "true",
+            **device,
             "torch_dtype": "bfloat16",
             "gradient_checkpointing": "false",
             "max_length": 128,
@@ -150,12 +153,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def make_model(python: Path, folder: Path, architecture: str = "qwen2") -> Path:
+def make_model(python: Path, folder: Path, architecture: str = "qwen2", dtype: str = "bfloat16") -> Path:
     """Make a tiny model with the Python of the environment that will load it; return its folder."""
     target = folder / architecture
     if not (target / "config.json").is_file():
         subprocess.run(
-            [str(python), "-m", "tests.support.tiny", architecture, str(target)],
+            [str(python), "-m", "tests.support.tiny", architecture, str(target), "--dtype", dtype],
             cwd=REPOSITORY,
             check=True,
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Tiny models with their own tokenizers, made on the spot.
+"""Models with random weights and their own tokenizers, made on the spot: tiny ones, and the shapes of real ones.
 
 Run with the Python of the environment that will load them: a tokenizer saved by transformers 5 does not load in 4.
 
@@ -51,6 +51,39 @@ def make_tokenizer(folder: Path) -> int:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=1))
     return 512
+
+
+REAL_SHAPES = {
+    "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+    "qwen2-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
+}
+REAL_KV_HEADS = {"qwen2-1.5b": 2, "qwen2-7b": 4}
+
+
+def make_real_shape(name: str, folder: Path, *, seed: int = 0) -> Path:
+    """Save a bf16 model of the shape ``name`` with random weights, made on the GPU where there is one."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder)
+    config = Qwen2Config(
+        vocab_size=152064,
+        num_key_value_heads=REAL_KV_HEADS[name],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        **REAL_SHAPES[name],
+    )
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_model(architecture: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
@@ -114,7 +147,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
+    if args.architecture in REAL_SHAPES:
+        make_real_shape(args.architecture, args.folder, seed=args.seed)
+    else:
+        make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
     make_dataset(args.folder.parent / "prompts.jsonl")
 
 

@@ -23,9 +23,12 @@ def test_entries_are_the_trainers_own_parameters_under_pefts_keys() -> None:
     assert {entry.key for entry in bound.entries} == set(get_peft_model_state_dict(model))
     own = {id(p) for n, p in model.named_parameters() if "lora_" in n}
     assert {id(entry.parameter) for entry in bound.entries} == own
-    with adapter.whole_values(bound, trainer_of(model)) as values:
-        for entry, value in zip(bound.entries, values):
-            assert value.data_ptr() == entry.parameter.data_ptr() and not value.requires_grad
+    (chunk,) = bound.chunks
+    with adapter.whole_values(chunk, trainer_of(model)) as values:
+        assert all(value is entry.parameter for entry, value in zip(bound.entries, values, strict=True))
+    for key, copy in adapter.read_to_host(bound, trainer_of(model)).items():
+        (entry,) = [entry for entry in bound.entries if entry.key == key]
+        assert torch.equal(copy, entry.parameter) and copy.data_ptr() != entry.parameter.data_ptr()
 
 
 def test_scaling_is_pefts_own_for_each_module() -> None:
@@ -75,10 +78,11 @@ def test_an_adapter_that_is_not_there() -> None:
 
 def test_a_merged_trainer_is_an_error() -> None:
     model = peft_model()
-    adapter.check_unmerged(model)
+    bound = adapter.bind(model)
+    adapter.check_unmerged(bound)
     model.merge_adapter()
-    with pytest.raises(errors.TrainerModifiedError, match="merged into its base in 2 modules"):
-        adapter.check_unmerged(model)
+    with pytest.raises(errors.TrainerModifiedError, match="merged into its base in 2 of 2 modules"):
+        adapter.check_unmerged(bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,8 +90,7 @@ def test_staged_copies_share_nothing_and_scale_in_fp32(dtype: torch.dtype) -> No
     model = peft_model(lora_alpha=5)  # 1.25 is no power of two
     bound = adapter.bind(model)
     before = {entry.key: entry.parameter.detach().clone() for entry in bound.entries}
-    with adapter.whole_values(bound, trainer_of(model)) as values:
-        staged = loader.stage(bound, values, dtype)
+    staged = loader.stage(bound, {entry.key: entry.parameter.detach() for entry in bound.entries}, dtype)
     for entry in bound.entries:
         copy = staged[entry.key]
         assert copy.dtype == dtype
@@ -95,3 +98,12 @@ def test_staged_copies_share_nothing_and_scale_in_fp32(dtype: torch.dtype) -> No
         assert torch.equal(copy, (before[entry.key] * entry.scale).to(dtype))
         copy.fill_(7.0)
         assert torch.equal(entry.parameter.detach(), before[entry.key])
+
+
+def test_chunks_bound_what_is_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "CHUNK_BYTES", 4 * 40)
+    bound = adapter.bind(peft_model())  # four tensors of 32, 48, 48 and 16 values
+    assert [entry.key for chunk in bound.chunks for entry in chunk.entries] == [entry.key for entry in bound.entries]
+    assert len(bound.chunks) == 4
+    monkeypatch.setattr(adapter, "CHUNK_BYTES", 4 * 80)
+    assert [len(chunk.entries) for chunk in adapter.bind(peft_model()).chunks] == [2, 2]

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from swift_lora_fix import adapter, errors, releases, scope, sync
 from swift_lora_fix.engine import base, loader
 from swift_lora_fix.engine.handle import ADAPTER_ID, EngineHandle
+from swift_lora_fix.engine.writer import AdapterWriter
 from tests.support.peft_models import peft_model, trainer_of
 
 
@@ -31,7 +33,7 @@ class FakeEngine:
             reset_prefix_cache=lambda: self.prefix_reset,
             reset_encoder_cache=lambda: None,
             list_loras=lambda: self.loaded,
-            vllm_config=SimpleNamespace(lora_config=SimpleNamespace(max_lora_rank=4)),
+            vllm_config=SimpleNamespace(lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16)),
         )
 
 
@@ -42,7 +44,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def state(engine: FakeEngine) -> sync.SyncState:
-    return sync.SyncState(EngineHandle(engine), adapter.bind(peft_model()), base_is_current=True, served_step=3)
+    handle, bound = EngineHandle(engine), adapter.bind(peft_model())
+    writer = AdapterWriter(handle, bound, request_class=None)
+    return sync.SyncState(None, handle, bound, writer, base_is_current=True, served_step=3)
 
 
 @pytest.mark.parametrize("level, base_survives", [(1, True), (2, False)])
@@ -50,10 +54,10 @@ def test_after_a_sleep_everything_that_was_lost_is_sent_again(
     state: sync.SyncState, engine: FakeEngine, level: int, base_survives: bool
 ) -> None:
     trainer = SimpleNamespace(_last_loaded_step=3, args=SimpleNamespace(sleep_level=level))
-    sync.note_sleep(trainer, state)
+    sync.note_losses(trainer, state)
     assert trainer._last_loaded_step == 3 and state.served_step == 3, "an engine that is awake keeps its weights"
     engine.inner_model_executor.is_sleeping = True
-    sync.note_sleep(trainer, state)
+    sync.note_losses(trainer, state)
     assert trainer._last_loaded_step == -1, "ms-swift then syncs although no step was taken"
     assert state.served_step is None and state.base_is_current is base_survives
     with pytest.raises(errors.EngineStateError, match="no sync of this trainer has completed"):
@@ -101,7 +105,7 @@ def test_a_push_that_fails_leaves_the_trainer_as_it_was() -> None:
 
     trainer = trainer_of(model, _move_full_model_to_vllm=fail, split_batches=lambda: ([[]], [None]))
     with pytest.raises(RuntimeError, match="out of memory"):
-        base.push(trainer, EngineHandle(FakeEngine()))
+        base.push(trainer, EngineHandle(FakeEngine()), adapter.bind(model))
     assert not model.base_model.model.first.merged
     assert "merge_adapter" not in vars(model) and "_move_adapter_to_vllm" not in vars(trainer)
 

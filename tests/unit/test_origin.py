@@ -17,8 +17,7 @@ from tests.support.peft_models import peft_model, trainer_of
 def decide(model: torch.nn.Module, resume: Path | None = None, step: int = 0) -> origin.AdapterOrigin:
     bound = adapter.bind(model)
     args = SimpleNamespace(resume_from_checkpoint=str(resume) if resume else None)
-    with adapter.whole_values(bound, trainer_of(model)) as values:
-        return origin.determine(model, bound, values, args, step)
+    return origin.determine(model, bound, adapter.read_to_host(bound, trainer_of(model)), args, step)
 
 
 @pytest.fixture

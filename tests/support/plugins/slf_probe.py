@@ -197,25 +197,5 @@ def _install(module):
         return wrapped(requests, config, **kwargs)
 
 
-def _rewards():
-    try:
-        from swift.rewards import ORM, orms
-    except ImportError:
-        from swift.plugin.orm import ORM, orms
-
-    class Spread(ORM):
-        """A reward that differs between completions (and ranks), so that gradients are not zero."""
-
-        def __init__(self, *args, **kwargs):
-            super().__init__()
-
-        def __call__(self, completions, **kwargs):
-            rank = int(os.environ.get("RANK", "0"))
-            return [(sum(map(ord, str(c))) * (7 + 4 * rank) % 97) / 97.0 for c in completions]
-
-    orms["slf_spread"] = Spread
-
-
 for _name in MODULES:
     wrapt.register_post_import_hook(_install, _name)
-_rewards()

@@ -1,0 +1,88 @@
+"""Real ms-swift, real vLLM with CUDA graphs, on one or two GPUs: every rollout follows the trainer's policy.
+
+    SLF_GPU_MODEL=/tmp/models/qwen2-1.5b python3 -m pytest tests/gpu -q -o filterwarnings=default
+
+The model is a folder that ``python3 -m tests.support.tiny qwen2-1.5b FOLDER`` made. Each run takes one to two minutes.
+Results are kept, dated, in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.driver import Run, this_python
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+# Engine and trainer differ by this much for the plain base (the first rollout from scratch, zero LoRA); measured in the
+# same run. A sampled maximum moves more than a mean.
+MEAN_BOUND = 2.0
+GRAPHS = {"vllm_enforce_eager": "false", "vllm_max_num_seqs": 8}
+COMMON: dict[str, Any] = {
+    "lora_rank": 16,
+    "lora_alpha": 32,
+    "learning_rate": 5e-3,
+    "max_steps": 4,
+    "save_steps": 100,
+    **GRAPHS,
+}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "split_dataset_ratio": 0.1, "per_device_eval_batch_size": 2}
+
+
+def run(tmp_path: Path, ranks: int = 1, fixed: bool = True, **arguments: Any) -> Run:
+    model = Path(os.environ["SLF_GPU_MODEL"])
+    made = Run("gpu", this_python(), model, tmp_path, fixed, arguments={**COMMON, **arguments}, ranks=ranks, gpu=True)
+    made.environment = {"SLF_PROBE_TOKENS": "32"}
+    made.start()
+    keep = os.environ.get("OUT")
+    if keep:
+        name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0].replace("[", "-").replace("]", "")
+        (Path(keep) / f"{name}.log").write_text(made.log[-200_000:])
+        lines = [json.dumps({**probe, "tokens": None}) for probe in made.probes()]
+        (Path(keep) / f"{name}.jsonl").write_text("\n".join(lines))
+    return made
+
+
+def assert_follows(run: Run) -> None:
+    assert run.returncode == 0, run.log[-3000:]
+    first, *later = run.probes()
+    assert first["lora_effect"] == 0.0 and first["mean"] > 0
+    print(f"floor {first['mean']:.4f}", end=" ")
+    for probe in later:
+        print(f"step {probe['step']}: {probe['mean']:.4f} (LoRA {probe['lora_effect']:.3f})", end=" ")
+        assert probe["mean"] <= MEAN_BOUND * first["mean"], probe
+        assert probe["base_changed"] == 0.0 and probe["lora_changed_by_sync"] == 0 and probe["merge_calls"] == 0
+    assert later[-1]["lora_effect"] > 5 * first["mean"], "the LoRA must be large enough to be missed"
+    assert later[-1]["tokens"] != first["tokens"], "generations follow the updates"
+    assert "goes straight into vLLM's LoRA slots" in run.log
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_sleep_levels(tmp_path: Path, level: int) -> None:
+    """With an evaluation each step, so that the engine also wakes up without a new policy."""
+    done = run(tmp_path, sleep_level=level, **EVALUATING)
+    assert_follows(done)
+    steps = [probe["step"] for probe in done.probes()]
+    assert len(steps) > len(set(steps)), "several rollouts at one step"
+
+
+@two_gpus
+def test_tensor_parallel(tmp_path: Path) -> None:
+    assert_follows(run(tmp_path, ranks=2, vllm_tensor_parallel_size=2, sleep_level=1))
+
+
+@two_gpus
+def test_zero3(tmp_path: Path) -> None:
+    assert_follows(run(tmp_path, ranks=2, deepspeed="zero3"))
+
+
+@two_gpus
+def test_fsdp2(tmp_path: Path) -> None:
+    assert_follows(run(tmp_path, ranks=2, fsdp="fsdp2"))

@@ -1,0 +1,134 @@
+"""scripts/bench_sync: stock's sync and ours in turn, inside one real GRPO run, beside the machine's byte floor."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.support.driver import PLUGINS, Run, make_model
+
+STAGES = ("validate_seconds", "write_seconds", "caches_seconds")
+
+
+def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Make the model, run ``swift rlhf`` with the bench plugin, return its record."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    python = Path(sys.executable)
+    shape = args.shape or ("qwen2-7b" if gpu else "qwen2")
+    print(f"model: {shape}, LoRA r={args.rank} on all linear layers, {args.syncs} syncs each", flush=True)
+    model = args.model or make_model(python, folder / "models", shape)
+    run = Run("bench", python, model, folder / "bench", fixed=True, gpu=gpu, probe=False)
+    run.last_plugins = (PLUGINS / "slf_bench.py",)
+    run.arguments = {
+        "lora_rank": args.rank,
+        "lora_alpha": 2 * args.rank,
+        "learning_rate": 1e-4,
+        "max_steps": 4,
+        "save_steps": 100,
+        "dataset": folder / "models" / "prompts.jsonl"
+        if args.model is None
+        else Path(args.model).parent / "prompts.jsonl",
+    }
+    record_file = folder / "bench.json"
+    run.environment = {"SLF_BENCH_FILE": str(record_file), "SLF_BENCH_SYNCS": str(args.syncs), "SLF_BENCH_STEP": "2"}
+    print("running swift rlhf (GRPO, colocated vLLM) ...", flush=True)
+    run.start()
+    if not record_file.is_file():
+        print(run.log[-4000:], file=sys.stderr)
+        raise SystemExit(f"the run ended with status {run.returncode} before it measured anything")
+    record = json.loads(record_file.read_text())
+    record.update(shape=shape, rank=args.rank, date=datetime.date.today().isoformat())
+    return record
+
+
+def summarize(record: dict[str, Any]) -> dict[str, float]:
+    """Medians in seconds, and their ratio."""
+    medians = {name: statistics.median(values) for name, values in record["seconds"].items()}
+    pairs = [s / o for s, o in zip(record["seconds"]["stock"], record["seconds"]["ours"])]
+    return {**medians, "ratio": statistics.median(pairs), "floor": record["floor_seconds"]}
+
+
+def print_table(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    numbers = summarize(record)
+    table = Table(title=f"One LoRA sync, {record['shape']} r={record['rank']}, {record['device']} ({record['date']})")
+    for column in ("", "median", "min", "max"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(name: str, values: list[float]) -> None:
+        table.add_row(name, *(f"{1e3 * f(values):.3f} ms" for f in (statistics.median, min, max)))
+
+    row("stock _move_model_to_vllm", record["seconds"]["stock"])
+    row("ours", record["seconds"]["ours"])
+    for stage in STAGES:
+        row(f"  {stage.removesuffix('_seconds')}", [part[stage] for part in record["parts"]])
+    table.add_row("bytes / bandwidth (floor)", f"{1e3 * numbers['floor']:.3f} ms", "", "")
+    table.add_row("ratio, pair by pair", f"{numbers['ratio']:.1f}x", "", "")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"ms-swift {record['ms_swift']}, vLLM {record['vllm']}, torch {record['torch']}; {record['lora_parameters']:,} "
+        f"LoRA parameters in {', '.join(record['lora_dtypes'])}, {record['bytes_read'] / 1e6:.0f} MB read and "
+        f"{record['bytes_written'] / 1e6:.0f} MB written at {record['bandwidth'] / 1e12:.2f} TB/s; path "
+        f"{record['parts'][-1]['path']}; extra device memory {max(record['peak_extra_mib']):.0f} MiB."
+    )
+
+
+def save_chart(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    numbers = summarize(record)
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    names = ["stock", "swift_lora_fix", "floor (bytes / bandwidth)"]
+    values = [1e3 * numbers["stock"], 1e3 * numbers["ours"], 1e3 * numbers["floor"]]
+    bars = axis.barh(names, values, color=["#c44e52", "#4c72b0", "#8c8c8c"])
+    axis.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=4)
+    axis.set_xscale("log")
+    axis.set_xlim(min(values) / 2, max(values) * 4)
+    axis.invert_yaxis()
+    axis.set_xlabel("median of one LoRA sync, ms (log scale)")
+    axis.set_title(f"{record['shape']}, r={record['rank']}, {record['device']}: {numbers['ratio']:.0f} times faster")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench_sync", description=__doc__)
+    parser.add_argument("--shape", help="qwen2 (tiny, the default on a CPU), qwen2-1.5b, qwen2-7b (default on a GPU)")
+    parser.add_argument("--model", type=Path, help="a local model folder instead, prompts.jsonl beside it")
+    parser.add_argument("--rank", type=int, default=64, help="LoRA rank (default 64)")
+    parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
+    parser.add_argument("--json", type=Path, default=Path("build/bench_sync.json"), help="where the record goes")
+    parser.add_argument("--chart", type=Path, default=Path("build/bench_sync.png"), help="where the chart goes")
+    parser.add_argument("--folder", type=Path, help="work folder, kept (default: a temporary one)")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="bench_sync-"))
+    try:
+        record = run_benchmark(args, folder.resolve())
+    finally:
+        if args.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(record, indent=1))
+    print_table(record)
+    save_chart(record, args.chart)
+    print(f"record: {args.json}, chart: {args.chart}")
+
+
+if __name__ == "__main__":
+    main()
