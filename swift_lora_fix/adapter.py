@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -57,22 +57,21 @@ class Chunk:
 class Adapter:
     """The trainer's adapter, bound once: parameters are stable objects, their values are read at each sync.
 
+    sharding: how its parameters are spread over ranks: ``none`` (also data-parallel), ``zero3`` or ``fsdp2``.
     layers: PEFT's LoRA layers. chunks: the entries again, in parts of at most ``CHUNK_BYTES`` in fp32.
     """
 
     name: str
     entries: tuple[AdapterEntry, ...]
     config: Any = field(repr=False)
+    sharding: Literal["none", "zero3", "fsdp2"]
     layers: tuple[Any, ...] = field(repr=False)
     chunks: tuple[Chunk, ...] = field(repr=False)
+    parameters: tuple[torch.nn.Parameter, ...] = field(repr=False)
 
     @property
     def max_rank(self) -> int:
         return max(entry.rank for entry in self.entries)
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [entry.parameter for entry in self.entries]
 
 
 def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter:
@@ -113,7 +112,16 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     entries = tuple(AdapterEntry(key, parameter, *scale_of[id(parameter)]) for key, parameter in state.items())
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
-    return Adapter(adapter_name, entries, config, tuple(layers), tuple(_chunks(entries)))
+    parameters = tuple(entry.parameter for entry in entries)
+    return Adapter(
+        adapter_name, entries, config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
+    )
+
+
+def _sharding(parameters: Sequence[torch.nn.Parameter]) -> Literal["none", "zero3", "fsdp2"]:
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):  # deepspeed.zero.partition_parameters
+        return "zero3"
+    return "fsdp2" if any(hasattr(parameter, "full_tensor") for parameter in parameters) else "none"
 
 
 def _chunks(entries: Sequence[AdapterEntry]) -> Iterator[Chunk]:
@@ -130,40 +138,41 @@ def _chunks(entries: Sequence[AdapterEntry]) -> Iterator[Chunk]:
 
 
 @contextlib.contextmanager
-def whole_values(chunk: Chunk, trainer: Any) -> Iterator[Sequence[torch.Tensor]]:
+def whole_values(adapter: Adapter, chunk: Chunk, device: torch.device) -> Iterator[Sequence[torch.Tensor]]:
     """Yield the whole value of each parameter of ``chunk``, gathering nothing else; valid inside only.
 
-    Plain and data-parallel: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of these LoRA
-    parameters. FSDP2: ``full_tensor()`` of these LoRA DTensors. All ranks must walk the same chunks together.
+    Not sharded: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of these LoRA parameters.
+    FSDP2: ``full_tensor()`` of these LoRA DTensors, by way of ``device`` where they are offloaded to the CPU. All ranks
+    must walk the same chunks together.
     """
     with contextlib.ExitStack() as stack:
-        if _is_zero3(trainer):
+        if adapter.sharding == "zero3":
             import deepspeed
 
             stack.enter_context(deepspeed.zero.GatheredParameters(list(chunk.parameters)))
         with torch.no_grad():
-            yield [_whole(parameter, trainer) for parameter in chunk.parameters]
+            if adapter.sharding == "fsdp2":
+                yield [parameter.detach().to(device).full_tensor() for parameter in chunk.parameters]
+            else:
+                yield chunk.parameters
 
 
-def is_sharded(adapter: Adapter, trainer: Any) -> bool:
-    """Whether this rank holds only parts of the adapter (ZeRO-3, FSDP2)."""
-    return _is_zero3(trainer) or any(hasattr(parameter, "full_tensor") for parameter in adapter.parameters)
+def local_parts(adapter: Adapter) -> list[torch.Tensor]:
+    """What this rank itself holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 shard."""
+    if adapter.sharding == "zero3":
+        parts = [_partition(parameter) for parameter in adapter.parameters]
+    elif adapter.sharding == "fsdp2":
+        parts = [parameter.to_local() for parameter in adapter.parameters]
+    else:
+        return list(adapter.parameters)
+    return [part if part.numel() else part.new_zeros(1) for part in parts]
 
 
-def shards(adapter: Adapter) -> list[torch.Tensor]:
-    """What this rank itself holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 local shard."""
-    local = []
-    for parameter in adapter.parameters:
-        value = getattr(parameter, "ds_tensor", parameter)
-        local.append(value.to_local() if hasattr(value, "to_local") else value)
-    return local
-
-
-def read_to_host(adapter: Adapter, trainer: Any) -> dict[str, torch.Tensor]:
+def read_to_host(adapter: Adapter, device: torch.device) -> dict[str, torch.Tensor]:
     """Copy the whole adapter to the CPU, chunk by chunk, in the trainer's dtypes; the copies alias nothing."""
     host = {}
     for chunk in adapter.chunks:
-        with whole_values(chunk, trainer) as values:
+        with whole_values(adapter, chunk, device) as values:
             for entry, value in zip(chunk.entries, values):
                 host[entry.key] = value.detach().to("cpu", copy=True)
     return host
@@ -179,18 +188,10 @@ def check_unmerged(adapter: Adapter) -> None:
         )
 
 
-def _is_zero3(trainer: Any) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def _whole(parameter: torch.nn.Parameter, trainer: Any) -> torch.Tensor:
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    value = parameter.detach()
-    if value.is_cpu and trainer.accelerator.device.type != "cpu":  # FSDP2 with CPU offload
-        value = value.to(trainer.accelerator.device)
-    return value.full_tensor()
+def _partition(parameter: Any) -> torch.Tensor:
+    """This rank's ZeRO-3 partition without its padding, which DeepSpeed leaves as it finds it: it may be NaN."""
+    start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
+    return parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
 
 
 def _members(module: Any, attributes: tuple[str, ...], adapter_name: str) -> Iterator[torch.nn.Parameter]:

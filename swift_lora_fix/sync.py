@@ -55,12 +55,10 @@ def begin(trainer: Any) -> None:
     decision = scope.decide(trainer)
     info(decision.reason)
     if decision.ours:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        engine, adapter = EngineHandle(trainer.engine), adapters.bind(model)
-        loader.check_ranks(adapter, engine)
-        direct = Settings.from_environment().writer == "direct"
-        writer = AdapterWriter(engine, adapter, scope.request_class(trainer), direct)
-        _states[trainer] = SyncState(model, engine, adapter, writer)
+        state = _bind(trainer)
+        loader.check_ranks(state.adapter, state.engine)
+        base.name_parameters(trainer)
+        _states[trainer] = state
 
 
 def state_of(trainer: Any) -> SyncState | None:
@@ -90,10 +88,12 @@ def note_losses(trainer: Any, state: SyncState) -> None:
 def synchronize(trainer: Any, state: SyncState) -> None:
     """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
     started = time.perf_counter()
+    if state.origin is None:  # FSDP2 shards into new parameters after ``begin``, and those are trained
+        state = _states[trainer] = _bind(trainer)
     state.engine.check_idle()
     adapters.check_unmerged(state.adapter)
     if state.origin is None:
-        held = adapters.read_to_host(state.adapter, trainer)
+        held = adapters.read_to_host(state.adapter, trainer.accelerator.device)
         state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
         info(str(state.origin))
     if not state.base_is_current:
@@ -101,14 +101,16 @@ def synchronize(trainer: Any, state: SyncState) -> None:
         state.base_is_current = True
         state.base_pushes += 1
     validated = time.perf_counter()
-    state.writer.validate(trainer)
+    state.writer.validate()
     written = time.perf_counter()
     state.served_step = None
-    state.last_write = state.writer.write(trainer)
+    state.last_write = state.writer.write(keep_views=not getattr(trainer, "enable_offload", False))
     caches = time.perf_counter()
-    state.engine.reset_caches()
+    state.engine.reset_caches()  # while the last copies run
+    waited = time.perf_counter()
+    state.writer.finish()
     ended = time.perf_counter()
-    state.last_write.seconds.update(validate=written - validated, caches=ended - caches)
+    state.last_write.seconds.update(validate=written - validated, caches=waited - caches, wait=ended - waited)
     state.last_seconds = ended - started
     state.served_step = trainer.state.global_step
     state.syncs += 1
@@ -124,3 +126,12 @@ def check_served(state: SyncState) -> None:
             f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
             "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
         )
+
+
+def _bind(trainer: Any) -> SyncState:
+    """A fresh state around the trainer's model and engine as they are now."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    engine, adapter = EngineHandle(trainer.engine), adapters.bind(model)
+    direct = Settings.from_environment().writer == "direct"
+    writer = AdapterWriter(engine, adapter, scope.request_class(trainer), trainer.accelerator.device, direct)
+    return SyncState(model, engine, adapter, writer)

@@ -21,6 +21,16 @@ from ..log import warning
 from .handle import EngineHandle
 
 
+def name_parameters(trainer: Any) -> None:
+    """Have ms-swift list the names that it pushes once more, after it prepared its engine and before training begins.
+
+    Up to 4.1 it does so before it knows that the engine has LoRA layers, and then leaves every wrapped layer out when
+    it moves in batches (--move_model_batches). Once training begins it is too late: the activation checkpointing of
+    FSDP2 then puts a prefix into ``named_parameters()`` that the names in ``state_dict()`` lack.
+    """
+    trainer.parameter_groups, trainer.parameter_groups_no_lora = trainer.split_batches()
+
+
 def push(trainer: Any, engine: EngineHandle, adapter: Adapter) -> None:
     """Push the trainer's unmerged base into the engine; the trainer is only read.
 
@@ -28,9 +38,6 @@ def push(trainer: Any, engine: EngineHandle, adapter: Adapter) -> None:
     random weights (``load_format='dummy'``, ms-swift's default up to 4.1.1); where it read the model's files, which are
     then still in place there, one warning names them.
     """
-    # Up to 4.1 ms-swift splits the names before it knows that the engine has LoRA layers, and then leaves every wrapped
-    # layer out when it moves in batches (--move_model_batches). Now it knows.
-    trainer.parameter_groups, trainer.parameter_groups_no_lora = trainer.split_batches()
     check_unmerged(adapter)
     with _WrittenStorages() as written, _shadowed(trainer, "_move_adapter_to_vllm"):
         with _shadowed(trainer.model, "merge_adapter", "unmerge_adapter"):

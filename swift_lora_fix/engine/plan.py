@@ -6,7 +6,7 @@ knows a layer's name or layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -32,6 +32,11 @@ class Copy:
     destination: torch.Tensor
     offset: int
     stride: tuple[int, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether both sides are contiguous, the slot's view and the region of the tensor."""
+        return self.destination.is_contiguous() and self.stride == self.destination.stride()
 
     def region(self, value: torch.Tensor) -> torch.Tensor:
         """The same region of a whole value of the entry (a contiguous tensor of ``entry.shape``)."""
@@ -129,10 +134,3 @@ class _CopyRecorder(TorchDispatchMode):
         elif func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default):
             self.cleared.append(args[0])
         return func(*args, **(kwargs or {}))
-
-
-def strided_apart(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
-    """Copies whose two sides are contiguous, then the others: one strided tensor would slow a whole foreach call."""
-    dense = [c for c in copies if c.destination.is_contiguous() and c.stride == c.destination.stride()]
-    chosen = set(map(id, dense))
-    yield from (part for part in (dense, [c for c in copies if id(c) not in chosen]) if part)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.driver import PLUGINS, Run, make_model
 
-STAGES = ("validate_seconds", "write_seconds", "caches_seconds")
+STAGES = ("validate_seconds", "write_seconds", "caches_seconds", "wait_seconds")
 
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -81,7 +81,8 @@ def print_table(record: dict[str, Any]) -> None:
         f"ms-swift {record['ms_swift']}, vLLM {record['vllm']}, torch {record['torch']}; {record['lora_parameters']:,} "
         f"LoRA parameters in {', '.join(record['lora_dtypes'])}, {record['bytes_read'] / 1e6:.0f} MB read and "
         f"{record['bytes_written'] / 1e6:.0f} MB written at {record['bandwidth'] / 1e12:.2f} TB/s; path "
-        f"{record['parts'][-1]['path']}; extra device memory {max(record['peak_extra_mib']):.0f} MiB."
+        f"{record['parts'][-1]['path']}; "
+        f"{record['kv_blocks']} KV cache blocks to reset; extra device memory {max(record['peak_extra_mib']):.0f} MiB."
     )
 
 

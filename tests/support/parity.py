@@ -113,10 +113,9 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
 
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
     trained = peft_model(model, 1, config, dtype)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), device=torch.device("cpu"))
-    trainer = SimpleNamespace(model=trained, accelerator=accelerator)
+    cpu = torch.device("cpu")
     handle, bound = EngineHandle(engine), adapter.bind(trained)
-    writer = AdapterWriter(handle, bound, request_class())
+    writer = AdapterWriter(handle, bound, request_class(), cpu)
     result: dict[str, Any] = {"differing": 0, "trainer_changed": 0}
     generator = torch.Generator().manual_seed(3)
     base = {n: p.detach().clone() for n, p in trained.named_parameters() if "lora_" not in n}
@@ -126,11 +125,11 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
             for parameter in bound.parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
         before = {entry.key: entry.parameter.detach().clone() for entry in bound.entries}
-        writer.validate(trainer)
-        report = writer.write(trainer)
+        writer.validate()
+        report = writer.write()
         written = slots(engine)
         result["trainer_changed"] += sum(int((before[e.key] != e.parameter).sum()) for e in bound.entries)
-        staged = loader.stage(bound, adapter.read_to_host(bound, trainer), handle.lora_dtype)
+        staged = loader.stage(bound, adapter.read_to_host(bound, cpu), handle.lora_dtype)
         loader.load(handle, bound, staged, writer.request_class)
         result["differing"] += differing(written, slots(engine))
         assert not writer.plan or not writer.is_current(), "the reference load must be noticed as a stranger's"

@@ -10,7 +10,9 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from swift_lora_fix import adapter, errors
 from swift_lora_fix.engine import loader
-from tests.support.peft_models import peft_model, trainer_of
+from tests.support.peft_models import peft_model
+
+CPU = torch.device("cpu")
 
 
 def scales(model: torch.nn.Module) -> dict[str, float]:
@@ -24,9 +26,9 @@ def test_entries_are_the_trainers_own_parameters_under_pefts_keys() -> None:
     own = {id(p) for n, p in model.named_parameters() if "lora_" in n}
     assert {id(entry.parameter) for entry in bound.entries} == own
     (chunk,) = bound.chunks
-    with adapter.whole_values(chunk, trainer_of(model)) as values:
+    with adapter.whole_values(bound, chunk, CPU) as values:
         assert all(value is entry.parameter for entry, value in zip(bound.entries, values, strict=True))
-    for key, copy in adapter.read_to_host(bound, trainer_of(model)).items():
+    for key, copy in adapter.read_to_host(bound, CPU).items():
         (entry,) = [entry for entry in bound.entries if entry.key == key]
         assert torch.equal(copy, entry.parameter) and copy.data_ptr() != entry.parameter.data_ptr()
 

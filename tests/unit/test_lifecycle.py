@@ -45,7 +45,7 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def state(engine: FakeEngine) -> sync.SyncState:
     handle, bound = EngineHandle(engine), adapter.bind(peft_model())
-    writer = AdapterWriter(handle, bound, request_class=None)
+    writer = AdapterWriter(handle, bound, request_class=None, device=torch.device("cpu"))
     return sync.SyncState(None, handle, bound, writer, base_is_current=True, served_step=3)
 
 

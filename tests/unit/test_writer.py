@@ -9,12 +9,12 @@ import torch
 
 from swift_lora_fix import adapter, errors
 from swift_lora_fix.engine import plan, writer
-from tests.support.peft_models import peft_model, trainer_of
+from tests.support.peft_models import peft_model
 
 
 def writer_for(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> writer.AdapterWriter:
     engine = SimpleNamespace(lora_dtype=dtype)
-    return writer.AdapterWriter(engine, adapter.bind(model), request_class=None)  # type: ignore[arg-type]
+    return writer.AdapterWriter(engine, adapter.bind(model), request_class=None, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -22,12 +22,12 @@ def writer_for(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> w
 def test_a_value_that_is_not_finite_is_named(value: float, index: int) -> None:
     model = peft_model()
     guard = writer_for(model)
-    guard.validate(trainer_of(model))
+    guard.validate()
     entry = guard.adapter.entries[index]
     with torch.no_grad():
         entry.parameter.view(-1)[1] = value
     with pytest.raises(errors.NonFiniteAdapterError) as caught:
-        guard.validate(trainer_of(model))
+        guard.validate()
     assert (
         entry.key in str(caught.value)
         and "(1 tensors)" in str(caught.value)
@@ -41,10 +41,10 @@ def test_a_value_that_overflows_the_lora_dtype_once_scaled_is_named() -> None:
     (entry,) = [e for e in guard.adapter.entries if e.key.endswith("first.lora_B.weight")]
     with torch.no_grad():
         entry.parameter.view(-1)[0] = 30000.0
-        guard.validate(trainer_of(model))
+        guard.validate()
         entry.parameter.view(-1)[0] = 40000.0
     with pytest.raises(errors.NonFiniteAdapterError, match="not finite in torch.float16: .*first.lora_B.weight"):
-        guard.validate(trainer_of(model))
+        guard.validate()
 
 
 def planned(model: torch.nn.Module) -> tuple[writer.AdapterWriter, torch.Tensor]:
@@ -66,18 +66,18 @@ def test_the_first_write_and_the_one_after_a_sleep_clear_what_is_unused() -> Non
     made, slot = planned(model)
     slot.fill_(9.0)
     assert not made.is_current()
-    assert made.write(trainer_of(model)).path == "direct"
+    assert made.write().path == "direct"
     assert made.is_current() and not slot[-8:].any(), "unused rank rows are zero"
     slot[-8:] = 5.0
     made.forget_slots()
-    made.write(trainer_of(model))
+    made.write()
     assert not slot[-8:].any()
 
 
 def test_a_stranger_in_the_slots_is_noticed() -> None:
     model = peft_model()
     made, slot = planned(model)
-    made.write(trainer_of(model))
+    made.write()
     before = slot.clone()
     slot[0] = slot[0]  # the same value: the counter tells all the same
     assert not made.is_current() and torch.equal(before, slot)
@@ -86,7 +86,6 @@ def test_a_stranger_in_the_slots_is_noticed() -> None:
 def test_writes_follow_the_live_parameters_wherever_they_move() -> None:
     model = peft_model()
     made, slot = planned(model)
-    trainer = trainer_of(model)
 
     def expected() -> torch.Tensor:
         parts = [(e.parameter.detach() * e.scale).bfloat16().flatten() for e in made.adapter.entries]
@@ -99,8 +98,7 @@ def test_writes_follow_the_live_parameters_wherever_they_move() -> None:
                     entry.parameter.mul_(1.5)
                 elif change != "none":
                     entry.parameter.data = entry.parameter.data * 0.7
-        trainer.enable_offload = change == "offload"
-        made.write(trainer)
+        made.write(keep_views=change != "offload")
         assert torch.equal(slot, expected()), change
 
 

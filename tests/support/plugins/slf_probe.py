@@ -4,7 +4,10 @@ One JSON line a rollout goes to ``$SLF_PROBE_FILE`` (``.rankN`` appended for ran
 ``tokens`` (greedy continuations of fixed prompts); ``mean``, ``max`` (|logprob engine - trainer| on those tokens);
 ``lora_effect`` (mean |logprob trainer with LoRA - without|); ``base_changed`` (share of the trainer's base entries that
 differ from the start of the run); ``lora_changed_by_sync`` (LoRA entries that the syncs so far changed);
-``lora_dtypes``; ``merge_calls``; ``shared_storage`` (trainer storages found in the engine).
+``lora_dtypes``; ``merge_calls``; ``shared_storage`` (trainer storages found in the engine); ``slots`` (digest of the
+engine's LoRA slots); ``loader_calls`` (how often vLLM was told to load an adapter); ``gathered`` (elements that the
+last sync gathered whole, under ZeRO-3 and FSDP2), ``lora_elements``, ``model_elements``. Under sharding, what is
+compared is what this rank holds.
 It measures from outside and knows nothing of swift_lora_fix. Load it after the plugin under test, so that its wrappers
 are the outer ones.
 
@@ -14,9 +17,11 @@ every adapter from the engine just before that rollout. ``gradients`` digests th
 """
 
 import copy
+import hashlib
 import json
 import os
 import signal
+import sys
 
 import wrapt
 
@@ -50,18 +55,29 @@ class Recorder:
         self.gradients = None
         trainer.add_callback(_callback(self))
         self.model = trainer.accelerator.unwrap_model(trainer.model)
-        self.start = {n: self._local(p).clone() for n, p in self.model.named_parameters()}
+        self.parameters = dict(self.model.named_parameters())
+        self.start = {n: self._local(p).clone() for n, p in self.parameters.items()}
         self.lora_changed = 0
         self.dtypes = set()
-        self.objects = {n: id(p) for n, p in self.model.named_parameters()}
+        self.objects = {n: id(p) for n, p in self.parameters.items()}
         self.new_objects = 0
-        self.merge_calls = 0
+        self.merge_calls = self.loader_calls = self.gathered = 0
         self._count_merges()
+        self._count_loader_calls(trainer.engine.engine)
+        self._count_gathers()
 
     @staticmethod
     def _local(parameter):
-        data = parameter.detach()
+        data = getattr(parameter, "ds_tensor", parameter).detach()
         return data.to_local() if hasattr(data, "to_local") else data
+
+    def held(self):
+        """What this rank holds, by name. After a forward FSDP2 shows whole parameters; the start's are its shards."""
+        fsdp2 = any(hasattr(parameter, "to_local") for parameter in self.parameters.values())
+        return self.parameters if fsdp2 else dict(self.model.named_parameters())
+
+    def elements(self, part=""):
+        return sum(getattr(p, "ds_numel", p.numel()) for n, p in self.parameters.items() if part in n)
 
     def _count_merges(self):
         from peft.tuners.tuners_utils import BaseTuner
@@ -73,8 +89,33 @@ class Recorder:
             recorder.merge_calls += 1
             return wrapped(*args, **kwargs)
 
+    def _count_loader_calls(self, engine):
+        recorder = self
+
+        @wrapt.patch_function_wrapper(type(engine), "add_lora")
+        def count(wrapped, instance, args, kwargs):
+            recorder.loader_calls += 1
+            return wrapped(*args, **kwargs)
+
+    def _count_gathers(self):
+        recorder = self
+        if "deepspeed" in sys.modules:
+            import deepspeed
+
+            @wrapt.patch_function_wrapper(deepspeed.zero.GatheredParameters, "__enter__")
+            def zero3(wrapped, context, args, kwargs):
+                recorder.gathered += sum(parameter.ds_numel for parameter in getattr(context, "params", ()))
+                return wrapped(*args, **kwargs)
+
+        if "torch.distributed.tensor" in sys.modules:
+
+            @wrapt.patch_function_wrapper(sys.modules["torch.distributed.tensor"].DTensor, "full_tensor")
+            def fsdp2(wrapped, tensor, args, kwargs):
+                recorder.gathered += tensor.numel()
+                return wrapped(*args, **kwargs)
+
     def lora(self):
-        return {n: self._local(p).clone() for n, p in self.model.named_parameters() if "lora_" in n}
+        return {n: self._local(p).clone() for n, p in self.held().items() if "lora_" in n}
 
     def around_sync(self, before):
         for name, tensor in self.lora().items():
@@ -90,7 +131,7 @@ class Recorder:
 
     def base_changed(self):
         changed = total = 0
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.held().items():
             if "lora_" not in name:
                 now = self._local(parameter)
                 changed += int((now != self.start[name]).sum()) if now.shape == self.start[name].shape else 0
@@ -115,14 +156,23 @@ class Recorder:
             self.model.train(training)
         return with_lora, without
 
-    def shared_storage(self, trainer):
-        engine = {p.untyped_storage().data_ptr() for p in trainer.engine.inner_model.state_dict().values()}
+    @staticmethod
+    def slots(trainer):
         for module in trainer.engine.inner_model.modules():
             for name in ("lora_a_stacked", "lora_b_stacked"):
-                for tensor in getattr(module, name, ()):
-                    engine.add(tensor.untyped_storage().data_ptr())
+                yield from getattr(module, name, ())
+
+    def slots_digest(self, trainer):
+        digest = hashlib.sha256()
+        for tensor in self.slots(trainer):
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def shared_storage(self, trainer):
+        engine = {p.untyped_storage().data_ptr() for p in trainer.engine.inner_model.state_dict().values()}
+        engine |= {tensor.untyped_storage().data_ptr() for tensor in self.slots(trainer)}
         engine.discard(0)
-        return sum(self._local(p).untyped_storage().data_ptr() in engine for p in self.model.parameters())
+        return sum(self._local(p).untyped_storage().data_ptr() in engine for p in self.held().values())
 
 
 def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
@@ -160,6 +210,11 @@ def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
         "new_parameter_objects": recorder.new_objects,
         "merge_calls": recorder.merge_calls,
         "shared_storage": recorder.shared_storage(trainer),
+        "slots": recorder.slots_digest(trainer),
+        "loader_calls": recorder.loader_calls,
+        "gathered": recorder.gathered_by_sync,
+        "lora_elements": recorder.elements("lora_"),
+        "model_elements": recorder.elements(),
         "gradients": recorder.gradients,
         "lora_sum": float(sum(t.double().sum() for t in recorder.lora().values())),
         "lora_norm": float(sum((t.float() ** 2).sum() for t in recorder.lora().values()) ** 0.5),
@@ -177,9 +232,12 @@ def _install(module):
     def sync(wrapped, trainer, args, kwargs):
         if not hasattr(trainer, "_slf_recorder"):
             trainer._slf_recorder = Recorder(trainer)
-        before = trainer._slf_recorder.lora()
+        recorder = trainer._slf_recorder
+        before = recorder.lora()
+        recorder.gathered = 0
         result = wrapped(*args, **kwargs)
-        trainer._slf_recorder.around_sync(before)
+        recorder.gathered_by_sync = recorder.gathered
+        recorder.around_sync(before)
         return result
 
     @wrapt.patch_function_wrapper(mixin, "_engine_infer")

@@ -1,6 +1,7 @@
 """A reward for runs that need gradients but no meaning."""
 
 import os
+import random
 
 
 def _rewards():
@@ -10,14 +11,14 @@ def _rewards():
         from swift.plugin.orm import ORM, orms
 
     class Spread(ORM):
-        """A reward that differs between completions (and ranks), so that gradients are not zero."""
+        """Random, from a seed: it differs between completions and ranks, so that gradients are not zero."""
 
         def __init__(self, *args, **kwargs):
             super().__init__()
+            self.random = random.Random(int(os.environ.get("RANK", "0")))
 
         def __call__(self, completions, **kwargs):
-            rank = int(os.environ.get("RANK", "0"))
-            return [(sum(map(ord, str(c))) * (7 + 4 * rank) % 97) / 97.0 for c in completions]
+            return [self.random.random() for _ in completions]
 
     orms["slf_spread"] = Spread
 
