@@ -25,6 +25,7 @@ class AdapterEntry:
     """One LoRA tensor of the trainer.
 
     key: its name in PEFT's state dict, ``base_model.model.<module>.lora_A.weight``.
+    holder, name: where its module keeps it, ``holder[name] is parameter``.
     parameter: the trainer's own parameter; A is (r, in), B is (out, r); embeddings (r, vocab) and (hidden, r).
     scale: what PEFT multiplies B·A·x by, ``module.scaling[adapter]``, on B entries; 1.0 on A entries.
     """
@@ -33,6 +34,8 @@ class AdapterEntry:
     parameter: torch.nn.Parameter
     scale: float
     rank: int
+    holder: dict[str, Any] = field(repr=False)
+    name: str
 
     @property
     def shape(self) -> torch.Size:
@@ -95,21 +98,21 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     _check_servable(adapter_name, config)
 
     layers = []
-    scale_of: dict[int, tuple[float, int]] = {}
+    found: dict[int, tuple[float, int, dict[str, Any], str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             layers.append(module)
             scale, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
             if getattr(module, "use_dora", {}).get(adapter_name):
                 raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"DoRA (use_dora) in module {name!r}"))
-            for parameter in _members(module, ("lora_A", "lora_embedding_A"), adapter_name):
-                scale_of[id(parameter)] = (1.0, rank)
-            for parameter in _members(module, ("lora_B", "lora_embedding_B"), adapter_name):
-                scale_of[id(parameter)] = (scale, rank)
+            for holder, name in _members(module, ("lora_A", "lora_embedding_A"), adapter_name):
+                found[id(holder[name])] = (1.0, rank, holder, name)
+            for holder, name in _members(module, ("lora_B", "lora_embedding_B"), adapter_name):
+                found[id(holder[name])] = (scale, rank, holder, name)
 
-    named = {n.replace(_CHECKPOINT_WRAPPER, ""): p for n, p in model.named_parameters() if id(p) in scale_of}
+    named = {n.replace(_CHECKPOINT_WRAPPER, ""): p for n, p in model.named_parameters() if id(p) in found}
     state = get_peft_model_state_dict(model, named, adapter_name=adapter_name, save_embedding_layers=False)
-    entries = tuple(AdapterEntry(key, parameter, *scale_of[id(parameter)]) for key, parameter in state.items())
+    entries = tuple(AdapterEntry(key, parameter, *found[id(parameter)]) for key, parameter in state.items())
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
     parameters = tuple(entry.parameter for entry in entries)
@@ -178,6 +181,14 @@ def read_to_host(adapter: Adapter, device: torch.device) -> dict[str, torch.Tens
     return host
 
 
+def is_still_bound(adapter: Adapter) -> bool:
+    """Whether the model's modules still hold the parameters that were bound.
+
+    FSDP2 itself swaps the modules' parameters between shards and whole ones; the shards, bound, are what is trained.
+    """
+    return adapter.sharding == "fsdp2" or all(entry.holder[entry.name] is entry.parameter for entry in adapter.entries)
+
+
 def check_unmerged(adapter: Adapter) -> None:
     """Raise TrainerModifiedError where the trainer has an adapter merged into its base."""
     merged = [index for index, layer in enumerate(adapter.layers) if layer.merged]
@@ -194,12 +205,15 @@ def _partition(parameter: Any) -> torch.Tensor:
     return parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
 
 
-def _members(module: Any, attributes: tuple[str, ...], adapter_name: str) -> Iterator[torch.nn.Parameter]:
+def _members(module: Any, attributes: tuple[str, ...], adapter_name: str) -> Iterator[tuple[dict[str, Any], str]]:
     for attribute in attributes:
-        container = getattr(module, attribute, {})
+        container: Any = getattr(module, attribute, {})
         if adapter_name in container:
             member = container[adapter_name]
-            yield member if isinstance(member, torch.nn.Parameter) else member.weight
+            if isinstance(member, torch.nn.Parameter):  # ParameterDict of an embedding
+                yield container._parameters, adapter_name
+            else:
+                yield member._parameters, "weight"
 
 
 def _check_servable(adapter_name: str, config: Any) -> None:

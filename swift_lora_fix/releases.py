@@ -42,6 +42,7 @@ class Defect:
     on_adapters: str = ""  # also a new LoRA whose initialisation is not zero (PiSSA, OLoRA)
     on_resume: str = ""
     on_trainer: str = ""
+    on_options: str = ""  # only with an option that is named here
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,7 @@ SLEEP_2_LOSES_BASE = Defect(
     evidence="_move_model_to_vllm takes the full move only until base_sync_done, whatever the sleep level",
     remedy="after a sleep of level 2 base and adapter are both restored",
     gone_when="3.11.0 is no longer supported (fixed upstream in 3.11.1)",
-    on_scratch="with `--sleep_level 2` the engine has no base model after the first batch",
-    on_adapters="with `--sleep_level 2` the engine has no base model after the first batch",
-    on_resume="with `--sleep_level 2` the engine has no base model after the first batch",
+    on_options="`--sleep_level 2`: no base model after the first batch",
 )
 SLEEP_2_PLAIN_BASE = Defect(
     key="sleep-2-plain-base",
@@ -193,8 +192,7 @@ SLEEP_2_PLAIN_BASE = Defect(
     evidence="with sleep_level 2 each sync is a full move, which neither merges the LoRA nor sends it",
     remedy=SLEEP_2_LOSES_BASE.remedy,
     gone_when="3.11 is no longer supported (fixed upstream in 3.12.0)",
-    on_scratch="with `--sleep_level 2` every batch comes from the base model",
-    on_adapters="with `--sleep_level 2` every batch does",
+    on_options="`--sleep_level 2`: every batch from the base model, except after a resume",
 )
 STALE_ENCODER_CACHE = Defect(
     key="stale-encoder-cache",
@@ -220,9 +218,7 @@ BATCHED_MOVE_INCOMPLETE = Defect(
     evidence="split_batches drops '.base_layer' from the names because it runs before rollout_enable_lora is true",
     remedy="the names are split again once the engine is known to have LoRA layers, and unwritten weights are an error",
     gone_when="4.1.1 is no longer supported (4.1.2 starts the engine from the files, 4.1.3 leaves no layer out)",
-    on_scratch="with `--move_model_batches` every batch is garbage",
-    on_adapters="with `--move_model_batches` every batch is garbage",
-    on_resume="with `--move_model_batches` every batch is garbage",
+    on_options="`--move_model_batches`: every batch is garbage",
 )
 SERVER_SWALLOWS = Defect(
     key="server-swallows-errors",
@@ -343,6 +339,7 @@ def markdown_table() -> str:
         "Start from `--adapters`",
         "After `--resume_from_checkpoint`",
         "The trainer's own weights",
+        "With an option",
     )
     rows = [header, ("---",) * len(header)]
     for cells, group in groupby(FAMILIES, key=_cells):
@@ -351,11 +348,11 @@ def markdown_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(family: Family) -> tuple[str, str, str, str]:
+def _cells(family: Family) -> tuple[str, ...]:
     """What users of a family see from scratch, from --adapters, on resume, and in the trainer."""
 
-    def join(phrases: Iterator[str]) -> str:
-        text = "; ".join(filter(None, phrases)) or "right"
+    def join(phrases: Iterator[str], otherwise: str = "right") -> str:
+        text = "; ".join(filter(None, phrases)) or otherwise
         return text[0].upper() + text[1:]
 
     defects = family.defects
@@ -364,6 +361,7 @@ def _cells(family: Family) -> tuple[str, str, str, str]:
         join(d.on_adapters for d in defects),
         join(d.on_resume for d in defects),
         join(d.on_trainer for d in defects),
+        join((d.on_options for d in defects), otherwise="\u2013"),
     )
 
 

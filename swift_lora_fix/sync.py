@@ -88,8 +88,9 @@ def note_losses(trainer: Any, state: SyncState) -> None:
 def synchronize(trainer: Any, state: SyncState) -> None:
     """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
     started = time.perf_counter()
-    if state.origin is None:  # FSDP2 shards into new parameters after ``begin``, and those are trained
-        state = _states[trainer] = _bind(trainer)
+    moved = not adapters.is_still_bound(state.adapter) or trainer.engine is not state.engine.engine
+    if moved or not state.syncs:
+        state = _states[trainer] = _bind_again(trainer, state)
     state.engine.check_idle()
     adapters.check_unmerged(state.adapter)
     if state.origin is None:
@@ -135,3 +136,14 @@ def _bind(trainer: Any) -> SyncState:
     direct = Settings.from_environment().writer == "direct"
     writer = AdapterWriter(engine, adapter, scope.request_class(trainer), trainer.accelerator.device, direct)
     return SyncState(model, engine, adapter, writer)
+
+
+def _bind_again(trainer: Any, old: SyncState) -> SyncState:
+    """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
+    state = _bind(trainer)
+    loader.check_ranks(state.adapter, state.engine)
+    state.origin, state.syncs, state.base_pushes = old.origin, old.syncs, old.base_pushes
+    state.base_is_current = old.base_is_current and state.engine.engine is old.engine.engine
+    if old.syncs:
+        info("the trainer's LoRA parameters or its engine are new objects: bound again.")
+    return state

@@ -10,9 +10,13 @@ from typing import Callable
 import pytest
 
 from swift_lora_fix import releases
-from tests.support.driver import Run, make_model, this_python
+from tests.support.driver import PLUGINS, Run, make_model, this_python
 
-AFFECTED = releases.family_of(releases.installed_swift() or "0").has(releases.DOUBLE_COUNT)  # type: ignore[union-attr]
+FAMILY = releases.family_of(releases.installed_swift() or "0")
+assert FAMILY is not None, "the suite runs with a release of the table"
+DOUBLE_COUNTS = FAMILY.has(releases.DOUBLE_COUNT) or FAMILY.has(releases.DOUBLE_COUNT_ON_RESUME)
+DOWNCASTS = FAMILY.has(releases.LORA_DOWNCAST)
+FIRST_BATCH_BASE = FAMILY.has(releases.FIRST_BATCH_BASE)
 CHECKPOINT_STEP = 2
 LAST_STEP = 6
 
@@ -48,6 +52,7 @@ class Runs:
 
     def make(self, name: str, fixed: bool, environment: dict[str, str] | None = None, **arguments: object) -> Run:
         ranks = int(arguments.pop("ranks", 1))  # type: ignore[call-overload]
+        plugins = arguments.pop("plugins", ())
         return Run(
             name,
             this_python(),
@@ -56,6 +61,7 @@ class Runs:
             fixed,
             arguments=dict(arguments),
             environment=environment or {},
+            plugins=plugins,  # type: ignore[arg-type]
             ranks=ranks,
         )
 
@@ -86,8 +92,11 @@ def _resume(fixed: bool) -> Callable[[Runs, str], Run]:
     return build
 
 
-def _adapters(runs: Runs, name: str) -> Run:
-    return runs.make(name, fixed=True, adapters=runs.checkpoint, move_model_batches=2, max_steps=3, save_steps=100)
+def _adapters(fixed: bool, **arguments: object) -> Callable[[Runs, str], Run]:
+    def build(runs: Runs, name: str) -> Run:
+        return runs.make(name, fixed, adapters=runs.checkpoint, max_steps=3, save_steps=100, **arguments)
+
+    return build
 
 
 def _ddp(fixed: bool) -> Callable[[Runs, str], Run]:
@@ -97,20 +106,34 @@ def _ddp(fixed: bool) -> Callable[[Runs, str], Run]:
     return build
 
 
+def _sharded(environment: dict[str, str], **arguments: object) -> Callable[[Runs, str], Run]:
+    """Two ranks that hold half of every parameter each."""
+
+    def build(runs: Runs, name: str) -> Run:
+        plugins = (PLUGINS / "slf_sharded_shims.py",)
+        return runs.make(name, True, environment, ranks=2, plugins=plugins, max_steps=4, save_steps=100, **arguments)
+
+    return build
+
+
 SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
     "train_fixed": ((), _train),
     "resume_fixed": (("train_fixed",), _resume(True)),
     "resume_stock": (("train_fixed",), _resume(False)),
-    "adapters_fixed": (("train_fixed",), _adapters),
+    "adapters_fixed": (("train_fixed",), _adapters(True, move_model_batches=2)),
+    "adapters_stock": (("train_fixed",), _adapters(False)),
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
+    "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),
+    "fsdp2_fixed": ((), _sharded({}, fsdp="fsdp2")),
 }
 
 _runs: Runs | None = None
 
 
 def _needed(items: list[pytest.Item]) -> list[str]:
-    names = [name for item in items for mark in item.iter_markers("needs") for name in mark.args]
+    run = [item for item in items if not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    names = [name for item in run for mark in item.iter_markers("needs") for name in mark.args]
     return sorted(dict.fromkeys(names), key=list(SCENARIOS).index)
 
 

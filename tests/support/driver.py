@@ -84,7 +84,7 @@ class Run:
         environment = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if self.ranks > 1 else {}),  # vLLM 0.11 does not know it
             "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",

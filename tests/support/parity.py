@@ -77,10 +77,12 @@ def request_class() -> Any:
 def peft_model(model: Path, seed: int, config: dict[str, Any], dtype: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.bfloat16)
+    sees = hasattr(AutoConfig.from_pretrained(model), "vision_config")
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    base = kind.from_pretrained(model, torch_dtype=torch.bfloat16)
     adapted = get_peft_model(base, LoraConfig(**{"r": MAX_RANK, "lora_alpha": 32, **config}))
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -28,7 +28,7 @@ PROMPTS = [
 ]
 
 
-def make_tokenizer(folder: Path) -> int:
+def make_tokenizer(folder: Path, special_tokens: list[str] = SPECIAL_TOKENS) -> int:
     """Save a byte-level BPE tokenizer of 512 entries with a chat template; return its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=512, special_tokens=special_tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(PROMPTS * 4 + ["system user assistant"], trainer)
     fast = PreTrainedTokenizerFast(
@@ -83,6 +83,49 @@ def make_real_shape(name: str, folder: Path, *, seed: int = 0) -> Path:
         model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
+    return folder
+
+
+VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def make_vision_model(folder: Path, *, seed: int = 0) -> Path:
+    """Save a tiny random bf16 Qwen2-VL with its processor in ``folder``; needs torchvision."""
+    import torch
+    import transformers as hf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer(folder, SPECIAL_TOKENS + VISION_TOKENS)
+    tokenizer = hf.Qwen2TokenizerFast.from_pretrained(folder)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
+    text = dict(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    config = hf.Qwen2VLConfig(
+        text_config=text,
+        vision_config=dict(depth=2, embed_dim=64, num_heads=2, hidden_size=128, mlp_ratio=2),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    torch.manual_seed(seed)
+    hf.Qwen2VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    hf.Qwen2VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=2 * 56 * 56),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -149,6 +192,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.architecture in REAL_SHAPES:
         make_real_shape(args.architecture, args.folder, seed=args.seed)
+    elif args.architecture == "qwen2_vl":
+        make_vision_model(args.folder, seed=args.seed)
     else:
         make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
     make_dataset(args.folder.parent / "prompts.jsonl")

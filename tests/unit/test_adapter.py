@@ -109,3 +109,16 @@ def test_chunks_bound_what_is_gathered_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(bound.chunks) == 4
     monkeypatch.setattr(adapter, "CHUNK_BYTES", 4 * 80)
     assert [len(chunk.entries) for chunk in adapter.bind(peft_model()).chunks] == [2, 2]
+
+
+@pytest.mark.parametrize("targets", [["first", "second"], ["embed", "first"]])
+def test_a_parameter_that_was_replaced_is_noticed(targets: list[str]) -> None:
+    model = peft_model(target_modules=targets)
+    bound = adapter.bind(model)
+    assert adapter.is_still_bound(bound)
+    bound.entries[0].parameter.data = bound.entries[0].parameter.data.clone()
+    assert adapter.is_still_bound(bound), "another storage is no other parameter"
+    entry = bound.entries[0]
+    entry.holder[entry.name] = torch.nn.Parameter(entry.parameter.detach().clone())
+    assert not adapter.is_still_bound(bound)
+    assert adapter.is_still_bound(adapter.bind(model))
