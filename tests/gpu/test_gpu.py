@@ -33,6 +33,7 @@ COMMON: dict[str, Any] = {
     "save_steps": 100,
     **GRAPHS,
 }
+EAGER = {"vllm_enforce_eager": "true"}  # two GPUs are dear: CUDA graphs are covered on one
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "split_dataset_ratio": 0.1, "per_device_eval_batch_size": 2}
 
 
@@ -75,14 +76,14 @@ def test_sleep_levels(tmp_path: Path, level: int) -> None:
 
 @two_gpus
 def test_tensor_parallel(tmp_path: Path) -> None:
-    assert_follows(run(tmp_path, ranks=2, vllm_tensor_parallel_size=2, sleep_level=1))
+    assert_follows(run(tmp_path, ranks=2, vllm_tensor_parallel_size=2, **EAGER))
 
 
 @two_gpus
 def test_zero3(tmp_path: Path) -> None:
-    assert_follows(run(tmp_path, ranks=2, deepspeed="zero3"))
+    assert_follows(run(tmp_path, ranks=2, deepspeed="zero3", **EAGER))
 
 
 @two_gpus
 def test_fsdp2(tmp_path: Path) -> None:
-    assert_follows(run(tmp_path, ranks=2, fsdp="fsdp2"))
+    assert_follows(run(tmp_path, ranks=2, fsdp="fsdp2", **EAGER))

@@ -14,7 +14,7 @@ Probe = dict[str, Any]  # one line of what plugins/slf_probe.py records
 MEAN_BOUND = 3.0
 MAX_BOUND = 4.0
 DOUBLE_COUNT_FACTOR = 10.0  # a mean above this many floors is no rounding
-LARGE_LORA_FACTOR = 100.0  # a LoRA whose own effect is below this many floors would not be missed
+LARGE_LORA_FACTOR = 50.0  # a LoRA whose own effect is below this many floors would not be missed
 FLOOR_CEILING = 0.02  # absolute: a floor above this is not bf16 noise of these tiny models
 DRIFT_SHARE = 0.01  # stock's first sync changes more than this share of the trainer's base entries
 

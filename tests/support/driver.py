@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from typing import Any
 PLUGINS = Path(__file__).resolve().parent / "plugins"
 REPOSITORY = PLUGINS.parents[2]
 FIX = REPOSITORY / "swift_lora_fix" / "plugin" / "swift_lora_fix_plugin.py"
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = float(os.environ.get("SLF_RUN_TIMEOUT", "600"))
 
 
 @dataclass
@@ -94,15 +96,24 @@ class Run:
             **self.environment,
         }
         with open(self.folder / "log.txt", "w") as log:
-            self.returncode = subprocess.run(
+            process = subprocess.Popen(
                 self.command(),
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                timeout=TIMEOUT_SECONDS,
                 cwd=self.folder,
-            ).returncode
+                start_new_session=True,
+            )
+            try:
+                self.returncode = process.wait(TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.write(f"\nkilled after {TIMEOUT_SECONDS} s\n")
+                self.returncode = -signal.SIGKILL
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # its ranks too
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         return self
 
     def _defaults(self, site_packages: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ every adapter from the engine just before that rollout. ``gradients`` digests th
 """
 
 import copy
+import faulthandler
 import hashlib
 import json
 import os
@@ -255,5 +256,7 @@ def _install(module):
         return wrapped(requests, config, **kwargs)
 
 
+if os.environ.get("SLF_DUMP_AFTER"):  # where a run that hangs stands
+    faulthandler.dump_traceback_later(float(os.environ["SLF_DUMP_AFTER"]))
 for _name in MODULES:
     wrapt.register_post_import_hook(_install, _name)
