@@ -89,7 +89,6 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
             (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained bias.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.utils.save_and_load import get_peft_model_state_dict
 
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
@@ -97,27 +96,19 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     config = configs[adapter_name]
     _check_servable(adapter_name, config)
 
-    layers = []
-    found: dict[int, tuple[float, int, dict[str, Any], str]] = {}
+    layers: list[Any] = []
+    entries: list[AdapterEntry] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             layers.append(module)
-            scale, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
             if getattr(module, "use_dora", {}).get(adapter_name):
                 raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"DoRA (use_dora) in module {name!r}"))
-            for holder, name in _members(module, ("lora_A", "lora_embedding_A"), adapter_name):
-                found[id(holder[name])] = (1.0, rank, holder, name)
-            for holder, name in _members(module, ("lora_B", "lora_embedding_B"), adapter_name):
-                found[id(holder[name])] = (scale, rank, holder, name)
-
-    named = {n.replace(_CHECKPOINT_WRAPPER, ""): p for n, p in model.named_parameters() if id(p) in found}
-    state = get_peft_model_state_dict(model, named, adapter_name=adapter_name, save_embedding_layers=False)
-    entries = tuple(AdapterEntry(key, parameter, *found[id(parameter)]) for key, parameter in state.items())
+            entries += _entries(name.replace(_CHECKPOINT_WRAPPER, ""), module, adapter_name)
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
     parameters = tuple(entry.parameter for entry in entries)
     return Adapter(
-        adapter_name, entries, config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
+        adapter_name, tuple(entries), config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
     )
 
 
@@ -205,15 +196,18 @@ def _partition(parameter: Any) -> torch.Tensor:
     return parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
 
 
-def _members(module: Any, attributes: tuple[str, ...], adapter_name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    for attribute in attributes:
+def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[AdapterEntry]:
+    """The module's A and B, under the keys of PEFT's ``get_peft_model_state_dict``. That function itself gives none
+    from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds."""
+    scaling, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
+    for attribute in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
         container: Any = getattr(module, attribute, {})
         if adapter_name in container:
-            member = container[adapter_name]
-            if isinstance(member, torch.nn.Parameter):  # ParameterDict of an embedding
-                yield container._parameters, adapter_name
-            else:
-                yield member._parameters, "weight"
+            scale = scaling if attribute.endswith("B") else 1.0
+            key, holder, name = f"{module_name}.{attribute}", container, adapter_name
+            if not attribute.startswith("lora_embedding"):  # a Linear; an embedding has the parameter itself there
+                key, holder, name = f"{key}.weight", container[adapter_name], "weight"
+            yield AdapterEntry(key, holder._parameters[name], scale, rank, holder._parameters, name)
 
 
 def _check_servable(adapter_name: str, config: Any) -> None:
