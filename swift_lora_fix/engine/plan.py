@@ -80,13 +80,13 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
     missing = [entry.key for entry in adapter.entries if entry.key not in by_entry]
     if missing:
         raise PlanError(f"vLLM does not copy {missing[0]} as it is ({len(missing)} of {len(entries)} tensors)")
-    if not recorder.cleared:
-        raise PlanError("vLLM did not clear its LoRA slots, so what they hold besides the adapter is unknown")
     index = engine.slot_index()
     if index is None:
         raise PlanError("vLLM did not put the adapter into a LoRA slot")
     dtype = {copy.destination.dtype for found in by_entry.values() for copy in found}
     cleared = tuple(slot for slot in recorder.cleared if slot.dtype in dtype)
+    if not cleared:
+        raise PlanError("vLLM did not clear its LoRA slots, so what they hold besides the adapter is unknown")
     copies = tuple(
         (chunk, tuple(copy for entry in chunk.entries for copy in by_entry[entry.key])) for chunk in adapter.chunks
     )

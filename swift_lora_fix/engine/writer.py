@@ -7,7 +7,7 @@ goes through it for the rest of the run, after one warning.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class AdapterWriter:
         self.plan: plan.Plan | None = None
         self.slots_are_intact = False  # nothing happened to the slots since the last write (no sleep, no reload)
         self.written_versions: tuple[int, ...] | None = None
-        self._check = _FiniteCheck(adapter, engine.lora_dtype, device)
+        self._check = _FiniteCheck(adapter, engine.lora_dtype, device, self._everywhere)
         self._calls: list[ForeachCall] = []  # over the live parameters, where they are not sharded
         self._replayed = Replayed(lambda: _run(self._calls), device)
 
@@ -130,8 +130,11 @@ class AdapterWriter:
                 lambda: loader.load(self.engine, self.adapter, staged, self.request_class),
             )
             plan.prove(learnt, values, write_copies)
+            failure = None
         except plan.PlanError as error:
-            self._give_up(str(error))
+            failure = str(error)
+        if not self._everywhere(failure is None):  # ranks that gather together must go the same way
+            self._give_up(failure or "another rank cannot replay vLLM's loading")
             return
         # vLLM keeps the staged tensors as its copy of the adapter: let that be a policy of this run
         for key, value in loader.stage(self.adapter, adapters.read_to_host(self.adapter, self.device), dtype).items():
@@ -139,6 +142,14 @@ class AdapterWriter:
         self.plan, self.slots_are_intact = learnt, False
         copies = sum(len(copies) for _, copies in learnt.copies)
         info(f"the adapter goes straight into vLLM's LoRA slots: {copies} copies, proved against vLLM's own loader.")
+
+    def _everywhere(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks that hold parts of this adapter."""
+        if self.adapter.sharding == "none":
+            return fine
+        flag = torch.tensor(int(fine), device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+        return bool(flag)
 
     def _give_up(self, why: str) -> None:
         self.plan, self.wants_plan = None, False
@@ -197,8 +208,10 @@ def _run(calls: list[ForeachCall]) -> None:
 class _FiniteCheck:
     """One fused check that every value is finite, also once it is scaled and cast to the LoRA dtype."""
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> None:
-        self.adapter, self.dtype, self.device = adapter, dtype, device
+    def __init__(
+        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, everywhere: Callable[[bool], bool]
+    ) -> None:
+        self.adapter, self.dtype, self.everywhere = adapter, dtype, everywhere
         self.scales = torch.tensor([entry.scale for entry in adapter.entries])
         self.replayed = Replayed(self._check, device)
 
@@ -216,11 +229,7 @@ class _FiniteCheck:
         """
         self.scales = self.scales.to(adapters.local_parts(self.adapter)[0].device)
         good, all_good = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
-        if self.adapter.sharding != "none":
-            flag = all_good.int().to(self.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-            all_good = flag.bool()
-        if not bool(all_good):
+        if not self.everywhere(bool(all_good)):
             bad = [entry.key for entry, fine in zip(self.adapter.entries, good.tolist()) if not fine]
             raise NonFiniteAdapterError(
                 f"The trainer's adapter has values that are not finite in {self.dtype}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -133,3 +134,14 @@ def test_settings() -> None:
     assert Settings.from_environment({"SWIFT_LORA_FIX_WRITER": "Loader"}).writer == "loader"
     with pytest.raises(errors.SettingsError, match="SWIFT_LORA_FIX_WRITER='fast'"):
         Settings.from_environment({"SWIFT_LORA_FIX_WRITER": "fast"})
+
+
+def test_ranks_that_gather_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = writer_for(peft_model())
+    assert made._everywhere(True) and not made._everywhere(False), "alone, a rank decides for itself"
+    made.adapter = dataclasses.replace(made.adapter, sharding="zero3")
+    other_rank = 0
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.clamp_(max=other_rank))
+    assert not made._everywhere(True)
+    other_rank = 1
+    assert made._everywhere(True) and not made._everywhere(False)
