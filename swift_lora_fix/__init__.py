@@ -4,7 +4,7 @@ How data flows, one way::
 
     adapter.py   the trainer's LoRA tensors and PEFT's scalings, read and never written
     origin.py    where they came from, checked against the file at the first sync
-    engine/      how they land in vLLM: base.py (unmerged base, once), loader.py (adapter, each sync)
+    engine/      how they land in vLLM: base.py (unmerged base, once), writer.py (adapter, each sync)
     sync.py      the stages of one sync in order, and the check before every rollout
     scope.py     which trainers this is for;  releases.py: which release has which defect
     patches/     the thin hooks into ms-swift;  arming.py: when they go in and out

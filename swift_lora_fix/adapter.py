@@ -42,11 +42,6 @@ class AdapterEntry:
         """The whole shape; a ZeRO-3 parameter that is not gathered is itself empty."""
         return getattr(self.parameter, "ds_shape", self.parameter.shape)
 
-    @property
-    def module(self) -> str:
-        """The wrapped module's name in the trainer's model."""
-        return self.key.removeprefix("base_model.model.").split(".lora_")[0]
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -86,7 +81,8 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
 
     Raises:
         UnsupportedAdapterError: no such adapter, not LoRA, or it has parts that vLLM's LoRA kernels cannot serve
-            (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained bias.
+            (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained bias. Or a parameter
+            beside the LoRA is trained, which the engine, given the base once, would never see.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -106,6 +102,7 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
             entries += _entries(name.replace(_CHECKPOINT_WRAPPER, ""), module, adapter_name)
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
+    _check_base_is_frozen(model)
     parameters = tuple(entry.parameter for entry in entries)
     return Adapter(
         adapter_name, tuple(entries), config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
@@ -223,6 +220,16 @@ def _check_servable(adapter_name: str, config: Any) -> None:
     for name, value in found.items():
         if value:
             raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"{name}={value!r}"))
+
+
+def _check_base_is_frozen(model: torch.nn.Module) -> None:
+    # other adapters' LoRA (--ref_adapters) may ask for gradients; it is not active
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+    if trained:
+        raise UnsupportedAdapterError(
+            f"{len(trained)} parameters beside the LoRA are trained, the first {trained[0]!r}. The engine gets the "
+            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false."
+        )
 
 
 def _cannot_serve(adapter_name: str, what: str) -> str:

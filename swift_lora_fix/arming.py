@@ -33,7 +33,8 @@ class _Arming:
 
     hooked: bool = False  # import hooks registered; wrapt has no way to take them out again
     armed: bool = False  # ... and they may act
-    explicit: bool = False  # apply() was called: what is impossible raises
+    explicit: bool = False  # apply() is running and patches by itself
+    by_name: bool = False  # apply() has succeeded: what turns out to be impossible raises
     reason: str = "not armed"  # why nothing is patched, in words
 
 
@@ -107,6 +108,11 @@ def apply() -> Status:
         module = _import_rollout_module()
         arm()
         _patch(module)
+        _arming.by_name = True
+    except SwiftLoraFixError as error:
+        if not any(s.is_applied and s.name == "ms-swift rollout" for s in _patch_sets()):
+            _undo(f"apply() failed: {error}")
+        raise
     finally:
         _arming.explicit = False
     return status()
@@ -123,6 +129,11 @@ def remove() -> Status:
     for patch_set in applied:
         patch_set.undo()
     _disarm("removed")
+    _arming.by_name = False
+    if f"{__package__}.sync" in sys.modules:
+        from . import sync
+
+        sync.forget()
     return status()
 
 
@@ -177,7 +188,10 @@ def _check_release() -> str:
 def _patch(module: ModuleType) -> None:
     """Resolve everything, then patch everything."""
     contract.check(module)
-    importlib.import_module(SWIFT_PEFT_MODULE)
+    try:
+        importlib.import_module(SWIFT_PEFT_MODULE)
+    except ModuleNotFoundError:
+        raise contract.not_found((SWIFT_PEFT_MODULE,)) from None
     peft, rollout = _patch_sets(load=True)
     peft_module = importlib.import_module(PEFT_MODULE)
     peft.plan(peft_module)
@@ -212,7 +226,7 @@ def _on_peft(module: ModuleType) -> None:
 def _on_megatron(module: ModuleType) -> None:
     if not _arming.armed:
         return
-    if any(patch_set.is_applied for patch_set in _patch_sets()) and _arming.reason.startswith("in "):
+    if _arming.by_name:
         _refuse_megatron(module.__name__)
     warning(f"stepping aside: {module.__name__} is a Megatron trainer, whose LoRA sync is its own.")
 
@@ -225,10 +239,14 @@ def _refuse_megatron(name: str) -> None:
 
 
 def _step_aside(error: SwiftLoraFixError) -> None:
-    _disarm(f"stepped aside: {error}")
+    _undo(f"stepped aside: {error}")
+    warning(f"stepping aside, ms-swift runs unpatched: {error}")
+
+
+def _undo(reason: str) -> None:
     for patch_set in _patch_sets():
         patch_set.undo()
-    warning(f"stepping aside, ms-swift runs unpatched: {error}")
+    _disarm(reason)
 
 
 def _disarm(reason: str) -> None:

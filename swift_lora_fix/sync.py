@@ -48,11 +48,13 @@ class SyncState:
 
 
 _states: weakref.WeakKeyDictionary[Any, SyncState] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that ``begin`` has decided about
 
 
 def begin(trainer: Any) -> None:
     """After ms-swift prepared its engine: take the sync over, or step aside and say so once."""
     decision = scope.decide(trainer)
+    _seen.add(trainer)
     info(decision.reason)
     if decision.ours:
         state = _bind(trainer)
@@ -64,6 +66,19 @@ def begin(trainer: Any) -> None:
 def state_of(trainer: Any) -> SyncState | None:
     """The state of a trainer whose sync is ours, else None."""
     return _states.get(trainer)
+
+
+def state_to_sync(trainer: Any) -> SyncState | None:
+    """The same before a sync; a trainer that prepared its engine before the patches went in begins here."""
+    if trainer not in _seen:
+        begin(trainer)
+    return _states.get(trainer)
+
+
+def forget() -> None:
+    """The patches are gone: whatever happens to the engines from now on is not known here."""
+    _states.clear()
+    _seen.clear()
 
 
 def latest() -> SyncState | None:
@@ -79,7 +94,8 @@ def note_losses(trainer: Any, state: SyncState) -> None:
     asleep = state.engine.is_asleep
     if asleep and trainer.args.sleep_level == 2:
         state.base_is_current = False
-    if asleep or not state.writer.is_current():
+    lost = asleep or not state.writer.is_current()
+    if not state.writer.everywhere(not lost):  # ranks that gather together sync together
         state.writer.forget_slots()
         state.served_step = None
         trainer._last_loaded_step = -1  # ms-swift then syncs, after waking the weights up
@@ -97,13 +113,13 @@ def synchronize(trainer: Any, state: SyncState) -> None:
         held = adapters.read_to_host(state.adapter, trainer.accelerator.device)
         state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
         info(str(state.origin))
+    validated = time.perf_counter()
+    state.writer.validate()  # before anything is written
+    checked = time.perf_counter()
     if not state.base_is_current:
         base.push(trainer, state.engine, state.adapter)
         state.base_is_current = True
         state.base_pushes += 1
-    validated = time.perf_counter()
-    state.writer.validate()
-    written = time.perf_counter()
     state.served_step = None
     state.last_write = state.writer.write(keep_views=not getattr(trainer, "enable_offload", False))
     caches = time.perf_counter()
@@ -111,7 +127,7 @@ def synchronize(trainer: Any, state: SyncState) -> None:
     waited = time.perf_counter()
     state.writer.finish()
     ended = time.perf_counter()
-    state.last_write.seconds.update(validate=written - validated, caches=waited - caches, wait=ended - waited)
+    state.last_write.seconds.update(validate=checked - validated, caches=waited - caches, wait=ended - waited)
     state.last_seconds = ended - started
     state.served_step = trainer.state.global_step
     state.syncs += 1
@@ -119,7 +135,9 @@ def synchronize(trainer: Any, state: SyncState) -> None:
 
 def check_served(state: SyncState) -> None:
     """Before every rollout: raise EngineStateError unless the engine serves the policy of the last sync."""
-    missing = "no sync of this trainer has completed" if state.served_step is None else state.engine.what_is_missing()
+    missing = state.engine.what_is_missing()
+    if state.served_step is None:
+        missing = "no sync has completed since the engine was started or slept"
     if missing is None and not state.writer.is_current():
         missing = "somebody wrote to its LoRA slots after the last sync"
     if missing:

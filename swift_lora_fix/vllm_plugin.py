@@ -12,6 +12,6 @@ PARENT_ARMED = "SWIFT_LORA_FIX_ARMED"
 
 
 def register() -> None:
-    """Arm this vLLM process if its parent is armed. Never raises: vLLM logs a failing plugin and goes on without it."""
+    """Arm this vLLM process if its parent is armed. vLLM logs a plugin that fails and goes on without it."""
     if os.environ.get(PARENT_ARMED) == "1":
         import swift_lora_fix  # noqa: F401  importing it arms it

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from .. import releases
 from ..errors import CacheResetError, EngineStateError
 
 # One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora), before
 # that it takes the only adapter there is.
-ADAPTER_ID = 111
+ADAPTER_ID = releases.FIXED_ADAPTER_ID
 ADAPTER_NAME = "swift_lora"
 ADAPTER_PATH = "swift_dummy_lora_path"
 

@@ -57,7 +57,7 @@ class Plan:
 
     def versions(self) -> tuple[int, ...]:
         """PyTorch's in-place version counters of the slots: they change when anybody writes to one."""
-        return tuple([slot._version for slot in self.slots if not slot.is_inference()])
+        return tuple([slot._version for slot in self.slots])
 
 
 def signature(adapter: Adapter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -87,6 +87,8 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
     cleared = tuple(slot for slot in recorder.cleared if slot.dtype in dtype)
     if not cleared:
         raise PlanError("vLLM did not clear its LoRA slots, so what they hold besides the adapter is unknown")
+    if any(slot.is_inference() for slot in cleared):
+        raise PlanError("vLLM's LoRA slots are inference tensors, which do not tell when they are written to")
     copies = tuple(
         (chunk, tuple(copy for entry in chunk.entries for copy in by_entry[entry.key])) for chunk in adapter.chunks
     )

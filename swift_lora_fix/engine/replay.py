@@ -11,7 +11,7 @@ from ..log import warning
 
 
 class Replayed:
-    """Runs ``work`` and returns its result; on a CUDA device, from the third run with the same key on, as a CUDA graph.
+    """Runs ``work`` and returns its result; on a CUDA device as a CUDA graph, from the second run with a key on.
 
     The work must read and write the same memory each time; the key says which (pointers), and a new key starts over.
     What it returns must be tensors that it makes, or None: a replay writes into the same ones.

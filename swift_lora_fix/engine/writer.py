@@ -42,7 +42,7 @@ class AdapterWriter:
         self.plan: plan.Plan | None = None
         self.slots_are_intact = False  # nothing happened to the slots since the last write (no sleep, no reload)
         self.written_versions: tuple[int, ...] | None = None
-        self._check = _FiniteCheck(adapter, engine.lora_dtype, device, self._everywhere)
+        self._check = _FiniteCheck(adapter, engine.lora_dtype, device, self.everywhere)
         self._calls: list[ForeachCall] = []  # over the live parameters, where they are not sharded
         self._replayed = Replayed(lambda: _run(self._calls), device)
 
@@ -97,6 +97,8 @@ class AdapterWriter:
     def _write_live(self, plan_: plan.Plan, keep_views: bool) -> None:
         """Foreach calls over the live parameters, made once while the parameters' storage stays where it is."""
         pointers = self._pointers()
+        # what is not contiguous is copied to be read, and that copy must not outlive this write
+        keep_views = keep_views and all(parameter.is_contiguous() for parameter in self.adapter.parameters)
         if self._replayed.key != pointers:
             calls = [call for chunk, copies in plan_.copies for call in foreach_calls(copies, chunk.parameters)]
             self._calls = _merge_unscaled(calls)
@@ -133,7 +135,7 @@ class AdapterWriter:
             failure = None
         except plan.PlanError as error:
             failure = str(error)
-        if not self._everywhere(failure is None):  # ranks that gather together must go the same way
+        if not self.everywhere(failure is None):  # ranks that gather together must go the same way
             self._give_up(failure or "another rank cannot replay vLLM's loading")
             return
         # vLLM keeps the staged tensors as its copy of the adapter: let that be a policy of this run
@@ -143,7 +145,7 @@ class AdapterWriter:
         copies = sum(len(copies) for _, copies in learnt.copies)
         info(f"the adapter goes straight into vLLM's LoRA slots: {copies} copies, proved against vLLM's own loader.")
 
-    def _everywhere(self, fine: bool) -> bool:
+    def everywhere(self, fine: bool) -> bool:
         """Whether it is fine on all ranks that hold parts of this adapter."""
         if self.adapter.sharding == "none":
             return fine

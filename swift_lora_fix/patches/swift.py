@@ -25,7 +25,7 @@ def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: K
 
 
 def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    state = sync.state_of(trainer)
+    state = sync.state_to_sync(trainer)
     if state is None:
         return wrapped(*args, **kwargs)
     return sync.synchronize(trainer, state)

@@ -17,11 +17,13 @@ first_batch_only = pytest.mark.skipif(not FIRST_BATCH_BASE, reason="the defect o
 
 
 def assert_agrees(run: Run, floor: dict) -> None:
+    assert run.probes()
     for probe in run.probes():
         assert probe["step"] >= LAST_STEP or bounds.agrees(probe, floor), probe
 
 
 def assert_trainer_only_read(run: Run) -> None:
+    assert run.probes()
     for probe in run.probes():
         assert bounds.only_read(probe), probe
 

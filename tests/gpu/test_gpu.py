@@ -1,6 +1,6 @@
 """Real ms-swift, real vLLM with CUDA graphs, on one or two GPUs: every rollout follows the trainer's policy.
 
-    SLF_GPU_MODEL=/tmp/models/qwen2-1.5b python3 -m pytest tests/gpu -q -o filterwarnings=default
+    SLF_GPU_MODEL=FOLDER python3 -m pytest tests/gpu -q -o filterwarnings=default
 
 The model is a folder that ``python3 -m tests.support.tiny qwen2-1.5b FOLDER`` made. Each run takes one to two minutes.
 Results are kept, dated, in README.md beside this file.
@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "save_steps": 100,
     **GRAPHS,
 }
-EAGER = {"vllm_enforce_eager": "true"}  # two GPUs are dear: CUDA graphs are covered on one
+EAGER = {"vllm_enforce_eager": "true"}  # CUDA graphs are covered on one GPU
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "split_dataset_ratio": 0.1, "per_device_eval_batch_size": 2}
 
 
@@ -42,7 +42,7 @@ def run(tmp_path: Path, ranks: int = 1, fixed: bool = True, **arguments: Any) ->
     made = Run("gpu", this_python(), model, tmp_path, fixed, arguments={**COMMON, **arguments}, ranks=ranks, gpu=True)
     made.environment = {"SLF_PROBE_TOKENS": "32"}
     made.start()
-    keep = os.environ.get("OUT")
+    keep = os.environ.get("SLF_KEEP")
     if keep:
         name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0].replace("[", "-").replace("]", "")
         (Path(keep) / f"{name}.log").write_text(made.log[-200_000:])

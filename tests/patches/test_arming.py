@@ -134,6 +134,28 @@ def test_import_after_swift_and_a_broken_contract() -> None:
     assert output.count("stepping aside") == 1, "said once"
 
 
+def test_an_apply_that_fails_leaves_nothing_behind() -> None:
+    """Also where the import hook had already wrapped PEFT's load_adapter."""
+    run("""
+        import os
+        import swift.tuners.peft, peft
+        load_adapter = vars(peft.PeftModel)["load_adapter"]
+        import swift_lora_fix
+        assert vars(peft.PeftModel)["load_adapter"] is not load_adapter
+        import swift_lora_fix.releases as releases
+        releases.CALLS += (releases.Target("NoSuchName", is_function=False),)
+        try:
+            swift_lora_fix.apply()
+        except swift_lora_fix.errors.ContractError as error:
+            assert "NoSuchName is missing" in str(error)
+        else:
+            raise AssertionError("a missing target must raise")
+        assert vars(peft.PeftModel)["load_adapter"] is load_adapter and is_patched(rollout()) == {False}
+        state = swift_lora_fix.status()
+        assert not state.armed and "NoSuchName" in state.reason and "SWIFT_LORA_FIX_ARMED" not in os.environ
+    """)
+
+
 def test_off_keeps_everything_out() -> None:
     run(
         """

@@ -122,3 +122,10 @@ def test_a_parameter_that_was_replaced_is_noticed(targets: list[str]) -> None:
     entry.holder[entry.name] = torch.nn.Parameter(entry.parameter.detach().clone())
     assert not adapter.is_still_bound(bound)
     assert adapter.is_still_bound(adapter.bind(model))
+
+
+def test_a_base_that_is_trained_is_refused() -> None:
+    model = peft_model()
+    model.base_model.model.embed.weight.requires_grad_(True)
+    with pytest.raises(errors.UnsupportedAdapterError, match="1 parameters beside the LoRA are trained.*embed"):
+        adapter.bind(model)

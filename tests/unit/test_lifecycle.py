@@ -60,7 +60,7 @@ def test_after_a_sleep_everything_that_was_lost_is_sent_again(
     sync.note_losses(trainer, state)
     assert trainer._last_loaded_step == -1, "ms-swift then syncs although no step was taken"
     assert state.served_step is None and state.base_is_current is base_survives
-    with pytest.raises(errors.EngineStateError, match="no sync of this trainer has completed"):
+    with pytest.raises(errors.EngineStateError, match="no sync has completed since the engine was started or slept"):
         sync.check_served(state)
 
 

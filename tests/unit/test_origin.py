@@ -103,3 +103,9 @@ def test_a_folder_that_is_missing_or_corrupt_is_named(checkpoint: Path, tmp_path
     (checkpoint / "adapter_model.bin").write_bytes(b"not a pickle")
     with pytest.raises(errors.AdapterFileError, match="adapter_model.bin cannot be read"):
         decide(peft_model(seed=1), checkpoint, step=7)
+
+
+def test_a_resume_that_loaded_nothing_at_all_is_an_error(checkpoint: Path) -> None:
+    """Neither weights nor step: the trainer stands at step 0, the checkpoint at 7."""
+    with pytest.raises(errors.ResumeMismatchError, match="every lora_B zero"):
+        decide(peft_model(seed=1, zero_b=True), checkpoint, step=0)

@@ -138,10 +138,23 @@ def test_settings() -> None:
 
 def test_ranks_that_gather_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = writer_for(peft_model())
-    assert made._everywhere(True) and not made._everywhere(False), "alone, a rank decides for itself"
+    assert made.everywhere(True) and not made.everywhere(False), "alone, a rank decides for itself"
     made.adapter = dataclasses.replace(made.adapter, sharding="zero3")
     other_rank = 0
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.clamp_(max=other_rank))
-    assert not made._everywhere(True)
+    assert not made.everywhere(True)
     other_rank = 1
-    assert made._everywhere(True) and not made._everywhere(False)
+    assert made.everywhere(True) and not made.everywhere(False)
+
+
+def test_a_parameter_that_is_not_contiguous_is_read_anew_each_time() -> None:
+    model = peft_model()
+    made, slot = planned(model)
+    entry = made.adapter.entries[0]
+    entry.parameter.data = entry.parameter.data.t().contiguous().t()
+    for _ in range(3):
+        with torch.no_grad():
+            entry.parameter.mul_(1.5)
+        made.write()
+        count = entry.parameter.numel()
+        assert torch.equal(slot[:count].view(entry.parameter.shape), (entry.parameter * entry.scale).bfloat16())
