@@ -110,7 +110,7 @@ def apply() -> Status:
         _patch(module)
         _arming.by_name = True
     except SwiftLoraFixError as error:
-        if not any(s.is_applied and s.name == "ms-swift rollout" for s in _patch_sets()):
+        if not status().applied:
             _undo(f"apply() failed: {error}")
         raise
     finally:

@@ -53,6 +53,15 @@ def make_tokenizer(folder: Path, special_tokens: list[str] = SPECIAL_TOKENS) -> 
     return 512
 
 
+TINY = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
 REAL_SHAPES = {
     "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
     "qwen2-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
@@ -98,18 +107,7 @@ def make_vision_model(folder: Path, *, seed: int = 0) -> Path:
     make_tokenizer(folder, SPECIAL_TOKENS + VISION_TOKENS)
     tokenizer = hf.Qwen2TokenizerFast.from_pretrained(folder)
     start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
-    text = dict(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
-        bos_token_id=0,
-        eos_token_id=2,
-    )
+    text = dict(**TINY, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]}, bos_token_id=0, eos_token_id=2)
     config = hf.Qwen2VLConfig(
         text_config=text,
         vision_config=dict(depth=2, embed_dim=64, num_heads=2, hidden_size=128, mlp_ratio=2),
@@ -135,16 +133,10 @@ def make_model(architecture: str, folder: Path, *, seed: int = 0, dtype: str = "
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = make_tokenizer(folder)
+    make_tokenizer(folder)
     torch.manual_seed(seed)
     common = dict(
-        vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+        **TINY,
         initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=0,
