@@ -75,8 +75,11 @@ def test_sleep_levels(tmp_path: Path, level: int) -> None:
 
 
 @two_gpus
-def test_tensor_parallel(tmp_path: Path) -> None:
-    assert_follows(run(tmp_path, ranks=2, vllm_tensor_parallel_size=2, **EAGER))
+@pytest.mark.parametrize("level", [0, 1])
+def test_tensor_parallel(tmp_path: Path, level: int) -> None:
+    """Level 0 eager, level 1 with CUDA graphs."""
+    settings = {"sleep_level": 1} if level else EAGER
+    assert_follows(run(tmp_path, ranks=2, vllm_tensor_parallel_size=2, **settings))
 
 
 @two_gpus
