@@ -36,6 +36,11 @@ class AdapterEntry:
     rank: int
     holder: dict[str, Any] = field(repr=False)
     name: str
+    layer: Any = field(repr=False)  # PEFT's LoRA layer
+
+    @property
+    def is_b(self) -> bool:
+        return "lora_B" in self.key or "lora_embedding_B" in self.key
 
     @property
     def shape(self) -> torch.Size:
@@ -150,13 +155,43 @@ def whole_values(adapter: Adapter, chunk: Chunk, device: torch.device) -> Iterat
 
 def local_parts(adapter: Adapter) -> list[torch.Tensor]:
     """What this rank itself holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 shard."""
-    if adapter.sharding == "zero3":
-        parts = [_partition(parameter) for parameter in adapter.parameters]
-    elif adapter.sharding == "fsdp2":
-        parts = [parameter.to_local() for parameter in adapter.parameters]
-    else:
-        return list(adapter.parameters)
+    parts = [local_part(parameter) for parameter in adapter.parameters]
     return [part if part.numel() else part.new_zeros(1) for part in parts]
+
+
+def local_part(parameter: Any) -> torch.Tensor:
+    """What this rank itself holds of a parameter: all of it, its ZeRO-3 partition or its FSDP2 shard."""
+    if hasattr(parameter, "ds_id"):
+        return _partition(parameter)
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def frozen_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The base's own parameters, by name: everything but LoRA."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if "lora_" not in name]
+
+
+def changed_scalings(adapter: Adapter) -> list[str]:
+    """Modules whose PEFT scaling is no longer the one that was bound, with both numbers."""
+    return [
+        f"{entry.key.rsplit('.lora_', 1)[0]} {entry.scale:g} -> {float(entry.layer.scaling[adapter.name]):g}"
+        for entry in adapter.entries
+        if entry.is_b and float(entry.layer.scaling[adapter.name]) != entry.scale
+    ]
+
+
+@contextlib.contextmanager
+def scaled(adapter: Adapter, factor: float) -> Iterator[None]:
+    """The model with its adapter times ``factor`` (0: the plain base). Only PEFT's numbers change, and change back."""
+    layers = [layer for layer in adapter.layers if factor != 1.0]
+    before = [layer.scaling[adapter.name] for layer in layers]
+    try:
+        for layer, number in zip(layers, before):
+            layer.scaling[adapter.name] = number * factor
+        yield
+    finally:
+        for layer, number in zip(layers, before):
+            layer.scaling[adapter.name] = number
 
 
 def read_to_host(adapter: Adapter, device: torch.device) -> dict[str, torch.Tensor]:
@@ -204,7 +239,7 @@ def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[Adapt
             key, holder, name = f"{module_name}.{attribute}", container, adapter_name
             if not attribute.startswith("lora_embedding"):  # a Linear; an embedding has the parameter itself there
                 key, holder, name = f"{key}.weight", container[adapter_name], "weight"
-            yield AdapterEntry(key, holder._parameters[name], scale, rank, holder._parameters, name)
+            yield AdapterEntry(key, holder._parameters[name], scale, rank, holder._parameters, name, module)
 
 
 def _check_servable(adapter_name: str, config: Any) -> None:

@@ -39,6 +39,10 @@ class AdapterFileError(SwiftLoraFixError, OSError):
     """An adapter folder is missing, incomplete or corrupt."""
 
 
+class RunLogError(SwiftLoraFixError, OSError):
+    """A run's log is missing, unreadable, or has nothing of this package; or its chart cannot be written."""
+
+
 class ResumeMismatchError(SwiftLoraFixError, RuntimeError):
     """The trainer's LoRA is not the one of the checkpoint that the run claims to start from."""
 
@@ -57,3 +61,23 @@ class EngineStateError(SwiftLoraFixError, RuntimeError):
 
 class CacheResetError(SwiftLoraFixError, RuntimeError):
     """vLLM reported that a cache computed with the previous policy was not reset."""
+
+
+class PolicyMismatchError(EngineStateError):
+    """An audit or the gate found that the engine serves another policy than the trainer's; ``finding`` says which."""
+
+    def __init__(self, message: str, finding: object = None) -> None:
+        super().__init__(message)
+        self.finding = finding
+
+
+class AdapterRequestError(SwiftLoraFixError, ValueError):
+    """A `LoRATensorRequest` is made of things that do not go together, or of what is not an adapter."""
+
+
+class AdapterConflictError(SwiftLoraFixError, ValueError):
+    """The engine holds another adapter under the id of a request that does not ask to replace it."""
+
+
+class SegmentError(SwiftLoraFixError, OSError):
+    """An adapter's bytes in shared memory are gone, truncated, changed or somebody else's, or there is no room."""

@@ -11,6 +11,7 @@ from .errors import SettingsError
 _ON = {"", "on", "1", "true", "yes"}
 _OFF = {"off", "0", "false", "no"}
 _WRITERS = {"direct", "loader"}
+_ON_MISMATCH = {"raise", "repair", "warn"}
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,17 @@ class Settings:
     enabled: ``SWIFT_LORA_FIX`` (``on``, the default, or ``off``, which keeps every patch out).
     writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
         through vLLM's own adapter loader, the slow reference path).
+    on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine is found not to serve the trainer's policy: ``raise``
+        (the default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or
+        ``warn`` (say so and go on).
+    gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs every so many syncs pass the agreement gate (50 is
+        the default; 0 switches the gate off, the audits stay).
     """
 
     enabled: bool = True
     writer: str = "direct"
+    on_mismatch: str = "raise"
+    gate_every: int = 50
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -32,7 +40,24 @@ class Settings:
         value = environment.get("SWIFT_LORA_FIX", "").strip().lower()
         if value not in _ON | _OFF:
             raise SettingsError(f"SWIFT_LORA_FIX={value!r} is not understood: set it to 'on' or 'off', or unset it.")
-        writer = environment.get("SWIFT_LORA_FIX_WRITER", "").strip().lower() or "direct"
-        if writer not in _WRITERS:
-            raise SettingsError(f"SWIFT_LORA_FIX_WRITER={writer!r} is not understood: set it to 'direct' or 'loader'.")
-        return cls(enabled=value not in _OFF, writer=writer)
+        return cls(
+            enabled=value not in _OFF,
+            writer=_choice(environment, "SWIFT_LORA_FIX_WRITER", cls.writer, _WRITERS),
+            on_mismatch=_choice(environment, "SWIFT_LORA_FIX_ON_MISMATCH", cls.on_mismatch, _ON_MISMATCH),
+            gate_every=_count(environment, "SWIFT_LORA_FIX_GATE_EVERY", cls.gate_every),
+        )
+
+
+def _choice(environment: Mapping[str, str], name: str, default: str, allowed: set[str]) -> str:
+    value = environment.get(name, "").strip().lower() or default
+    if value not in allowed:
+        words = ", ".join(map(repr, sorted(allowed)))
+        raise SettingsError(f"{name}={value!r} is not understood: set it to one of {words}, or unset it.")
+    return value
+
+
+def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, "").strip() or str(default)
+    if not value.isdecimal():
+        raise SettingsError(f"{name}={value!r} is not understood: set it to a whole number from 0 on, or unset it.")
+    return int(value)

@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import adapter as adapters
 from . import origin, scope
 from .engine import base, loader
 from .engine.handle import EngineHandle
-from .engine.writer import AdapterWriter, WriteReport
-from .errors import EngineStateError
+from .engine.staging import host_digest
+from .engine.writer import AdapterWriter
+from .errors import ResumeMismatchError
 from .log import info
 from .settings import Settings
-
-
-@dataclass
-class SyncState:
-    """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's adapter."""
-
-    model: Any
-    engine: EngineHandle
-    adapter: adapters.Adapter
-    writer: AdapterWriter
-    origin: origin.AdapterOrigin | None = None
-    base_is_current: bool = False
-    served_step: int | None = None
-    syncs: int = 0
-    base_pushes: int = 0
-    last_seconds: float = 0.0
-    last_write: WriteReport = field(default_factory=lambda: WriteReport("none"))
-
-    def summary(self) -> dict[str, Any]:
-        """For ``swift_lora_fix.status()``."""
-        return {
-            "origin": str(self.origin) if self.origin else "not decided before the first sync",
-            "served_step": self.served_step,
-            "syncs": self.syncs,
-            "base_pushes": self.base_pushes,
-            "path": self.last_write.path,
-            "adapter_bytes": self.last_write.bytes_written,
-            "sync_seconds": self.last_seconds,
-            **{f"{stage}_seconds": seconds for stage, seconds in self.last_write.seconds.items()},
-        }
-
+from .state import SyncState
 
 _states: weakref.WeakKeyDictionary[Any, SyncState] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that ``begin`` has decided about
@@ -94,6 +64,8 @@ def note_losses(trainer: Any, state: SyncState) -> None:
     asleep = state.engine.is_asleep
     if asleep and trainer.args.sleep_level == 2:
         state.base_is_current = False
+    if asleep:
+        state.proof.note_disturbance(sleep=True)
     lost = asleep or not state.writer.is_current()
     if not state.writer.everywhere(not lost):  # ranks that gather together sync together
         state.writer.forget_slots()
@@ -108,16 +80,14 @@ def synchronize(trainer: Any, state: SyncState) -> None:
     if moved or not state.syncs:
         state = _states[trainer] = _bind_again(trainer, state)
     state.engine.check_idle()
+    state.proof.begin_sync()
     adapters.check_unmerged(state.adapter)
-    if state.origin is None:
-        held = adapters.read_to_host(state.adapter, trainer.accelerator.device)
-        state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
-        info(str(state.origin))
+    came_from = _find_origin(trainer, state) if state.origin is None else None
     validated = time.perf_counter()
     state.writer.validate()  # before anything is written
     checked = time.perf_counter()
     if not state.base_is_current:
-        base.push(trainer, state.engine, state.adapter)
+        state.base_record = base.push(trainer, state.engine, state.adapter)
         state.base_is_current = True
         state.base_pushes += 1
     state.served_step = None
@@ -127,24 +97,45 @@ def synchronize(trainer: Any, state: SyncState) -> None:
     waited = time.perf_counter()
     state.writer.finish()
     ended = time.perf_counter()
+    if came_from is not None and came_from != state.last_write.digest:
+        raise ResumeMismatchError(
+            f"What was sent to the engine (digest {state.last_write.digest}) is not the adapter that the run starts "
+            f"from (digest {came_from}): {state.origin}. Report this with your versions (swift-lora-fix doctor)."
+        )
     state.last_write.seconds.update(validate=checked - validated, caches=waited - caches, wait=ended - waited)
     state.last_seconds = ended - started
     state.served_step = trainer.state.global_step
     state.syncs += 1
 
 
-def check_served(state: SyncState) -> None:
-    """Before every rollout: raise EngineStateError unless the engine serves the policy of the last sync."""
-    missing = state.engine.what_is_missing()
+def restore(trainer: Any, state: SyncState) -> SyncState:
+    """Repair: send base and adapter again, through the reference path. The state to go on with."""
+    if adapters.changed_scalings(state.adapter):
+        served, state = state.served_step, _bind_again(trainer, state)
+        state.served_step, _states[trainer] = served, state
+    state.base_record = base.push(trainer, state.engine, state.adapter)
+    state.base_pushes += 1
+    writer = state.writer
+    state.last_write = writer.write_by_reference() if writer.plan is not None else writer.write()
+    state.engine.reset_caches()
+    writer.finish()
+    state.proof.note_disturbance()
+    return state
+
+
+def what_is_missing(state: SyncState) -> str | None:
+    """Before every rollout: why the engine cannot serve the policy of the last sync at all, or None."""
     if state.served_step is None:
-        missing = "no sync has completed since the engine was started or slept"
-    if missing is None and not state.writer.is_current():
-        missing = "somebody wrote to its LoRA slots after the last sync"
-    if missing:
-        raise EngineStateError(
-            f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
-            "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
-        )
+        return "no sync has completed since the engine was started or slept"
+    return state.engine.what_is_missing()
+
+
+def _find_origin(trainer: Any, state: SyncState) -> str:
+    """Where the adapter came from, checked against its file; the digest that the engine must therefore get."""
+    held = adapters.read_to_host(state.adapter, trainer.accelerator.device)
+    state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
+    info(str(state.origin))
+    return host_digest(state.adapter, held, state.engine.lora_dtype)
 
 
 def _bind(trainer: Any) -> SyncState:
@@ -162,6 +153,8 @@ def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     loader.check_ranks(state.adapter, state.engine)
     state.origin, state.syncs, state.base_pushes = old.origin, old.syncs, old.base_pushes
     state.base_is_current = old.base_is_current and state.engine.engine is old.engine.engine
+    state.base_record = old.base_record if state.base_is_current else None
+    state.custody_is_said = old.custody_is_said
     if old.syncs:
         info("the trainer's LoRA parameters or its engine are new objects: bound again.")
     return state

@@ -34,9 +34,10 @@ class Copy:
     stride: tuple[int, ...]
 
     @property
-    def is_dense(self) -> bool:
-        """Whether both sides are contiguous, the slot's view and the region of the tensor."""
-        return self.destination.is_contiguous() and self.stride == self.destination.stride()
+    def is_whole(self) -> bool:
+        """Whether the region is the whole entry as it lies in memory."""
+        whole = torch.empty(self.entry.shape, device="meta")
+        return self.destination.shape == whole.shape and self.offset == 0 and self.stride == whole.stride()
 
     def region(self, value: torch.Tensor) -> torch.Tensor:
         """The same region of a whole value of the entry (a contiguous tensor of ``entry.shape``)."""
@@ -95,18 +96,20 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
     return Plan(copies, cleared, index)
 
 
-def prove(plan: Plan, staged_source: dict[str, torch.Tensor], write: Callable[[Sequence[Copy], Any], None]) -> None:
+def prove(
+    plan: Plan, staged_source: dict[str, torch.Tensor], write: Callable[[Chunk, Sequence[Copy], Any], Any]
+) -> None:
     """Replay the plan over zeroed slots from ``staged_source`` and compare each region with what vLLM's loader wrote.
 
-    ``write(copies, values)`` writes copies of one chunk from whole values on the engine's device. Bit for bit: both
-    paths scale in fp32 and round once. Raises PlanError naming the first module that differs.
+    ``write(chunk, copies, values)`` writes the copies of one chunk from whole values on the engine's device. Bit for
+    bit: both paths scale in fp32 and round once. Raises PlanError naming the first module that differs.
     """
     for chunk, copies in plan.copies:
         expected = [copy.destination.clone() for copy in copies]
         for copy in copies:
             copy.destination.zero_()
         device = copies[0].destination.device
-        write(copies, [staged_source[entry.key].to(device) for entry in chunk.entries])
+        write(chunk, copies, [staged_source[entry.key].to(device) for entry in chunk.entries])
         for copy, value in zip(copies, expected):
             if not torch.equal(copy.destination, value):
                 raise PlanError(f"replaying {copy.entry.key} gives other values than vLLM's loader wrote")

@@ -7,28 +7,35 @@ goes through it for the rest of the run, after one warning.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .. import adapter as adapters
-from ..adapter import Adapter
-from ..errors import NonFiniteAdapterError
+from ..adapter import Adapter, Chunk
+from ..digest import combine
 from ..log import info, warning
 from . import loader, plan
+from .finite import FiniteCheck
 from .handle import EngineHandle
 from .replay import Replayed
+from .staging import Staging, checksum_of, copy_all, covers_entries, host_digest, regions
 
 
 @dataclass
 class WriteReport:
-    """What one write did: ``path`` is ``direct`` or ``loader``; seconds by stage; bytes put into the slots."""
+    """What one write did: ``path`` is ``direct`` or ``loader``; seconds by stage; bytes put into the slots.
+
+    digest: of the whole adapter as it was staged for the engine (scaled, LoRA dtype), the same on every rank; known
+    once ``AdapterWriter.finish`` has returned.
+    """
 
     path: str
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_written: int = 0
+    digest: str = ""
 
 
 class AdapterWriter:
@@ -42,13 +49,24 @@ class AdapterWriter:
         self.plan: plan.Plan | None = None
         self.slots_are_intact = False  # nothing happened to the slots since the last write (no sleep, no reload)
         self.written_versions: tuple[int, ...] | None = None
-        self._check = _FiniteCheck(adapter, engine.lora_dtype, device, self.everywhere)
-        self._calls: list[ForeachCall] = []  # over the live parameters, where they are not sharded
-        self._replayed = Replayed(lambda: _run(self._calls), device)
+        # checksums by chunk of what the slots got, now and the time before; None where no plan tells what they hold
+        self.expected: list[int] | None = None
+        self.previous: list[int] | None = None
+        self._report = WriteReport("none")
+        self._checksums: torch.Tensor | None = None  # on the device: by chunk of the whole entries, of what was written
+        self._staging: Staging | None = None
+        self._check = FiniteCheck(adapter, engine.lora_dtype, device, self.everywhere)
+        self._write_replayed = Replayed(self._write_live, device)
+        self._read_replayed = Replayed(self._read_slots, device)
 
     def is_current(self) -> bool:
         """Whether the slots still hold what was written last: nobody wrote to them since, no sleep in between."""
         return self.plan is None or (self.slots_are_intact and self.written_versions == self.plan.versions())
+
+    def accept_slots(self) -> None:
+        """The slots were read back and hold what was written, whoever wrote it last."""
+        if self.plan is not None:
+            self.written_versions = self.plan.versions()
 
     def forget_slots(self) -> None:
         """The engine slept: what the slots hold is unknown, unused rank rows included."""
@@ -66,58 +84,114 @@ class AdapterWriter:
             which a view would keep from being freed.
         """
         clock = _Clock()
+        self._checksums = None
         if self.plan is None and self.wants_plan:
             self._learn()
             clock.lap("plan")
-        if self.plan is not None and self.engine.slot_index() == self.plan.index:
-            return self._write_direct(self.plan, keep_views, clock)
-        if self.plan is not None:
+        if self.plan is not None and self.engine.slot_index() != self.plan.index:
             self._give_up("the adapter was taken out of its slot")
-        return self._write_through_loader(clock)
+        write = self._write_direct if self.plan is not None else self._write_through_loader
+        self._report = write(keep_views, clock)
+        return self._report
+
+    def write_by_reference(self) -> WriteReport:
+        """The same once through vLLM's own loader, whatever the plan; later writes go their usual way."""
+        clock = _Clock()
+        self._report = self._write_through_loader(True, clock)
+        if self.plan is not None and self.engine.slot_index() != self.plan.index:
+            self._give_up("vLLM's loader put the adapter into another slot")
+        if self.plan is not None:  # what the loader should have written is what a direct write would have
+            with torch.no_grad():
+                self._checksums = torch.stack(
+                    [self._stage(chunk, copies, values) for chunk, copies, values in self._walk(self.plan)]
+                )
+            self.slots_are_intact, self.written_versions = True, self.plan.versions()
+        return self._report
 
     def finish(self) -> None:
         """Wait until the slots hold what was written: vLLM may generate on another stream."""
+        if self._checksums is not None:
+            rows = self._checksums.tolist()
+            self._report.digest = combine(row[0] for row in rows)
+            self.previous, self.expected = self.expected, [row[1] for row in rows]
         if self.plan is not None and self.plan.slots[0].is_cuda:
             torch.cuda.current_stream(self.plan.slots[0].device).synchronize()
 
-    def _write_direct(self, plan_: plan.Plan, keep_views: bool, clock: _Clock) -> WriteReport:
+    @torch.no_grad()
+    def read_back(self) -> list[int]:
+        """The checksums of what the slots hold now, to be compared with ``expected``. Needs a plan."""
+        assert self.plan is not None, "only a plan tells where the adapter lies"
+        return self._read_replayed.run([id(self.plan)]).tolist()
+
+    def staged(self) -> Any:
+        """Walk the adapter again as ``(copies, regions)`` by chunk: where it lies, and what should be there, staged
+        from the trainer as it is now; valid until the next step of the walk. All ranks of a sharded trainer together.
+        """
+        assert self.plan is not None
+        for chunk, copies, values in self._walk(self.plan):
+            with torch.no_grad():
+                yield copies, regions(copies, chunk, self._stage_values(chunk, values))
+
+    def _write_direct(self, keep_views: bool, clock: _Clock) -> WriteReport:
+        assert self.plan is not None
         with torch.no_grad():
             if not self.slots_are_intact:
-                torch._foreach_zero_(list(plan_.slots))
+                torch._foreach_zero_(list(self.plan.slots))
             if self.adapter.sharding == "none":
-                self._write_live(plan_, keep_views)
+                self._checksums = self._write_replayed.run(self._pointers())
             else:
-                for chunk, copies in plan_.copies:
-                    with adapters.whole_values(self.adapter, chunk, self.device) as values:
-                        write_copies(copies, values)
-        self.slots_are_intact, self.written_versions = True, plan_.versions()
-        clock.lap("write")
-        return WriteReport("direct", clock.laps, plan_.bytes_written)
-
-    def _write_live(self, plan_: plan.Plan, keep_views: bool) -> None:
-        """Foreach calls over the live parameters, made once while the parameters' storage stays where it is."""
-        pointers = self._pointers()
-        # what is not contiguous is copied to be read, and that copy must not outlive this write
-        keep_views = keep_views and all(parameter.is_contiguous() for parameter in self.adapter.parameters)
-        if self._replayed.key != pointers:
-            calls = [call for chunk, copies in plan_.copies for call in foreach_calls(copies, chunk.parameters)]
-            self._calls = _merge_unscaled(calls)
-        self._replayed.run(pointers)
+                self._checksums = torch.stack([self._write_chunk(*step) for step in self._walk(self.plan)])
         if not keep_views:
-            self._calls = []
-            self._replayed.forget()
+            self._write_replayed.forget()
             self._check.replayed.forget()
+        self.slots_are_intact, self.written_versions = True, self.plan.versions()
+        clock.lap("write")
+        return WriteReport("direct", clock.laps, self.plan.bytes_written)
+
+    def _write_live(self) -> torch.Tensor:
+        assert self.plan is not None
+        return torch.stack([self._write_chunk(*step) for step in self._walk(self.plan)])
+
+    def _walk(self, plan_: plan.Plan) -> Any:
+        for chunk, copies in plan_.copies:
+            with adapters.whole_values(self.adapter, chunk, self.device) as values:
+                yield chunk, copies, values
+
+    def _write_chunk(self, chunk: Chunk, copies: Sequence[plan.Copy], values: Sequence[torch.Tensor]) -> torch.Tensor:
+        checksums = self._stage(chunk, copies, values)
+        assert self._staging is not None
+        copy_all([copy.destination for copy in copies], regions(copies, chunk, self._staging.entries(chunk)))
+        return checksums
+
+    def _stage(self, chunk: Chunk, copies: Sequence[plan.Copy], values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Stage the chunk; its checksum, and that of what belongs into this rank's slots. (2,) int64."""
+        views = self._stage_values(chunk, values)
+        assert self._staging is not None
+        whole = self._staging.checksum(chunk)
+        parts = whole if covers_entries(copies, chunk) else checksum_of(regions(copies, chunk, views))
+        return torch.stack([whole, parts])
+
+    def _stage_values(self, chunk: Chunk, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self._staging is None:
+            assert self.plan is not None
+            self._staging = Staging(self.adapter, self.engine.lora_dtype, self.plan.slots[0].device)
+        return self._staging.fill(chunk, values)
+
+    def _read_slots(self) -> torch.Tensor:
+        assert self.plan is not None
+        return torch.stack([checksum_of([copy.destination for copy in copies]) for _, copies in self.plan.copies])
 
     def _pointers(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.adapter.parameters]
 
-    def _write_through_loader(self, clock: _Clock) -> WriteReport:
+    def _write_through_loader(self, keep_views: bool, clock: _Clock) -> WriteReport:
         held = adapters.read_to_host(self.adapter, self.device)
         staged = loader.stage(self.adapter, held, self.engine.lora_dtype)
+        digest = host_digest(self.adapter, staged, self.engine.lora_dtype, fold=False)
         clock.lap("read")
         loader.load(self.engine, self.adapter, staged, self.request_class)
         clock.lap("write")
-        return WriteReport("loader", clock.laps, sum(t.numel() * t.element_size() for t in staged.values()))
+        return WriteReport("loader", clock.laps, sum(t.numel() * t.element_size() for t in staged.values()), digest)
 
     def _learn(self) -> None:
         """Learn a plan from vLLM loading random values, prove it with them; on failure the loader it is, for good."""
@@ -131,7 +205,8 @@ class AdapterWriter:
                 self.engine,
                 lambda: loader.load(self.engine, self.adapter, staged, self.request_class),
             )
-            plan.prove(learnt, values, write_copies)
+            self._staging = Staging(self.adapter, dtype, learnt.slots[0].device)
+            plan.prove(learnt, values, self._write_chunk)
             failure = None
         except plan.PlanError as error:
             failure = str(error)
@@ -147,98 +222,21 @@ class AdapterWriter:
 
     def everywhere(self, fine: bool) -> bool:
         """Whether it is fine on all ranks that hold parts of this adapter."""
-        if self.adapter.sharding == "none":
-            return fine
-        flag = torch.tensor(int(fine), device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        return bool(flag)
+        return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
 
     def _give_up(self, why: str) -> None:
-        self.plan, self.wants_plan = None, False
-        self._calls = []
-        self._replayed.forget()
+        self.plan, self.wants_plan, self._staging = None, False, None
+        self.expected = self.previous = self._checksums = None
+        self._write_replayed.forget()
+        self._read_replayed.forget()
         warning(f"the adapter goes through vLLM's own loader for the rest of this run: {why}.")
 
 
-@dataclass(frozen=True, eq=False)
-class ForeachCall:
-    """One batch of copies: regions of the source values to destinations, times ``scales`` (None: all 1) in fp32."""
-
-    destinations: list[torch.Tensor]
-    regions: list[torch.Tensor]
-    scales: list[float] | None
-    dense: bool  # both sides contiguous
-
-
-def write_copies(copies: Sequence[plan.Copy], values: Sequence[torch.Tensor]) -> None:
-    """Write the copies of one chunk from its whole values: A cast, B scaled in fp32 and then cast, in foreach calls."""
-    _run(foreach_calls(copies, values))
-
-
-def foreach_calls(copies: Sequence[plan.Copy], values: Sequence[torch.Tensor]) -> list[ForeachCall]:
-    """Batches of the copies of one chunk. One strided tensor would slow a whole foreach call: they go apart."""
-    value_of = dict(zip(dict.fromkeys(id(copy.entry) for copy in copies), values))
-    batches: dict[tuple[bool, bool], list[plan.Copy]] = {}
-    for copy in copies:
-        batches.setdefault((copy.is_dense, copy.entry.scale != 1.0), []).append(copy)
-    return [
-        ForeachCall(
-            [copy.destination for copy in batch],
-            [copy.region(value_of[id(copy.entry)].contiguous()) for copy in batch],
-            [copy.entry.scale for copy in batch] if scaled else None,
-            dense,
-        )
-        for (dense, scaled), batch in batches.items()
-    ]
-
-
-def _merge_unscaled(calls: list[ForeachCall]) -> list[ForeachCall]:
-    """Unscaled copies need no memory for a product: all dense ones go in one call, whatever their chunk."""
-    plain = [call for call in calls if call.scales is None and call.dense]
-    merged = ForeachCall([d for c in plain for d in c.destinations], [r for c in plain for r in c.regions], None, True)
-    return [merged, *(call for call in calls if call not in plain)] if plain else calls
-
-
-def _run(calls: list[ForeachCall]) -> None:
-    for call in calls:
-        regions = call.regions
-        if call.scales is not None:
-            regions = torch._foreach_mul([r if r.dtype == torch.float32 else r.float() for r in regions], call.scales)
-        torch._foreach_copy_(call.destinations, regions)
-
-
-class _FiniteCheck:
-    """One fused check that every value is finite, also once it is scaled and cast to the LoRA dtype."""
-
-    def __init__(
-        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, everywhere: Callable[[bool], bool]
-    ) -> None:
-        self.adapter, self.dtype, self.everywhere = adapter, dtype, everywhere
-        self.scales = torch.tensor([entry.scale for entry in adapter.entries])
-        self.replayed = Replayed(self._check, device)
-
-    def _check(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each entry whether it is fine, false for NaN and for infinity; and whether all are. On the device."""
-        peaks = torch.stack(torch._foreach_norm(adapters.local_parts(self.adapter), float("inf"))).float()
-        good = peaks * self.scales <= torch.finfo(self.dtype).max
-        return good, good.all()
-
-    @torch.no_grad()
-    def run(self, pointers: list[int]) -> None:
-        """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none.
-
-        pointers: of the parameters; what is not sharded is checked in place while they stay the same.
-        """
-        self.scales = self.scales.to(adapters.local_parts(self.adapter)[0].device)
-        good, all_good = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
-        if not self.everywhere(bool(all_good)):
-            bad = [entry.key for entry, fine in zip(self.adapter.entries, good.tolist()) if not fine]
-            raise NonFiniteAdapterError(
-                f"The trainer's adapter has values that are not finite in {self.dtype}: "
-                f"{', '.join(bad[:4]) or 'on another rank'}{' ...' if len(bad) > 4 else ''} ({len(bad)} tensors). "
-                "Nothing was written: the engine keeps the previous policy. Lower the learning rate, or resume from a "
-                "checkpoint before the divergence."
-            )
+def ranks_agree(fine: bool, device: torch.device) -> bool:
+    """Whether it is fine on every rank of this run; all of them must ask."""
+    flag = torch.tensor(int(fine), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 class _Clock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from .. import origin, sync
+from ..proof import guard
 from .registry import Patch, PatchSet
 
 Args = tuple[Any, ...]
@@ -33,9 +34,14 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
 
 def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     state = sync.state_of(trainer)
-    if state is not None:
-        sync.check_served(state)
-    return wrapped(*args, **kwargs)
+    if state is None:
+        return wrapped(*args, **kwargs)
+    guard.before_rollout(trainer, state, wrapped, *_requests_and_config(*args, **kwargs))
+    return guard.tag(sync.state_of(trainer) or state, wrapped(*args, **kwargs))
+
+
+def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    return infer_requests, request_config
 
 
 def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:

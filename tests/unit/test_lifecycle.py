@@ -13,6 +13,7 @@ from swift_lora_fix import adapter, errors, releases, scope, sync
 from swift_lora_fix.engine import base, loader
 from swift_lora_fix.engine.handle import ADAPTER_ID, EngineHandle
 from swift_lora_fix.engine.writer import AdapterWriter
+from swift_lora_fix.proof import guard
 from tests.support.peft_models import peft_model, trainer_of
 
 
@@ -27,6 +28,7 @@ class FakeEngine:
         manager = SimpleNamespace(lora_index_to_id=self.slots)
         worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
         driver = SimpleNamespace(worker=worker)
+        self.inner_model = torch.nn.Linear(2, 2)
         self.inner_model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
         self.engine = SimpleNamespace(
             has_unfinished_requests=lambda: self.busy,
@@ -49,6 +51,13 @@ def state(engine: FakeEngine) -> sync.SyncState:
     return sync.SyncState(None, handle, bound, writer, base_is_current=True, served_step=3)
 
 
+def roll_out(state: sync.SyncState) -> None:
+    """What happens before a rollout of a sync that was examined already."""
+    state.proof.examined = True
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    guard.before_rollout(trainer, state, lambda requests, config: [], [], None)
+
+
 @pytest.mark.parametrize("level, base_survives", [(1, True), (2, False)])
 def test_after_a_sleep_everything_that_was_lost_is_sent_again(
     state: sync.SyncState, engine: FakeEngine, level: int, base_survives: bool
@@ -61,17 +70,17 @@ def test_after_a_sleep_everything_that_was_lost_is_sent_again(
     assert trainer._last_loaded_step == -1, "ms-swift then syncs although no step was taken"
     assert state.served_step is None and state.base_is_current is base_survives
     with pytest.raises(errors.EngineStateError, match="no sync has completed since the engine was started or slept"):
-        sync.check_served(state)
+        roll_out(state)
 
 
 def test_a_rollout_needs_the_adapter_loaded_and_in_a_slot(state: sync.SyncState, engine: FakeEngine) -> None:
-    sync.check_served(state)
+    roll_out(state)
     engine.slots[0] = None
     with pytest.raises(errors.EngineStateError, match="in no LoRA slot"):
-        sync.check_served(state)
+        roll_out(state)
     engine.loaded.clear()
     with pytest.raises(errors.EngineStateError, match="adapter 111 .* is not loaded; loaded are none"):
-        sync.check_served(state)
+        roll_out(state)
 
 
 def test_a_reset_that_was_not_done_is_an_error(engine: FakeEngine) -> None:

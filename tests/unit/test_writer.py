@@ -116,15 +116,15 @@ def test_a_proof_finds_what_vllm_wrote_otherwise_or_besides() -> None:
 
     load()
     with torch.no_grad():
-        plan.prove(made.plan, values, writer.write_copies)
+        plan.prove(made.plan, values, made._write_chunk)
         load()
         slot[0] += 1
         with pytest.raises(plan.PlanError, match="gives other values than vLLM's loader wrote"):
-            plan.prove(made.plan, values, writer.write_copies)
+            plan.prove(made.plan, values, made._write_chunk)
         load()
         slot[-1] = 1
         with pytest.raises(plan.PlanError, match="what no recorded copy explains"):
-            plan.prove(made.plan, values, writer.write_copies)
+            plan.prove(made.plan, values, made._write_chunk)
 
 
 def test_settings() -> None:

@@ -1,0 +1,46 @@
+"""Before the first byte is written: is every value of the adapter finite, also as the engine will hold it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import adapter as adapters
+from ..adapter import Adapter
+from ..errors import NonFiniteAdapterError
+from .replay import Replayed
+
+
+class FiniteCheck:
+    """One fused check that every value is finite, also once it is scaled and cast to the LoRA dtype."""
+
+    def __init__(
+        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, everywhere: Callable[[bool], bool]
+    ) -> None:
+        self.adapter, self.dtype, self.everywhere = adapter, dtype, everywhere
+        self.scales = torch.tensor([entry.scale for entry in adapter.entries])
+        self.replayed = Replayed(self._check, device)
+
+    def _check(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each entry whether it is fine, false for NaN and for infinity; and whether all are. On the device."""
+        peaks = torch.stack(torch._foreach_norm(adapters.local_parts(self.adapter), float("inf"))).float()
+        good = peaks * self.scales <= torch.finfo(self.dtype).max
+        return good, good.all()
+
+    @torch.no_grad()
+    def run(self, pointers: list[int]) -> None:
+        """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none.
+
+        pointers: of the parameters; what is not sharded is checked in place while they stay the same.
+        """
+        self.scales = self.scales.to(adapters.local_parts(self.adapter)[0].device)
+        good, all_good = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
+        if not self.everywhere(bool(all_good)):
+            bad = [entry.key for entry, fine in zip(self.adapter.entries, good.tolist()) if not fine]
+            raise NonFiniteAdapterError(
+                f"The trainer's adapter has values that are not finite in {self.dtype}: "
+                f"{', '.join(bad[:4]) or 'on another rank'}{' ...' if len(bad) > 4 else ''} ({len(bad)} tensors). "
+                "Nothing was written: the engine keeps the previous policy. Lower the learning rate, or resume from a "
+                "checkpoint before the divergence."
+            )

@@ -1,0 +1,123 @@
+"""Read-back audits: the bits in the engine's memory against those that were staged from the trainer.
+
+Each sync leaves checksums of what it staged; before the next rollout the slots are summed up where they lie and the
+two are compared. Only when they differ are single tensors looked at, to say which and how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..digest import checksum
+from ..engine.base import BaseRecord
+from ..engine.writer import AdapterWriter
+from .findings import Finding
+
+ADAPTER = "read-back audit of the adapter"
+BASE = "read-back audit of the base"
+
+
+def adapter(writer: AdapterWriter, trainer_is_here: bool = True, ranks_are_here: bool = True) -> Finding | None:
+    """Compare what the LoRA slots hold with what the last sync staged for them; None where they are equal, or where
+    vLLM's own loader wrote them and no plan tells where.
+
+    trainer_is_here: the trainer's LoRA is on its device, so that single tensors can be compared.
+    ranks_are_here: all ranks of a sharded trainer ask together.
+    """
+    if writer.plan is None or writer.expected is None:
+        return None
+    held = writer.read_back()
+    same = held == writer.expected
+    if writer.everywhere(same) if ranks_are_here else same:
+        return None
+    if same:
+        return Finding("unknown", ADAPTER, "another rank's slots differ")
+    if held == writer.previous:
+        return Finding("stale", ADAPTER, "the slots hold, bit for bit, what the sync before the last one wrote")
+    if not trainer_is_here or (writer.adapter.sharding != "none" and not ranks_are_here):
+        return Finding("slots-changed", ADAPTER, f"{_differing(held, writer.expected)} parts of the adapter differ")
+    return _by_tensor(writer)
+
+
+def base(record: BaseRecord, trainer_is_here: bool = True) -> Finding | None:
+    """Compare the engine's base, through its packed layout, and the trainer's with what was pushed."""
+    changed = record.engine_differences()
+    if changed:
+        every = len({piece.name for piece in record.pieces})
+        cause = "base-replaced" if len(changed) > max(1, every // 2) else "base-changed"
+        return Finding(cause, BASE, f"{len(changed)} of the engine's {every} parameters differ: {_some(changed)}")
+    changed = record.trainer_differences() if trainer_is_here else []
+    if changed:
+        return Finding(
+            "trainer-base-changed", BASE, f"{len(changed)} parameters of the trainer differ: {_some(changed)}"
+        )
+    return None
+
+
+def _by_tensor(writer: AdapterWriter) -> Finding:
+    """Which modules differ, and in what way. Sharded trainers gather for it: all ranks come here together."""
+    owner: dict[int, str] = {}
+    for copies, parts in writer.staged():
+        for copy, part in zip(copies, parts):
+            if bool(part.any()):
+                owner.setdefault(int(checksum(part)), copy.entry.key)
+    kinds: dict[str, list[str]] = {}
+    total = zero_b = 0
+    for copies, parts in writer.staged():
+        for copy, part in zip(copies, parts):
+            total += 1
+            kind, detail = _compare(copy.destination, part, owner)
+            if kind:
+                kinds.setdefault(kind, []).append(copy.entry.key + detail)
+            zero_b += copy.entry.is_b and kind == "zero"
+    return _summary(kinds, total, zero_b)
+
+
+def _compare(held: torch.Tensor, part: torch.Tensor, owner: dict[int, str]) -> tuple[str, str]:
+    if torch.equal(held, part):
+        return "", ""
+    if not bool(torch.isfinite(held).all()):
+        return "not-finite", ""
+    if not bool(held.any()):
+        return "zero", ""
+    belongs_to = owner.get(int(checksum(held)))
+    if belongs_to:
+        return "misplaced", f" holds {belongs_to}"
+    ratio = float(held.float().norm() / part.float().norm()) if bool(part.any()) else math.inf
+    close = math.isfinite(ratio) and torch.allclose(held.float(), part.float() * ratio, rtol=0.02, atol=0.0)
+    if close and abs(ratio - 2) < 0.01:
+        return "doubled", ""
+    if close:
+        return "scaled", f" is {ratio:.4g} times the trainer's"
+    return "other", ""
+
+
+def _summary(kinds: dict[str, list[str]], total: int, zero_b: int) -> Finding:
+    names = [name for found in kinds.values() for name in found]
+    b_tensors = max(1, total // 2)
+    if not names:
+        return Finding(
+            "unknown", ADAPTER, "the checksums differ, yet every tensor is equal: the slots changed meanwhile"
+        )
+    (kind, found), *others = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    evidence = f"{len(names)} of {total} tensors differ: {_some(names)}"
+    if others or kind == "other":
+        worst = "not-finite" if "not-finite" in kinds else "slots-changed"
+        return Finding("not-applied" if zero_b >= b_tensors else worst, ADAPTER, evidence)
+    cause = {
+        "doubled": "double-count" if len(found) >= b_tensors else "module-doubled",
+        "scaled": "scaling",
+        "zero": "not-applied" if zero_b >= b_tensors else "slots-changed",
+    }
+    return Finding(cause.get(kind, kind), ADAPTER, evidence)
+
+
+def _differing(held: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{sum(a != b for a, b in zip(held, expected))} of {len(expected)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"

@@ -1,0 +1,265 @@
+"""The agreement gate: a fixed probe, answered by the engine over the path of the rollouts and scored by the trainer.
+
+The engine continues fixed prompts with a fixed seed and reports the logprob of each token it chose; the trainer scores
+the same tokens with its adapter, and, as negative controls, without it and with twice the adapter: what the mismatch
+would be if the engine served those. What a match may cost is measured, too: the same probe on the plain base, engine
+and trainer both without the adapter, is the noise floor of these kernels in this process.
+
+The prompts are longer than a block of vLLM's prefix cache, so that a cache that was not reset shows. (With
+``prompt_logprobs`` it would not: vLLM then skips the cache.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import adapter as adapters
+from ..adapter import Adapter
+from .findings import Finding
+
+GATE = "agreement gate"
+NEW_TOKENS = 16
+# A match may stand this many noise floors off, in the mean. Measured on real runs: a trained LoRA makes logits, and
+# bf16's steps with them, larger than the plain base's, up to 1.9 floors; a double count stood at 20 to 300.
+FLOORS = 4.0
+MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
+OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
+WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
+
+Infer = Callable[[Sequence[Any], Any], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's token ids, what the engine went on with, and the engine's logprob of each of those, in nats."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """|engine - trainer| over the probe's tokens, in nats: mean and maximum; kl is the k3 estimate of
+    KL(engine || trainer), the mean of r - 1 - log r with r = p_trainer / p_engine (http://joschu.net/blog/kl-approx.html).
+    """
+
+    mean: float
+    max: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One passage through the gate. control_base, control_double: mean |logprob difference| in nats to what the trainer
+    says without the adapter and with twice the adapter."""
+
+    distance: Distance
+    floor: Distance
+    control_base: float
+    control_double: float
+
+    @property
+    def bound(self) -> float:
+        return FLOORS * max(self.floor.mean, MINIMUM_FLOOR)
+
+    @property
+    def agrees(self) -> bool:
+        return self.distance.mean <= self.bound  # False for NaN
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """Whether the engine's answers would have failed with the base alone, and with twice the adapter."""
+        return min(self.control_base, self.control_double) > self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
+            f"KL {self.distance.kl:.3g}), "
+            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise; "
+            f"to the base without the adapter {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}"
+        )
+
+
+class Gate:
+    """The probe of one trainer and engine. It keeps the noise floor, and the last answers to tell a stale policy."""
+
+    def __init__(self, trainer: Any, adapter: Adapter, everywhere: Callable[[bool], bool]) -> None:
+        self.trainer, self.adapter, self.everywhere = trainer, adapter, everywhere
+        self.floor: Distance | None = None
+        self._previous: list[Answer] | None = None
+
+    def check(self, infer: Infer, requests: Sequence[Any], config: Any) -> tuple[Verdict, Finding | None]:
+        """Probe once; a mismatch is confirmed against a floor measured anew, and by other prompts, before it counts.
+
+        Args:
+            infer: ms-swift's own ``_engine_infer``, ``infer(requests, config)``.
+            requests, config: those of the rollout that is about to be made, to take their kind from.
+
+        All ranks come here together and stay together: what one of them has to confirm, all do.
+        """
+        if self.floor is None:
+            self.floor = self._measure_floor(infer, requests, config)
+        verdict, answers = self._probe(infer, requests, config, prompts(self.trainer))
+        previous, self._previous = self._previous, answers
+        if self.everywhere(verdict.agrees):
+            return verdict, None
+        self.floor = self._measure_floor(infer, requests, config)
+        verdict, answers = self._probe(infer, requests, config, prompts(self.trainer))
+        other, _ = self._probe(infer, requests, config, prompts(self.trainer, variant=1))
+        if verdict.agrees:
+            return verdict, None
+        return verdict, Finding(self._cause(verdict, other, answers, previous), GATE, str(verdict))
+
+    def _cause(self, verdict: Verdict, other: Verdict, answers: list[Answer], previous: list[Answer] | None) -> str:
+        if other.agrees:
+            return "stale-cache"
+        # closer to a control than half of what it is off by: that is what the engine serves
+        half = 0.5 * verdict.distance.mean
+        if verdict.control_base < min(half, verdict.control_double):
+            return "not-applied"
+        if verdict.control_double < half:
+            return "double-count"
+        if previous is not None and _repeats(answers, previous, verdict.bound):
+            return "stale"
+        return "unknown"
+
+    def _probe(
+        self, infer: Infer, requests: Sequence[Any], config: Any, texts: Sequence[str]
+    ) -> tuple[Verdict, list[Answer]]:
+        assert self.floor is not None
+        answers = ask(infer, requests[0], config, texts)
+        held = [self._score(answers, factor) for factor in (1.0, 0.0, 2.0)]
+        distance = distance_of(answers, held[0])
+        controls = [distance_of(answers, scores).mean for scores in held[1:]]
+        return Verdict(distance, self.floor, controls[0], controls[1]), answers
+
+    def _measure_floor(self, infer: Infer, requests: Sequence[Any], config: Any) -> Distance:
+        with _without_adapter(self.trainer.engine):
+            answers = ask(infer, requests[0], config, prompts(self.trainer))
+        return distance_of(answers, self._score(answers, 0.0))
+
+    def _score(self, answers: Sequence[Answer], factor: float) -> list[list[float]]:
+        """The trainer's logprobs of the answers' tokens, with its adapter times ``factor``."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_evaluating(model))
+            stack.enter_context(adapters.scaled(self.adapter, factor))
+            if hasattr(self.trainer, "_disable_sp_context"):
+                stack.enter_context(self.trainer._disable_sp_context())
+            return score(model, answers, self.trainer.accelerator.device)
+
+
+def prompts(trainer: Any, variant: int = 0) -> list[str]:
+    """Fixed texts of more than one prefix-cache block, as far as the engine's and the template's lengths allow."""
+    engine = trainer.engine
+    block = getattr(engine.engine.vllm_config.cache_config, "block_size", None) or 16
+    limits = [engine.max_model_len, getattr(trainer.template, "max_length", None)]
+    room = min(int(limit) for limit in limits if limit) - 3 * NEW_TOKENS  # the chat template takes some
+    tokenizer = trainer.template.tokenizer
+    words = (WORDS + " ") * (1 + block // 8)
+    ids = tokenizer.encode(words, add_special_tokens=False)[: max(8, min(block + 8, room))]
+    body = tokenizer.decode(ids)
+    start = variant * 7
+    return [f"{number + start} {opening} {body}" for number, opening in enumerate(OPENINGS)]
+
+
+def ask(infer: Infer, like: Any, config: Any, texts: Sequence[str]) -> list[Answer]:
+    """Have the engine go on with ``texts``, as user messages of requests ``like`` this one, with a fixed seed."""
+    requests = [_request(like, index, text) for index, text in enumerate(texts)]
+    outputs = infer(requests, _config(config))
+    answers = []
+    for output in outputs:
+        choice = output.response.choices[0]
+        logprobs = tuple(float(item["logprob"]) for item in choice.logprobs["content"])
+        answers.append(Answer(tuple(output.response.prompt_token_ids), tuple(choice.token_ids), logprobs))
+    return answers
+
+
+def score(model: torch.nn.Module, answers: Sequence[Answer], device: torch.device) -> list[list[float]]:
+    """``model``'s logprobs (nats, float32) of the answers' tokens after their prompts. Padded on the right, which a
+    causal model never looks at."""
+    rows = [[*answer.prompt, *answer.tokens] for answer in answers]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=device)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = torch.tensor(tokens)
+    logits = model(input_ids=ids, use_cache=False).logits
+    found = []
+    for row, answer in zip(logits, answers):
+        start = len(answer.prompt) - 1
+        chosen = torch.tensor(answer.tokens, device=device)[:, None]
+        part = row[start : start + len(answer.tokens)].float().log_softmax(-1)
+        found.append(part.gather(1, chosen)[:, 0].tolist())
+    return found
+
+
+def distance_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) -> Distance:
+    """Between the engine's logprobs and the trainer's ``scores`` of the same tokens."""
+    gaps = [held - served for answer, row in zip(answers, scores) for served, held in zip(answer.logprobs, row)]
+    if not gaps or not all(map(math.isfinite, gaps)):
+        return Distance(math.nan, math.nan, math.nan)
+    kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]
+    sizes = [abs(gap) for gap in gaps]
+    return Distance(sum(sizes) / len(sizes), max(sizes), sum(kl) / len(kl))
+
+
+def _request(like: Any, index: int, text: str) -> Any:
+    request = copy.deepcopy(like)
+    fields = request if isinstance(request, dict) else vars(request)
+    fields["messages"] = [{"role": "user", "content": text}]
+    for name in ("images", "audios", "videos"):
+        if fields.get(name):
+            fields[name] = []
+    for name in ("uuid", "request_id"):
+        if name in fields:
+            fields[name] = f"swift-lora-fix-{index}"
+    return request
+
+
+def _config(like: Any) -> Any:
+    config = copy.copy(like)
+    sampling = dict(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0, n=1, seed=0, stop=[])
+    answer = dict(max_tokens=NEW_TOKENS, logprobs=True, top_logprobs=None, return_details=True, stream=False)
+    known = inspect.signature(type(like)).parameters
+    for name, value in {**sampling, **answer}.items():
+        if name in known:
+            setattr(config, name, value)
+    return config
+
+
+def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float) -> bool:
+    """Whether the engine said the same as at the gate before: the same tokens, as likely as then."""
+    return all(a.tokens == b.tokens for a, b in zip(answers, previous)) and all(
+        abs(x - y) <= bound for a, b in zip(answers, previous) for x, y in zip(a.logprobs, b.logprobs)
+    )
+
+
+@contextlib.contextmanager
+def _without_adapter(engine: Any) -> Iterator[None]:
+    """ms-swift's engine adds its LoRA request to every rollout while ``enable_lora`` is true (grpo_vllm_engine.py)."""
+    before = engine.enable_lora
+    engine.enable_lora = False
+    try:
+        yield
+    finally:
+        engine.enable_lora = before
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,150 @@
+"""Before each rollout: audit what the engine holds, now and then probe what it answers, and act on what is found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .. import adapter as adapters
+from .. import metrics, sync
+from ..engine.writer import ranks_agree
+from ..errors import EngineStateError, PolicyMismatchError
+from ..log import info, warning
+from ..settings import Settings
+from ..state import SyncState
+from . import audit
+from .findings import Finding
+from .gate import Gate, Infer
+
+
+def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Sequence[Any], config: Any) -> None:
+    """Audit before the first rollout after each sync and pass the gate when it is due; later rollouts cost nothing.
+
+    Raises EngineStateError when the engine does not hold the adapter at all; PolicyMismatchError when it does not serve
+    the trainer's policy (setting ``on_mismatch``: ``raise``), or still does not after a repair (``repair``); ``warn``
+    only says so.
+    """
+    missing = sync.what_is_missing(state)
+    if state.proof.examined and missing is None and state.writer.is_current():
+        return
+    settings = Settings.from_environment()
+    examination = _Examination(trainer, state, infer, requests, config, settings)
+    repairs = settings.on_mismatch == "repair" and not examination.is_offloaded and examination.is_together
+    if missing is not None and not (repairs and state.served_step is not None):
+        raise EngineStateError(
+            f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
+            "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
+        )
+    finding = examination.run(missing)
+    if finding is not None:
+        message = f"The engine does not serve the trainer's policy of step {state.served_step}: {finding}"
+        if settings.on_mismatch == "warn":
+            warning(message)
+        elif not repairs:
+            raise PolicyMismatchError(f"{message} Nothing was generated.", finding)
+        else:
+            warning(f"{message} Repairing: base and adapter go through the reference path.")
+            state = examination.state = sync.restore(trainer, state)
+            finding = examination.run(None)
+            if finding is not None:
+                raise PolicyMismatchError(
+                    f"After a repair it still does not: {finding} Nothing was generated.", finding
+                )
+            info("repaired: the engine serves the trainer's policy again.")
+    if not state.proof.examined:
+        state.proof.examined = True
+        metrics.record(trainer, state)
+
+
+class _Examination:
+    """One look at the engine. All ranks come to the same decision."""
+
+    def __init__(
+        self, trainer: Any, state: SyncState, infer: Infer, requests: Sequence[Any], config: Any, settings: Settings
+    ) -> None:
+        self.trainer, self.state, self.settings = trainer, state, settings
+        self.infer, self.requests, self.config = infer, requests, config
+        # with --offload_model the trainer's model is on the CPU while rollouts are made
+        self.is_offloaded = bool(getattr(trainer, "enable_offload", False))
+        # after a sync all ranks come here; later rollouts of a step may be some ranks' alone
+        self.is_together = not state.proof.examined or trainer.accelerator.num_processes == 1
+
+    def run(self, missing: str | None) -> Finding | None:
+        """The finding of this rank, or that another rank has one."""
+        proof, here = self.state.proof, not self.is_offloaded
+        due = self._gate_is_due()
+        started = time.perf_counter()
+        finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit()
+        if due and finding is None and self.state.base_record is not None:
+            finding = audit.base(self.state.base_record, here)
+        proof.audit_seconds = time.perf_counter() - started
+        if due and here and not self._everywhere(missing is None and bool(self.requests)):
+            due = False
+        if due and here:
+            finding = self._pass_gate(finding)
+            proof.gates_due = max(0, proof.gates_due - 1)
+        if not self._everywhere(finding is None) and finding is None:
+            finding = Finding("unknown", "other ranks", "another rank of this run found a mismatch; its log says which")
+        if finding is None and not self.state.custody_is_said:
+            self._say_custody()
+        return finding
+
+    def _audit(self) -> Finding | None:
+        changed = adapters.changed_scalings(self.state.adapter)
+        if changed:
+            return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
+        writer = self.state.writer
+        finding = audit.adapter(writer, not self.is_offloaded, self.is_together)
+        if finding is None:
+            writer.accept_slots()
+        return finding
+
+    def _gate_is_due(self) -> bool:
+        every = self.settings.gate_every
+        if every == 0 or not self.is_together:
+            return False
+        return self.state.proof.gates_due > 0 or self.state.syncs % every == 0
+
+    def _pass_gate(self, audited: Finding | None) -> Finding | None:
+        """Probe. What an audit has found is told more fully with what the engine answers."""
+        proof = self.state.proof
+        if proof.gate is None or proof.gate.adapter is not self.state.adapter:
+            proof.gate = Gate(self.trainer, self.state.adapter, self._everywhere)
+        started = time.perf_counter()
+        verdict, found = proof.gate.check(self.infer, self.requests, self.config)
+        self.state.engine.reset_caches()  # the rollout finds the cache empty, as if there had been no probe
+        proof.gate_seconds, proof.verdict = time.perf_counter() - started, verdict
+        if found is None:
+            small = "" if verdict.is_distinguishable else " (not distinguishable yet: the adapter is too small to tell)"
+            info(f"engine and trainer agree at step {self.state.served_step}{small}: {verdict}.")
+        if found is None or audited is None:
+            return audited or found
+        merged = audited.cause in ("base-changed", "base-replaced") and found.cause == "double-count"
+        cause = found.cause if merged else audited.cause
+        return Finding(cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+
+    def _everywhere(self, fine: bool) -> bool:
+        if self.trainer.accelerator.num_processes == 1 or not self.is_together:
+            return fine
+        return ranks_agree(fine, self.trainer.accelerator.device)
+
+    def _say_custody(self) -> None:
+        """Once: the adapter's way from its file into the slots, each step of it checked."""
+        state = self.state
+        state.custody_is_said = True
+        origin = state.origin
+        parts = []
+        if origin is not None and origin.sha256 and origin.compared:
+            parts.append(f"file (SHA-256 {origin.sha256})")
+        parts += ["trainer", "engine's LoRA slots" if state.writer.plan is not None else "vLLM's loader"]
+        info(f"chain of custody: {' = '.join(parts)}, policy digest {state.last_write.digest}.")
+
+
+def tag(state: SyncState, outputs: Any) -> Any:
+    """Write the policy that made them into ``rollout_infos`` of ms-swift's ``RolloutOutput``: step and digest."""
+    for output in outputs if isinstance(outputs, list) else ():
+        infos = getattr(output, "rollout_infos", None)
+        if isinstance(infos, dict):
+            infos["policy_step"], infos["policy_digest"] = state.served_step, state.last_write.digest
+    return outputs

@@ -1,0 +1,73 @@
+"""What is known of one trainer and its engine between two syncs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import adapter, origin
+from .engine.base import BaseRecord
+from .engine.handle import EngineHandle
+from .engine.writer import AdapterWriter, WriteReport
+
+FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair pass the gate
+
+
+@dataclass
+class Proof:
+    """What was proved of the last sync. examined: it was audited. gates_due: so many syncs still pass the gate before
+    only every Nth does. verdict: the gate's at this sync, None where it did not run. Times in seconds."""
+
+    examined: bool = False
+    gates_due: int = FIRST_SYNCS
+    has_slept: bool = False
+    gate: Any = None
+    verdict: Any = None
+    audit_seconds: float = 0.0
+    gate_seconds: float = 0.0
+
+    def begin_sync(self) -> None:
+        self.examined, self.verdict, self.audit_seconds, self.gate_seconds = False, None, 0.0, 0.0
+
+    def note_disturbance(self, sleep: bool = False) -> None:
+        """The engine slept for the first time, somebody wrote to it, or it was repaired: the gate is due again."""
+        if not (sleep and self.has_slept):
+            self.gates_due = FIRST_SYNCS
+        self.has_slept = self.has_slept or sleep
+
+
+@dataclass
+class SyncState:
+    """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's adapter."""
+
+    model: Any
+    engine: EngineHandle
+    adapter: adapter.Adapter
+    writer: AdapterWriter
+    origin: origin.AdapterOrigin | None = None
+    base_is_current: bool = False
+    base_record: BaseRecord | None = None
+    served_step: int | None = None
+    syncs: int = 0
+    base_pushes: int = 0
+    last_seconds: float = 0.0
+    last_write: WriteReport = field(default_factory=lambda: WriteReport("none"))
+    proof: Proof = field(default_factory=Proof)
+    custody_is_said: bool = False
+
+    def summary(self) -> dict[str, Any]:
+        """For ``swift_lora_fix.status()``."""
+        return {
+            "origin": str(self.origin) if self.origin else "not decided before the first sync",
+            "served_step": self.served_step,
+            "policy_digest": self.last_write.digest,
+            "syncs": self.syncs,
+            "base_pushes": self.base_pushes,
+            "path": self.last_write.path,
+            "adapter_bytes": self.last_write.bytes_written,
+            "sync_seconds": self.last_seconds,
+            **{f"{stage}_seconds": seconds for stage, seconds in self.last_write.seconds.items()},
+            "audit_seconds": self.proof.audit_seconds,
+            "gate_seconds": self.proof.gate_seconds,
+            "gate": str(self.proof.verdict) if self.proof.verdict else "did not run at this sync",
+        }
