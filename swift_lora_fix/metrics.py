@@ -1,7 +1,7 @@
 """The numbers of a sync, where users look: in ms-swift's own metrics, so in ``logging.jsonl`` and any ``--report_to``.
 
 ``lora_sync/seconds`` and its parts ``_validate``, ``_write``, ``_caches``, ``_wait``, and beside it ``_audit`` and
-``_gate`` (seconds); ``lora_sync/bytes``; ``lora_sync/policy_step``; at syncs that pass the gate ``mismatch_mean``,
+``_base_audit``, ``_gate`` (seconds, the last two at syncs that pass the gate); ``lora_sync/bytes``; ``lora_sync/policy_step``; at syncs that pass the gate ``mismatch_mean``,
 ``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3), ``noise_floor``, ``control_base``,
 ``control_double`` (nats a token), ``distinguishable`` (0 or 1).
 """
@@ -30,6 +30,7 @@ def of(state: SyncState) -> dict[str, float]:
     if verdict is not None:
         numbers.update(
             seconds_gate=proof.gate_seconds,
+            seconds_base_audit=proof.base_audit_seconds,
             mismatch_mean=verdict.distance.mean,
             mismatch_max=verdict.distance.max,
             mismatch_kl=verdict.distance.kl,

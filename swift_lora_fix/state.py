@@ -23,11 +23,13 @@ class Proof:
     has_slept: bool = False
     gate: Any = None
     verdict: Any = None
-    audit_seconds: float = 0.0
+    audit_seconds: float = 0.0  # of the adapter
+    base_audit_seconds: float = 0.0
     gate_seconds: float = 0.0
 
     def begin_sync(self) -> None:
-        self.examined, self.verdict, self.audit_seconds, self.gate_seconds = False, None, 0.0, 0.0
+        self.examined, self.verdict = False, None
+        self.audit_seconds = self.base_audit_seconds = self.gate_seconds = 0.0
 
     def note_disturbance(self, sleep: bool = False) -> None:
         """The engine slept for the first time, somebody wrote to it, or it was repaired: the gate is due again."""
@@ -68,6 +70,7 @@ class SyncState:
             "sync_seconds": self.last_seconds,
             **{f"{stage}_seconds": seconds for stage, seconds in self.last_write.seconds.items()},
             "audit_seconds": self.proof.audit_seconds,
+            "base_audit_seconds": self.proof.base_audit_seconds,
             "gate_seconds": self.proof.gate_seconds,
             "gate": str(self.proof.verdict) if self.proof.verdict else "did not run at this sync",
         }

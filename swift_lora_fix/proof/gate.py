@@ -98,7 +98,10 @@ class Gate:
         self._previous: list[Answer] | None = None
 
     def check(self, infer: Infer, requests: Sequence[Any], config: Any) -> tuple[Verdict, Finding | None]:
-        """Probe once; a mismatch is confirmed against a floor measured anew, and by other prompts, before it counts.
+        """Probe; what disagrees is probed again with other prompts, which tells a stale cache from a wrong policy.
+
+        The first check measures the noise floor, for good: it must only be asked while the engine is known to hold the
+        trainer's base (the audit of the base), or the fault would become the floor.
 
         Args:
             infer: ms-swift's own ``_engine_infer``, ``infer(requests, config)``.
@@ -112,8 +115,6 @@ class Gate:
         previous, self._previous = self._previous, answers
         if self.everywhere(verdict.agrees):
             return verdict, None
-        self.floor = self._measure_floor(infer, requests, config)
-        verdict, answers = self._probe(infer, requests, config, prompts(self.trainer))
         other, _ = self._probe(infer, requests, config, prompts(self.trainer, variant=1))
         if verdict.agrees:
             return verdict, None

@@ -76,12 +76,12 @@ class _Examination:
         due = self._gate_is_due()
         started = time.perf_counter()
         finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit()
+        audited = time.perf_counter()
         if due and finding is None and self.state.base_record is not None:
             finding = audit.base(self.state.base_record, here)
-        proof.audit_seconds = time.perf_counter() - started
-        if due and here and not self._everywhere(missing is None and bool(self.requests)):
-            due = False
-        if due and here:
+        proof.audit_seconds, proof.base_audit_seconds = audited - started, time.perf_counter() - audited
+        due = due and here and self._everywhere(self._can_probe(missing, finding))
+        if due:
             finding = self._pass_gate(finding)
             proof.gates_due = max(0, proof.gates_due - 1)
         if not self._everywhere(finding is None) and finding is None:
@@ -105,6 +105,14 @@ class _Examination:
         if every == 0 or not self.is_together:
             return False
         return self.state.proof.gates_due > 0 or self.state.syncs % every == 0
+
+    def _can_probe(self, missing: str | None, audited: Finding | None) -> bool:
+        """The first probe measures the noise floor, for which the engine must hold the trainer's base; and NaN in the
+        slots would stay behind in the memory of the KV cache, where attention meets it again (seen on the CPU)."""
+        gate = self.state.proof.gate
+        has_floor = gate is not None and gate.adapter is self.state.adapter and gate.floor is not None
+        is_safe = audited is None or (has_floor and audited.cause != "not-finite")
+        return missing is None and bool(self.requests) and is_safe
 
     def _pass_gate(self, audited: Finding | None) -> Finding | None:
         """Probe. What an audit has found is told more fully with what the engine answers."""

@@ -10,6 +10,7 @@ from typing import Callable
 import pytest
 
 from swift_lora_fix import releases
+from tests.support import faults
 from tests.support.driver import PLUGINS, Run, make_model, this_python
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
@@ -116,12 +117,28 @@ def _sharded(environment: dict[str, str], **arguments: object) -> Callable[[Runs
     return build
 
 
+def _faults(runs: Runs, name: str) -> Run:
+    run = runs.make(
+        name,
+        True,
+        faults.environment(runs.folder / name),
+        adapters=runs.checkpoint,
+        max_steps=len(faults.FAULTS) + 3,
+        save_steps=100,
+        max_length=220,  # room for a probe longer than a block of the prefix cache
+        learning_rate=0.002,
+    )
+    run.probe, run.last_plugins = False, (PLUGINS / "slf_faults.py",)
+    return run
+
+
 SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
     "train_fixed": ((), _train),
     "resume_fixed": (("train_fixed",), _resume(True)),
     "resume_stock": (("train_fixed",), _resume(False)),
     "adapters_fixed": (("train_fixed",), _adapters(True, move_model_batches=2)),
     "adapters_stock": (("train_fixed",), _adapters(False)),
+    "faults": (("train_fixed",), _faults),
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.driver import Run, this_python
+from tests.support import faults
+from tests.support.driver import PLUGINS, Run, this_python
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -72,6 +73,30 @@ def test_sleep_levels(tmp_path: Path, level: int) -> None:
     assert_follows(done)
     steps = [probe["step"] for probe in done.probes()]
     assert len(steps) > len(set(steps)), "several rollouts at one step"
+
+
+def test_faults_are_named_and_clean_syncs_pass(tmp_path: Path) -> None:
+    """With CUDA graphs; prints the times of audits and gate over the clean syncs."""
+    model = Path(os.environ["SLF_GPU_MODEL"])
+    settings = {"lora_rank": 64, "lora_alpha": 128, "learning_rate": 1e-3, "max_steps": len(faults.FAULTS) + 3}
+    done = Run("faults", this_python(), model, tmp_path, True, arguments={**COMMON, **settings}, gpu=True, probe=False)
+    done.environment, done.last_plugins = faults.environment(tmp_path), (PLUGINS / "slf_faults.py",)
+    done.start()
+    keep = os.environ.get("SLF_KEEP")
+    if keep:
+        (Path(keep) / f"faults-{model.name}.log").write_text(done.log[-300_000:])
+        (Path(keep) / f"faults-{model.name}.jsonl").write_text((tmp_path / "faults.jsonl").read_text())
+    assert done.returncode == 0, done.log[-3000:]
+    for fault, cause in faults.FAULTS.items():
+        assert faults.named(done, fault) == ([cause] if cause else []), fault
+    rows = faults.verdicts(done)
+    assert len(rows) == faults.CLEAN_SYNCS
+    print(f"mean over floor at most {max(row[0] / row[2] for row in rows):.2f}, floor {rows[0][2]:.4f}")
+    print(f"controls at least {min(min(row[3:5]) / row[2] for row in rows):.1f} floors")
+    for index, name in enumerate(("audit", "base audit", "gate", "sync"), start=5):
+        times = sorted(row[index] * 1e3 for row in rows)
+        print(f"{name}: {times[len(times) // 2]:.3f} ms ({times[0]:.3f} to {times[-1]:.3f})")
+    assert all(row[0] <= 4 * row[2] for row in rows)
 
 
 @two_gpus
