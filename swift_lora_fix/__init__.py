@@ -5,7 +5,9 @@ How data flows, one way::
     adapter.py   the trainer's LoRA tensors and PEFT's scalings, read and never written
     origin.py    where they came from, checked against the file at the first sync
     engine/      how they land in vLLM: base.py (unmerged base, once), writer.py (adapter, each sync)
-    sync.py      the stages of one sync in order, and the check before every rollout
+    sync.py      the stages of one sync in order;  state.py: what is known between two syncs
+    proof/       before rollouts: what the engine holds and what it answers, against the trainer
+    metrics.py   reports and timings, into ms-swift's own metrics
     scope.py     which trainers this is for;  releases.py: which release has which defect
     patches/     the thin hooks into ms-swift;  arming.py: when they go in and out
 
@@ -16,9 +18,10 @@ vLLM nor ms-swift by itself. ``SWIFT_LORA_FIX=off`` keeps everything out.
 from __future__ import annotations
 
 from . import errors
-from .arming import Status, apply, arm, remove, status
+from .arming import Status, apply, arm, is_console_script, remove, status
 
 __version__ = "0.1.0"
 __all__ = ["Status", "apply", "errors", "remove", "status", "__version__"]
 
-arm()
+if not is_console_script():
+    arm()

@@ -68,6 +68,11 @@ class Status:
         return "\n".join(lines)
 
 
+def is_console_script() -> bool:
+    """Whether this process is ``swift-lora-fix``, which trains nothing and must start with settings that are wrong."""
+    return os.path.basename((getattr(sys, "argv", None) or [""])[0]) == "swift-lora-fix"
+
+
 def arm() -> None:
     """Let the patches go in as soon as ms-swift's rollout module is loaded (now, if it already is).
 

@@ -39,6 +39,10 @@ class AdapterFileError(SwiftLoraFixError, OSError):
     """An adapter folder is missing, incomplete or corrupt."""
 
 
+class ForkError(SwiftLoraFixError, ValueError):
+    """A fork cannot be made as asked: TARGET exists, adapter and base do not fit, a value does not fit the dtype."""
+
+
 class RunLogError(SwiftLoraFixError, OSError):
     """A run's log is missing, unreadable, or has nothing of this package; or its chart cannot be written."""
 
@@ -61,6 +65,10 @@ class EngineStateError(SwiftLoraFixError, RuntimeError):
 
 class CacheResetError(SwiftLoraFixError, RuntimeError):
     """vLLM reported that a cache computed with the previous policy was not reset."""
+
+
+class VerificationError(SwiftLoraFixError, RuntimeError):
+    """``swift-lora-fix verify`` cannot measure what it was asked to: no such adapter, or a run that ends early."""
 
 
 class PolicyMismatchError(EngineStateError):

@@ -7,8 +7,6 @@ the run claims (``resume_from_checkpoint``), and which files PEFT loaded into th
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import weakref
 from dataclasses import dataclass
@@ -18,10 +16,8 @@ from typing import Any
 import torch
 
 from .adapter import Adapter
+from .adapter_files import check_fork, checkpoint_step, sha256_of, weights_file
 from .errors import AdapterFileError, ResumeMismatchError
-
-SAFETENSORS = "adapter_model.safetensors"
-TORCH_FILE = "adapter_model.bin"
 
 _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -32,6 +28,7 @@ class AdapterOrigin:
     is not zero). path, step, sha256: the folder, its ``trainer_state.json`` step and the digest of its weights file.
     norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter does nothing yet.
     compared: the trainer's tensors were found equal to the file's. reference: folder of the ``ref_adapter``.
+    fork: of what the folder is a fork, in words, its weights file found to be the fork's.
     """
 
     kind: str
@@ -42,6 +39,7 @@ class AdapterOrigin:
     b_is_zero: bool
     compared: bool
     reference: str | None
+    fork: str | None = None
 
     def __str__(self) -> str:
         source = {
@@ -50,7 +48,7 @@ class AdapterOrigin:
             "resume": f"from --resume_from_checkpoint {self.path} at step {self.step}",
             "memory": "from memory: no file was seen being loaded",
         }[self.kind]
-        parts = [f"LoRA weights {source}"]
+        parts = [f"LoRA weights {source}", *([self.fork] if self.fork else [])]
         if self.sha256:
             parts.append(f"SHA-256 {self.sha256}")
             parts.append("the trainer's tensors equal the file's" if self.compared else "not compared: already trained")
@@ -74,7 +72,8 @@ def determine(model: Any, adapter: Adapter, held: dict[str, torch.Tensor], args:
         step: the trainer's ``global_step`` now.
 
     Raises:
-        AdapterFileError: the folder that the run starts from is missing or its weights file is unreadable.
+        AdapterFileError: the folder that the run starts from is missing, its weights file is unreadable, or it is a
+            fork and the file is not the one that the fork was made with.
         ResumeMismatchError: the trainer's tensors are not the file's; names both.
     """
     loads = _loads.get(model, {})
@@ -88,13 +87,15 @@ def determine(model: Any, adapter: Adapter, held: dict[str, torch.Tensor], args:
         kind = "scratch" if b_is_zero else "memory"
         return AdapterOrigin(kind, path=None, step=None, sha256=None, compared=False, **facts)
     file = weights_file(folder)
+    digest = sha256_of(file)
+    fork = check_fork(file, digest)
     saved_step = checkpoint_step(folder)
     expected_step = (saved_step or 0) if claimed else 0
     compared = step <= expected_step  # later, the file is rightly no longer what the trainer holds
     if compared:
         _compare(folder, read_weights(file), held, norm, b_is_zero)
     kind = "resume" if claimed else "adapters"
-    return AdapterOrigin(kind, str(folder), saved_step, sha256_of(file), compared=compared, **facts)
+    return AdapterOrigin(kind, str(folder), saved_step, digest, compared=compared, fork=fork, **facts)
 
 
 def _folder(claimed: str | os.PathLike[str] | None, loaded: str | None) -> Path | None:
@@ -102,19 +103,6 @@ def _folder(claimed: str | os.PathLike[str] | None, loaded: str | None) -> Path 
         return Path(claimed)
     # PEFT also takes the name of a hub repository; ms-swift downloads first and passes a folder
     return Path(loaded) if loaded and os.path.isdir(loaded) else None
-
-
-def weights_file(folder: Path) -> Path:
-    """The weights file of a PEFT adapter folder. Raises AdapterFileError naming what is not there."""
-    if not folder.is_dir():
-        raise AdapterFileError(f"The adapter folder {folder} does not exist.")
-    for name in (SAFETENSORS, TORCH_FILE):
-        if (folder / name).is_file():
-            return folder / name
-    raise AdapterFileError(
-        f"The adapter folder {folder} has no {SAFETENSORS} (nor {TORCH_FILE}); it holds "
-        f"{sorted(p.name for p in folder.iterdir())[:12]}."
-    )
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -127,25 +115,6 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterFileError(f"The adapter file {file} cannot be read: {error}") from error
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """``global_step`` of a Trainer checkpoint, or None for a bare adapter folder."""
-    file = folder / "trainer_state.json"
-    if not file.is_file():
-        return None
-    try:
-        return int(json.loads(file.read_text())["global_step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"The checkpoint file {file} cannot be read: {error!r}") from error
-
-
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _compare(

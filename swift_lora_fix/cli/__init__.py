@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import SwiftLoraFixError
-from . import plugin, status
+from . import doctor, fork, plugin, report, verify
 
-VERBS = (plugin, status)
+VERBS = (plugin, doctor, verify, report, fork)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from ..diagnosis import PLUGIN_FILE
 
 HELP = "print the plugin file's path, for --external_plugins"
 
@@ -13,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(Path(__file__).resolve().parent.parent / "plugin" / "swift_lora_fix_plugin.py")
+    print(PLUGIN_FILE)
     return 0

@@ -123,6 +123,23 @@ class AdapterWriter:
         assert self.plan is not None, "only a plan tells where the adapter lies"
         return self._read_replayed.run([id(self.plan)]).tolist()
 
+    def adapted_parameters(self) -> set[str]:
+        """Names of the engine's base parameters whose layers hold a part of the adapter; empty without a plan."""
+        if self.plan is None:
+            return set()
+        written = {
+            copy.destination.untyped_storage().data_ptr()
+            for _, copies in self.plan.copies
+            for copy in copies
+            if copy.entry.is_b
+        }
+        return {
+            f"{name}.base_layer.weight"
+            for name, module in self.engine.model.named_modules()
+            for slot in getattr(module, "lora_b_stacked", ())
+            if slot.untyped_storage().data_ptr() in written
+        }
+
     def staged(self) -> Any:
         """Walk the adapter again as ``(copies, regions)`` by chunk: where it lies, and what should be there, staged
         from the trainer as it is now; valid until the next step of the walk. All ranks of a sharded trainer together.

@@ -42,18 +42,22 @@ def adapter(writer: AdapterWriter, trainer_is_here: bool = True, ranks_are_here:
     return _by_tensor(writer)
 
 
-def base(record: BaseRecord, trainer_is_here: bool = True) -> Finding | None:
-    """Compare the engine's base, through its packed layout, and the trainer's with what was pushed."""
+def base(record: BaseRecord, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:
+    """Compare the engine's base, through its packed layout, and the trainer's with what was pushed.
+
+    adapted: names of the engine's parameters in layers that have a LoRA. When just these differ, it was merged there.
+    """
     changed = record.engine_differences()
     if changed:
         every = len({piece.name for piece in record.pieces})
-        cause = "base-replaced" if len(changed) > max(1, every // 2) else "base-changed"
-        return Finding(cause, BASE, f"{len(changed)} of the engine's {every} parameters differ: {_some(changed)}")
+        evidence = f"{len(changed)} of the engine's {every} parameters differ: {_some(changed)}"
+        if set(changed) == adapted and len(changed) > 1:
+            return Finding("double-count", BASE, f"{evidence}; just those of the layers that have a LoRA")
+        return Finding("base-replaced" if len(changed) > max(1, every // 2) else "base-changed", BASE, evidence)
     changed = record.trainer_differences() if trainer_is_here else []
     if changed:
-        return Finding(
-            "trainer-base-changed", BASE, f"{len(changed)} parameters of the trainer differ: {_some(changed)}"
-        )
+        evidence = f"{len(changed)} parameters of the trainer differ: {_some(changed)}"
+        return Finding("trainer-base-changed", BASE, evidence)
     return None
 
 

@@ -80,6 +80,13 @@ class Verdict:
         """Whether the engine's answers would have failed with the base alone, and with twice the adapter."""
         return min(self.control_base, self.control_double) > self.bound
 
+    @property
+    def reservation(self) -> str:
+        """What a match does not tell yet, in words; empty where it tells everything."""
+        controls = {"the plain base": self.control_base, "twice the adapter": self.control_double}
+        near = [name for name, control in controls.items() if not control > self.bound]
+        return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
+
     def __str__(self) -> str:
         return (
             f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
@@ -167,9 +174,9 @@ def prompts(trainer: Any, variant: int = 0) -> list[str]:
     limits = [engine.max_model_len, getattr(trainer.template, "max_length", None)]
     room = min(int(limit) for limit in limits if limit) - 3 * NEW_TOKENS  # the chat template takes some
     tokenizer = trainer.template.tokenizer
-    words = (WORDS + " ") * (1 + block // 8)
-    ids = tokenizer.encode(words, add_special_tokens=False)[: max(8, min(block + 8, room))]
-    body = tokenizer.decode(ids)
+    words = tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
+    length = max(8, min(block + 8, room))
+    body = tokenizer.decode((words * (1 + length // len(words)))[:length])
     start = variant * 7
     return [f"{number + start} {opening} {body}" for number, opening in enumerate(OPENINGS)]
 

@@ -78,7 +78,7 @@ class _Examination:
         finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit()
         audited = time.perf_counter()
         if due and finding is None and self.state.base_record is not None:
-            finding = audit.base(self.state.base_record, here)
+            finding = audit.base(self.state.base_record, self.state.writer.adapted_parameters(), here)
         proof.audit_seconds, proof.base_audit_seconds = audited - started, time.perf_counter() - audited
         due = due and here and self._everywhere(self._can_probe(missing, finding))
         if due:
@@ -124,13 +124,10 @@ class _Examination:
         self.state.engine.reset_caches()  # the rollout finds the cache empty, as if there had been no probe
         proof.gate_seconds, proof.verdict = time.perf_counter() - started, verdict
         if found is None:
-            small = "" if verdict.is_distinguishable else " (not distinguishable yet: the adapter is too small to tell)"
-            info(f"engine and trainer agree at step {self.state.served_step}{small}: {verdict}.")
+            info(f"engine and trainer agree at step {self.state.served_step}{verdict.reservation}: {verdict}.")
         if found is None or audited is None:
             return audited or found
-        merged = audited.cause in ("base-changed", "base-replaced") and found.cause == "double-count"
-        cause = found.cause if merged else audited.cause
-        return Finding(cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+        return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
 
     def _everywhere(self, fine: bool) -> bool:
         if self.trainer.accelerator.num_processes == 1 or not self.is_together:

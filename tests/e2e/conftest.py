@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable
@@ -132,6 +135,44 @@ def _faults(runs: Runs, name: str) -> Run:
     return run
 
 
+def forked(runs: Runs, name: str, source: Path, *options: str) -> tuple[Path, dict[str, object]]:
+    """The folder that `swift-lora-fix fork` makes, and the arguments that it prints; its output is kept beside it."""
+    target = runs.folder / "forks" / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    command = [this_python().with_name("swift-lora-fix"), "fork", source, target, *options]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True)
+    target.with_suffix(".txt").write_text(done.stdout)
+    words = shlex.split(next(line for line in done.stdout.splitlines() if line.strip().startswith("--model")))
+    return target, {key[2:]: value for key, value in zip(words[::2], words[1::2])}
+
+
+def _fork(runs: Runs, name: str) -> Run:
+    """From fp32 to bf16 with a fresh optimizer, or over fp16 to bf16 with the trainer's state; started as printed."""
+    source = runs.checkpoint.parent
+    if DOUBLE_COUNTS:
+        source, _ = forked(runs, "fp16", source, "--dtype", "fp16", "--with-trainer-state")
+        _, arguments = forked(runs, name, source, "--dtype", "bf16", "--with-trainer-state")
+        return runs.make(name, True, {"SLF_FREEZE": "1"}, max_steps=CHECKPOINT_STEP + 2, save_steps=100, **arguments)
+    _, arguments = forked(runs, name, source, "--dtype", "bf16", "--step", str(CHECKPOINT_STEP))
+    return runs.make(name, True, {"SLF_FREEZE": "1"}, max_steps=2, save_steps=100, **arguments)
+
+
+def _emptied(fixed: bool) -> Callable[[Runs, str], Run]:
+    """A fork whose adapter somebody emptied afterwards: file and trainer agree, and both hold nothing."""
+
+    def build(runs: Runs, name: str) -> Run:
+        from safetensors.torch import load_file, save_file
+
+        target, arguments = forked(runs, name, runs.checkpoint.parent)
+        file = target / "adapter_model.safetensors"
+        tensors = {key: tensor * ("lora_A" in key) for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        return runs.make(name, fixed, max_steps=2, save_steps=100, **arguments)
+
+    return build
+
+
 SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
     "train_fixed": ((), _train),
     "resume_fixed": (("train_fixed",), _resume(True)),
@@ -139,6 +180,9 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
     "adapters_fixed": (("train_fixed",), _adapters(True, move_model_batches=2)),
     "adapters_stock": (("train_fixed",), _adapters(False)),
     "faults": (("train_fixed",), _faults),
+    "fork_fixed": (("train_fixed",), _fork),
+    "fork_emptied_fixed": (("train_fixed",), _emptied(True)),
+    "fork_emptied_stock": (("train_fixed",), _emptied(False)),
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),

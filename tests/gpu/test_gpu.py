@@ -78,7 +78,7 @@ def test_sleep_levels(tmp_path: Path, level: int) -> None:
 def test_faults_are_named_and_clean_syncs_pass(tmp_path: Path) -> None:
     """With CUDA graphs; prints the times of audits and gate over the clean syncs."""
     model = Path(os.environ["SLF_GPU_MODEL"])
-    settings = {"lora_rank": 64, "lora_alpha": 128, "learning_rate": 1e-3, "max_steps": len(faults.FAULTS) + 3}
+    settings = {"lora_rank": 64, "lora_alpha": 128, "learning_rate": 3e-4, "max_steps": len(faults.FAULTS) + 3}
     done = Run("faults", this_python(), model, tmp_path, True, arguments={**COMMON, **settings}, gpu=True, probe=False)
     done.environment, done.last_plugins = faults.environment(tmp_path), (PLUGINS / "slf_faults.py",)
     done.start()

@@ -1,8 +1,9 @@
-"""The faults that a run with plugins/slf_faults.py has to catch, and what came of it: shared by the CPU and GPU suites."""
+"""The faults that a run with plugins/slf_faults.py has to catch, and what came of it, for the CPU and GPU suites."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ FAULTS = {  # of plugins/slf_faults.py, one a step from step 1 on, and the cause
     "none": "stale-cache",
     "scaling_changed": "scaling",
 }
-CLEAN_SYNCS = 200
+CLEAN_SYNCS = int(os.environ.get("SLF_CLEAN_SYNCS", "200"))
 MESSAGE = re.compile(r"does not serve the trainer's policy of step (\d+): .*? \[([a-z-]+)\]\. Found by the (.*)")
 
 
