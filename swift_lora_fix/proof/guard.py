@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,7 @@ def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Seque
         return
     settings = Settings.from_environment()
     examination = _Examination(trainer, state, infer, requests, config, settings)
-    repairs = settings.on_mismatch == "repair" and not examination.is_offloaded and examination.is_together
+    repairs = settings.on_mismatch == "repair" and not examination.trainer_is_away and examination.is_together
     if missing is not None and not (repairs and state.served_step is not None):
         raise EngineStateError(
             f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
@@ -65,14 +66,17 @@ class _Examination:
     ) -> None:
         self.trainer, self.state, self.settings = trainer, state, settings
         self.infer, self.requests, self.config = infer, requests, config
-        # with --offload_model the trainer's model is on the CPU while rollouts are made
-        self.is_offloaded = bool(getattr(trainer, "enable_offload", False))
+        # with --async_generate true rollouts are made in another thread, while the trainer takes its next step
+        in_background = threading.current_thread() is not threading.main_thread()
+        # with --offload_model true the trainer's model is on the CPU while rollouts are made
+        self.trainer_is_away = in_background or bool(getattr(trainer, "enable_offload", False))
         # after a sync all ranks come here; later rollouts of a step may be some ranks' alone
-        self.is_together = not state.proof.examined or trainer.accelerator.num_processes == 1
+        first = not state.proof.examined or trainer.accelerator.num_processes == 1
+        self.is_together = first and not in_background
 
     def run(self, missing: str | None) -> Finding | None:
         """The finding of this rank, or that another rank has one."""
-        proof, here = self.state.proof, not self.is_offloaded
+        proof, here = self.state.proof, not self.trainer_is_away
         due = self._gate_is_due()
         started = time.perf_counter()
         finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit()
@@ -95,7 +99,7 @@ class _Examination:
         if changed:
             return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
         writer = self.state.writer
-        finding = audit.adapter(writer, not self.is_offloaded, self.is_together)
+        finding = audit.adapter(writer, not self.trainer_is_away, self.is_together)
         if finding is None:
             writer.accept_slots()
         return finding

@@ -33,14 +33,17 @@ class Observer:
         self.base = self._base_checksums()
         self.gate: Gate | None = None
         self.seconds = 0.0
+        self.lora_changed = 0
         self.is_new = False
 
     def sync(self, wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self._lora()
         _wait_for_device()
         started = time.perf_counter()
         result = wrapped(*args, **kwargs)
         _wait_for_device()
         self.seconds, self.is_new = time.perf_counter() - started, True
+        self.lora_changed = sum(a != b for a, b in zip(before, self._lora()))
         return result
 
     def look(self, infer: Any, requests: Any, config: Any) -> None:
@@ -63,15 +66,19 @@ class Observer:
             "cause": finding.cause if finding else None,
             "base_tensors": len(now),
             "base_changed": sum(a != b for a, b in zip(self.base, now)),
-            "lora_dtype": str(self.gate.adapter.parameters[0].dtype),
+            "lora_tensors": len(self._lora()),
+            "lora_changed": self.lora_changed,
         }
         with open(os.environ[FILE], "a") as file:
             file.write(json.dumps(record) + "\n")
 
     @torch.no_grad()
     def _base_checksums(self) -> list[int]:
-        parameters = adapter.frozen_parameters(self.model)
-        return [int(checksum(adapter.local_part(parameter))) for _, parameter in parameters]
+        return [_sum_up(parameter)[0] for _, parameter in adapter.frozen_parameters(self.model)]
+
+    @torch.no_grad()
+    def _lora(self) -> list[tuple[int, torch.dtype]]:
+        return [_sum_up(parameter) for name, parameter in self.model.named_parameters() if "lora_" in name]
 
 
 def install() -> None:
@@ -99,6 +106,10 @@ def _wrap(module: Any) -> None:
 
 def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     return infer_requests, request_config
+
+
+def _sum_up(parameter: torch.nn.Parameter) -> tuple[int, torch.dtype]:
+    return int(checksum(adapter.local_part(parameter))), parameter.dtype
 
 
 def _wait_for_device() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingPackageError
 from ..proof.findings import CAUSES
-from .runs import Side
+from .runs import Side, Sync
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,10 @@ class Result:
     @property
     def is_proved(self) -> bool:
         """Whether our run served the adapter at each sync, and could have been told from one that did not."""
-        return not self.ours.ending and all(sync.agrees and sync.is_distinguishable for sync in self.ours.syncs)
+        return not self.ours.ending and all(
+            sync.agrees and sync.is_distinguishable and not sync.base_changed and not sync.lora_changed
+            for sync in self.ours.syncs
+        )
 
     @property
     def exit_code(self) -> int:
@@ -33,10 +36,13 @@ class Result:
     @property
     def verdict(self) -> str:
         wrong = [sync for sync in self.ours.syncs if not sync.agrees]
+        written = [sync for sync in self.ours.syncs if sync.base_changed or sync.lora_changed]
         if self.ours.ending:
             return f"Not proved: the run with the plugin ended early, {self.ours.ending}. Log: {self.ours.log}"
         if wrong:
             return f"Wrong: with the plugin {len(wrong)} of {len(self.ours.syncs)} syncs were not the trainer's policy."
+        if written:
+            return f"Wrong: with the plugin {len(written)} of {len(self.ours.syncs)} syncs changed the trainer."
         if not self.is_proved:
             return (
                 "Not proved: engine and trainer agree, but this adapter does too little for the probe to tell it from "
@@ -56,12 +62,12 @@ class Result:
         table = Table(title="|logprob engine - trainer| at each sync, nats a token")
         table.add_column("run")
         table.add_column("", justify="right")
-        for name in ("mean", "max", "floors", "sync", "base changed"):
+        for name in ("mean", "max", "floors", "sync", "base changed", "LoRA changed"):
             table.add_column(name, justify="right")
         table.add_column("found", max_width=24)
         for side in (self.stock, self.ours):
             for number, sync in enumerate(side.syncs, start=1):
-                found = "agrees" if sync.agrees else CAUSES[sync.cause or "unknown"].title
+                found = _found(sync)
                 table.add_row(
                     side.name if number == 1 else "",
                     str(number),
@@ -70,6 +76,7 @@ class Result:
                     f"{sync.mean / max(sync.floor, 1e-5):.1f}",
                     f"{sync.seconds * 1e3:.1f} ms",
                     f"{sync.base_changed}/{sync.base_tensors}",
+                    f"{sync.lora_changed}/{sync.lora_tensors}",
                     found,
                     style="" if sync.agrees else "red",
                 )
@@ -78,7 +85,7 @@ class Result:
         table.caption = (
             f"floors: in units of the noise floor (plain base, both sides), {last.floor:.4g}. The base alone would be "
             f"{last.control_base:.4g} off, twice the adapter {last.control_double:.4g}. Base changed: tensors of the "
-            "trainer's frozen base whose bits are no longer those of the start."
+            "trainer's frozen base that differ from the start; LoRA changed: of the trainer's LoRA, by this sync."
         )
         return table
 
@@ -109,17 +116,28 @@ class Result:
         figure.savefig(path)
 
 
+def _found(sync: Sync) -> str:
+    if sync.agrees:
+        return "agrees"
+    if sync.cause == "unknown" and sync.lora_changed:
+        return "the sync changed the trainer's LoRA"
+    return CAUSES[sync.cause or "unknown"].title
+
+
 def _about(stock: Side) -> str:
     wrong = [sync for sync in stock.syncs if not sync.agrees]
     parts = []
     if wrong:
-        titles = " and ".join(dict.fromkeys(CAUSES[sync.cause or "unknown"].title for sync in wrong))
+        titles = " and ".join(dict.fromkeys(map(_found, wrong)))
         parts.append(f"{len(wrong)} of its {len(stock.syncs)} syncs did not ({titles})")
     if stock.ending:
         parts.append(f"its run ended early ({stock.ending})")
     if stock.syncs and stock.syncs[-1].base_changed:
         last = stock.syncs[-1]
         parts.append(f"it changed {last.base_changed} of the trainer's {last.base_tensors} frozen base tensors")
+    cast = sum(sync.lora_changed > 0 for sync in stock.syncs)
+    if cast:
+        parts.append(f"{cast} of its syncs changed the LoRA that it trains, in dtype or in value")
     if not parts:
         return "and so did stock ms-swift, whose trainer kept its base."
     return f"and the trainer's base kept every bit. Stock ms-swift here: {'; '.join(parts)}."

@@ -35,7 +35,8 @@ print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "tru
 @dataclass(frozen=True)
 class Sync:
     """One sync as the observer saw it. Logprob differences are in nats a token; base_changed counts the trainer's base
-    tensors (of base_tensors) whose bits are no longer those of the start."""
+    tensors (of base_tensors) whose bits are no longer those of the start; lora_changed the trainer's LoRA tensors (of
+    lora_tensors) that this sync changed, in dtype or in value."""
 
     step: int
     seconds: float
@@ -50,6 +51,8 @@ class Sync:
     cause: str | None
     base_changed: int
     base_tensors: int
+    lora_changed: int
+    lora_tensors: int
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,8 @@ def _sync(line: str) -> Sync:
         cause=record["cause"],
         base_changed=record["base_changed"],
         base_tensors=record["base_tensors"],
+        lora_changed=record["lora_changed"],
+        lora_tensors=record["lora_tensors"],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -169,3 +170,22 @@ def test_release_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "installed_swift", lambda: None)
     with pytest.raises(errors.MissingPackageError, match="ms-swift is not installed"):
         swift_lora_fix.apply()
+
+
+def test_a_rollout_in_the_background_leaves_the_trainer_alone(state: sync.SyncState) -> None:
+    """With --async_generate true the trainer takes its next step meanwhile: no probe, no talk with other ranks."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))  # whatever else is asked of it fails
+
+    def roll_out() -> None:
+        guard.before_rollout(trainer, state, lambda requests, config: [], [object()], None)
+
+    state.adapter.layers[0].scaling["default"] = 7.0
+    with ThreadPoolExecutor(1) as thread:
+        with pytest.raises(errors.PolicyMismatchError, match="2 -> 7"):
+            thread.submit(roll_out).result()
+        state.adapter.layers[0].scaling["default"] = 2.0
+        thread.submit(roll_out).result()
+    assert state.proof.examined and state.proof.verdict is None
+    state.proof.examined = False
+    with pytest.raises(AttributeError):
+        roll_out()
