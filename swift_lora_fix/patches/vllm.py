@@ -55,5 +55,10 @@ RUNNER = PatchSet(
     "vllm.v1.worker.lora_model_runner_mixin",
     (_patch("LoRAModelRunnerMixin.add_lora", loading.add_lora, "another adapter under a taken id would be ignored"),),
 )
+# The process of the engine core, in between.
+EXECUTOR = PatchSet(
+    "vllm.v1.executor.abstract",
+    (_patch("Executor.add_lora", loading.add_lora_everywhere, "why a worker refuses an adapter would be lost"),),
+)
 
-MEMORY = (PEFT_HELPER, LORA_MODEL, RUNNER, OUTPUT_PROCESSOR, LLM_ENGINE, ASYNC_LLM)
+MEMORY = (PEFT_HELPER, LORA_MODEL, RUNNER, EXECUTOR, OUTPUT_PROCESSOR, LLM_ENGINE, ASYNC_LLM)

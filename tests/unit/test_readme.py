@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_table_is_the_table_of_facts() -> None:
     assert releases.markdown_table() in README
+    assert releases.vllm_markdown_table() in README
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))

@@ -1,6 +1,7 @@
 """For the runs of ``swift-lora-fix verify`` only: measures each sync, and gives no reward. Load it after the fix."""
 
 import wrapt
+
 from swift_lora_fix.verification import observer
 
 

@@ -1,0 +1,299 @@
+"""Sending side: the tensors of a request go to the engine once, and their shared memory is given back once loaded.
+
+``add_lora`` publishes a segment, waits until every worker has loaded it, and releases it. ``generate`` does the same
+first, as the same call: an adapter that vLLM refuses is then an error of that call; a worker that finds out in the
+middle of a step takes the engine down. Requests that wait need the bytes again only if vLLM evicts the adapter before
+their turn. It can as soon as more ids than ``max_cpu_loras`` were used: from then on the segment stays until the last
+unfinished request for it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+
+from ..errors import UnsupportedAdapterError
+from .loading import unmark
+from .request import Content, has_tensors
+from .segment import Address, Segment
+
+# What some releases of vLLM do not read, and so would serve as if it were not there.
+_MEANINGFUL = ("rank_pattern", "alpha_pattern", "lora_bias")
+
+
+@dataclass
+class _Users:
+    """Who may need the bytes of a content again: calls in progress and unfinished requests."""
+
+    content: Content
+    count: int = 0
+    segment: Segment | None = None
+
+    def release(self) -> None:
+        if self.segment is not None:
+            self.segment.release()
+            self.segment = None
+
+
+class Ledger:
+    """What this process has sent to one engine. An engine with several front ends has one in each of them."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.lora_config = vllm_config.lora_config
+        # with data parallelism an idle rank runs a dummy batch, which removes all adapters (LoRAModelRunnerMixin)
+        self.is_forgetful = vllm_config.parallel_config.data_parallel_size > 1
+        self.ids: set[int] = set()
+        self.loaded: dict[int, tuple[str, LoRARequest]] = {}  # by id: version, and what vLLM was told
+        self.users: dict[str, _Users] = {}  # by version
+        self.writers: dict[int, Any] = {}  # by id: update.py's direct writers
+        self._lock: tuple[Any, asyncio.Lock] | None = None
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether vLLM may drop an adapter that requests are waiting for."""
+        return self.is_forgetful or len(self.ids) > self.lora_config.max_cpu_loras
+
+    @property
+    def segments(self) -> list[Segment]:
+        return [users.segment for users in self.users.values() if users.segment is not None]
+
+    def check(self, request: Any) -> None:
+        """Ask vLLM's ``PEFTHelper`` before any byte travels. Raises UnsupportedAdapterError with its reason."""
+        name, config = f"adapter {request.lora_name!r} (id {request.lora_int_id})", request.content.config
+        if self.lora_config is None:
+            raise UnsupportedAdapterError(f"The engine takes no LoRA, so no {name}: start it with enable_lora=True.")
+        known = {field.name for field in dataclasses.fields(PEFTHelper)}
+        ignored = [field for field in _MEANINGFUL if config.get(field) and field not in known]
+        if ignored:
+            raise UnsupportedAdapterError(
+                f"This vLLM does not know {', '.join(ignored)} of {name} and would serve it wrongly: use a newer vLLM, "
+                "or from_peft_model(), which folds the scaling of each module into its B."
+            )
+        try:
+            PEFTHelper.from_dict(config).validate_legal(self.lora_config)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise UnsupportedAdapterError(f"vLLM cannot serve {name}: {error} Nothing was sent.") from error
+
+    def note(self, adapter_id: int) -> None:
+        """This id is about to be used; where that makes evictions possible, have the bytes of what waits at hand."""
+        self.ids.add(adapter_id)
+        if self.lora_config is not None and self.may_evict:
+            for users in self.users.values():
+                users.segment = users.segment or users.content.publish()
+
+    def note_plain(self, request: Any) -> None:
+        """vLLM is given a request that is not ours, maybe under the id of one of ours."""
+        if request is not None and Address.parse(request.lora_path) is None:
+            self.note(request.lora_int_id)
+            self.drop(request.lora_int_id)
+
+    def forget(self, adapter_id: int) -> None:
+        self.ids.discard(adapter_id)
+        self.drop(adapter_id)
+
+    def drop(self, adapter_id: int) -> None:
+        """What the engine holds under this id is no longer known."""
+        self.loaded.pop(adapter_id, None)
+        self.writers.pop(adapter_id, None)
+
+    def has(self, request: Any) -> bool:
+        """Whether the engine was given the very content of this request under its id last."""
+        held = self.loaded.get(request.lora_int_id)
+        return held is not None and request.content.version == held[0]
+
+    @contextlib.contextmanager
+    def published(self, request: Any, segment: Segment) -> Iterator[None]:
+        """Keep the bytes at hand inside, and afterwards only for those who may need them again."""
+        users = self.hold(request.content)
+        if users.segment is None:
+            users.segment = segment
+        else:
+            segment.release()
+        try:
+            yield
+        finally:
+            if not self.may_evict:
+                users.release()
+            self.let_go(request.content)
+
+    @contextlib.contextmanager
+    def loading(self, request: Any) -> Iterator[LoRARequest]:
+        """Yield what to give to vLLM's ``add_lora``; errors of workers come out as they were raised there."""
+        self.note(request.lora_int_id)
+        segment = self.users[str(request.content.version)].segment
+        assert segment is not None
+        self.drop(request.lora_int_id)
+        try:
+            yield wire(request, segment.address, request.load_inplace)
+        except Exception as error:
+            ours = unmark(error)
+            if ours is None:
+                raise
+            raise ours from error
+        self.loaded[request.lora_int_id] = (request.content.version, wire(request, segment.address))
+
+    @contextlib.contextmanager
+    def serving(self, request: Any) -> Iterator[LoRARequest]:
+        """Yield what to give to vLLM's ``add_request``, which `note_unfinished` then ties to its request."""
+        users = self.hold(request.content)
+        token = _sending.set((self, request.content))
+        try:
+            if self.may_evict:
+                users.segment = users.segment or request.content.publish()
+                yield wire(request, users.segment.address)
+            else:
+                users.release()
+                yield self.loaded[request.lora_int_id][1]
+        finally:
+            _sending.reset(token)
+            self.let_go(request.content)
+
+    def hold(self, content: Content) -> _Users:
+        users = self.users.setdefault(str(content.version), _Users(content))
+        users.count += 1
+        return users
+
+    def let_go(self, content: Content) -> None:
+        users = self.users[str(content.version)]
+        users.count -= 1
+        if not users.count:
+            del self.users[str(content.version)]
+            users.release()
+
+    def lock(self) -> asyncio.Lock:
+        """Of the running loop: tasks that use one new adapter at the same time send it once."""
+        loop = asyncio.get_running_loop()
+        if self._lock is None or self._lock[0] is not loop:
+            self._lock = (loop, asyncio.Lock())
+        return self._lock[1]
+
+
+_ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+_sending: ContextVar[tuple[Ledger, Content] | None] = ContextVar("sending", default=None)
+
+
+def ledger_of(engine: Any) -> Ledger:
+    """The ledger of an ``LLMEngine`` or ``AsyncLLM``."""
+    if engine not in _ledgers:
+        _ledgers[engine] = Ledger(engine.vllm_config)
+    return _ledgers[engine]
+
+
+def wire(request: Any, address: Address, load_inplace: bool = False) -> LoRARequest:
+    """The plain request that travels. Its name has the version: what vLLM caches (KV blocks) is keyed by the name."""
+    plain = {field: getattr(request, field) for field in LoRARequest.__struct_fields__}
+    name = f"{request.lora_name}@{request.content.version[:12]}"
+    return LoRARequest(**{**plain, "lora_name": name, "lora_path": str(address), "load_inplace": load_inplace})
+
+
+# ---- the hooks of LLMEngine and AsyncLLM ---------------------------------------------------------------------------
+
+
+def add_lora(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+    call = _Call(wrapped, args, kwargs)
+    ledger = ledger_of(engine)
+    if not has_tensors(call.request):
+        ledger.note_plain(call.request)
+        return wrapped(*args, **kwargs)
+    ledger.check(call.request)
+    if ledger.has(call.request) and not call.request.load_inplace and not ledger.may_evict:
+        return True
+    with ledger.published(call.request, call.request.content.publish()), ledger.loading(call.request) as plain:
+        return call.with_request(plain)
+
+
+async def add_lora_async(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+    call = _Call(wrapped, args, kwargs)
+    ledger = ledger_of(engine)
+    if not has_tensors(call.request):
+        ledger.note_plain(call.request)
+        return await wrapped(*args, **kwargs)
+    ledger.check(call.request)
+    async with ledger.lock():
+        if ledger.has(call.request) and not call.request.load_inplace and not ledger.may_evict:
+            return True
+        segment = await asyncio.to_thread(call.request.content.publish)
+        with ledger.published(call.request, segment), ledger.loading(call.request) as plain:
+            return await call.with_request(plain)
+
+
+def add_request(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+    call = _Call(wrapped, args, kwargs)
+    ledger = ledger_of(engine)
+    if not has_tensors(call.request):
+        ledger.note_plain(call.request)
+        return wrapped(*args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        if not ledger.has(call.request):
+            ledger.check(call.request)
+            stack.enter_context(ledger.published(call.request, call.request.content.publish()))
+            with ledger.loading(call.request) as plain:
+                engine.add_lora(plain)
+        return call.with_request(stack.enter_context(ledger.serving(call.request)))
+
+
+async def add_request_async(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+    call = _Call(wrapped, args, kwargs)
+    ledger = ledger_of(engine)
+    if not has_tensors(call.request):
+        ledger.note_plain(call.request)
+        return await wrapped(*args, **kwargs)
+    with contextlib.ExitStack() as stack:
+        if not ledger.has(call.request):
+            ledger.check(call.request)
+            async with ledger.lock():
+                if not ledger.has(call.request):  # nor did another task send it meanwhile
+                    segment = await asyncio.to_thread(call.request.content.publish)
+                    stack.enter_context(ledger.published(call.request, segment))
+                    with ledger.loading(call.request) as plain:
+                        await engine.add_lora(plain)
+        return await call.with_request(stack.enter_context(ledger.serving(call.request)))
+
+
+def remove_lora(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+    ledger_of(engine).forget(args[0] if args else kwargs["lora_id"])
+    return wrapped(*args, **kwargs)
+
+
+remove_lora_async = remove_lora  # the coroutine is passed on
+
+
+def note_unfinished(wrapped: Callable[..., Any], processor: Any, args: Any, kwargs: Any) -> Any:
+    """``OutputProcessor.add_request``: it keeps a state for each request until that is finished or aborted."""
+    result = wrapped(*args, **kwargs)
+    sent = _sending.get()
+    state = processor.request_states.get((args[0] if args else kwargs["request"]).request_id)
+    if sent is not None and state is not None:
+        ledger, content = sent
+        ledger.hold(content)
+        weakref.finalize(state, ledger.let_go, content).atexit = False
+    return result
+
+
+class _Call:
+    """A call of vLLM's with its LoRA request, which is an argument or, deprecated, inside a prepared request."""
+
+    def __init__(self, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self.wrapped = wrapped
+        self.bound = inspect.signature(wrapped).bind(*args, **kwargs)
+        prompt: Any = self.bound.arguments.get("prompt", None)
+        self.prepared = prompt if getattr(prompt, "lora_request", None) is not None else None
+        source: Any = self.bound.arguments.get("lora_request")
+        self.request: Any = source if self.prepared is None else self.prepared.lora_request
+
+    def with_request(self, plain: LoRARequest) -> Any:
+        if self.prepared is None:
+            self.bound.arguments["lora_request"] = plain
+        else:
+            self.prepared.lora_request = plain
+        return self.wrapped(*self.bound.args, **self.bound.kwargs)
