@@ -1,9 +1,9 @@
 """The numbers of a sync, where users look: in ms-swift's own metrics, so in ``logging.jsonl`` and any ``--report_to``.
 
-``lora_sync/seconds`` and its parts ``_validate``, ``_write``, ``_caches``, ``_wait``, and beside it ``_audit`` and
-``_base_audit``, ``_gate`` (seconds, the last two at syncs that pass the gate); ``lora_sync/bytes``; ``lora_sync/policy_step``; at syncs that pass the gate ``mismatch_mean``,
-``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3), ``noise_floor``, ``control_base``,
-``control_double`` (nats a token), ``distinguishable`` (0 or 1).
+All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds_validate``, ``_write``, ``_caches`` and
+``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``. At syncs that pass the gate: ``seconds_base_audit``,
+``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3),
+``noise_floor``, ``control_base``, ``control_double`` (nats a token), ``distinguishable`` (0 or 1).
 """
 
 from __future__ import annotations
