@@ -286,7 +286,7 @@ FAMILIES = (
 TESTED_VLLM = (
     TestedVllm("0.11.0.post2", "cpu", swift="3.11.3"),
     TestedVllm("0.17.1", "cpu", swift="4.0.1", memory="in-process, multi-process, `AsyncLLM`"),
-    TestedVllm("0.20.2", "gpu", swift="4.6.0", memory="in-process, multi-process, tensor parallel 2"),
+    TestedVllm("0.20.2", "gpu", swift="4.6.0", memory="multi-process, tensor parallel 2"),
     TestedVllm("0.32.0", "cpu", swift="4.6.0", memory="in-process, multi-process, `AsyncLLM`, tensor parallel 2"),
 )
 
