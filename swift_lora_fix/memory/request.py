@@ -38,9 +38,10 @@ class Content:
     digest: str | None = None
     version: str | None = None
 
-    def publish(self) -> segment.Segment:
-        """Its bytes in shared memory. Raises AdapterRequestError where they are not what was sent before."""
-        published = segment.Segment.write(self.tensors, self.config)
+    def publish(self, dtype: torch.dtype | None = None) -> segment.Segment:
+        """Its bytes in shared memory, for an engine with this LoRA dtype. Raises AdapterRequestError where they are not
+        what was sent before."""
+        published = segment.Segment.write(self.tensors, self.config, dtype)
         digest = published.address.digest
         if self.digest not in (None, digest):
             published.release()

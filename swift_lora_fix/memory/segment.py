@@ -75,15 +75,20 @@ class Segment:
         self._close()
 
     @classmethod
-    def write(cls, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Segment:
+    def write(
+        cls, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    ) -> Segment:
         """Copy ``tensors`` (any device, `DTYPES`) and ``config`` (JSON) into a new segment; each byte is copied once.
+
+        dtype: the engine's LoRA dtype. vLLM casts what it loads to it, so wider tensors are cast here already: the same
+            bits, and fewer of them to carry.
 
         Raises NonFiniteAdapterError naming tensors with NaN or infinity, SegmentError where there is no memory.
         """
-        header, order = _layout(tensors, config)
+        header, order = _layout(tensors, config, dtype)
         descriptor = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            digest = _fill(descriptor, header, [(name, tensors[name]) for name in order])
+            digest = _fill(descriptor, header, [(name, tensors[name]) for name in order], dtype)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
             return cls(descriptor, os.fstat(descriptor).st_size, digest)
         except BaseException:
@@ -133,17 +138,20 @@ def parse_config(header: bytes, where: str) -> dict[str, Any]:
         raise SegmentError(f"{where} has no PEFT config in its safetensors metadata ({error!r}).") from error
 
 
-def _layout(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tuple[bytes, list[str]]:
+def _layout(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype | None
+) -> tuple[bytes, list[str]]:
     """The header of the file, and the names in the order in which their bytes follow it."""
     widest_first = list(DTYPES)
-    order = sorted(tensors, key=lambda n: (widest_first.index(tensors[n].dtype), n))
+    dtypes = {name: _sent_as(tensor, dtype) for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda n: (widest_first.index(dtypes[n]), n))
     described: dict[str, Any] = {"__metadata__": {CONFIG_KEY: json.dumps(config, sort_keys=True)}}
     position = 0
     for name in order:
         tensor = tensors[name]
-        end = position + math.prod(tensor.shape) * tensor.element_size()
+        end = position + math.prod(tensor.shape) * dtypes[name].itemsize
         described[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": DTYPES[dtypes[name]],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
@@ -154,12 +162,14 @@ def _layout(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> t
 
 
 @torch.no_grad()
-def _fill(descriptor: int, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
+def _fill(
+    descriptor: int, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype | None
+) -> str:
     """Write the file and return its digest. By write(), which is faster than a new mapping and fails with an error."""
     checksums, bad = [_checksum(bytearray(header))], []
     _write(descriptor, header)
     for name, tensor in tensors:
-        values = tensor.detach().to("cpu").contiguous().view(-1)
+        values = tensor.detach().to(_sent_as(tensor, dtype)).to("cpu").contiguous().view(-1)
         data = values.view(torch.uint8)
         if not is_finite(values):
             bad.append(name)
@@ -168,6 +178,10 @@ def _fill(descriptor: int, header: bytes, tensors: Sequence[tuple[str, torch.Ten
     if bad:
         raise not_finite(bad, len(tensors))
     return combine(checksums)
+
+
+def _sent_as(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
 
 
 def _write(descriptor: int, data: Any) -> None:

@@ -25,7 +25,7 @@ from vllm.lora.request import LoRARequest
 from ..errors import UnsupportedAdapterError
 from .loading import unmark
 from .request import Content, has_tensors
-from .segment import Address, Segment
+from .segment import DTYPES, Address, Segment
 
 # What some releases of vLLM do not read, and so would serve as if it were not there.
 _MEANINGFUL = ("rank_pattern", "alpha_pattern", "lora_bias")
@@ -67,6 +67,10 @@ class Ledger:
     def segments(self) -> list[Segment]:
         return [users.segment for users in self.users.values() if users.segment is not None]
 
+    def publish(self, content: Content) -> Segment:
+        dtype = getattr(self.lora_config, "lora_dtype", None)
+        return content.publish(dtype if dtype in DTYPES else None)
+
     def check(self, request: Any) -> None:
         """Ask vLLM's ``PEFTHelper`` before any byte travels. Raises UnsupportedAdapterError with its reason."""
         name, config = f"adapter {request.lora_name!r} (id {request.lora_int_id})", request.content.config
@@ -89,7 +93,7 @@ class Ledger:
         self.ids.add(adapter_id)
         if self.lora_config is not None and self.may_evict:
             for users in self.users.values():
-                users.segment = users.segment or users.content.publish()
+                users.segment = users.segment or self.publish(users.content)
 
     def note_plain(self, request: Any) -> None:
         """vLLM is given a request that is not ours, maybe under the id of one of ours."""
@@ -149,7 +153,7 @@ class Ledger:
         token = _sending.set((self, request.content))
         try:
             if self.may_evict:
-                users.segment = users.segment or request.content.publish()
+                users.segment = users.segment or self.publish(request.content)
                 yield wire(request, users.segment.address)
             else:
                 users.release()
@@ -208,7 +212,7 @@ def add_lora(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -
     ledger.check(call.request)
     if ledger.has(call.request) and not call.request.load_inplace and not ledger.may_evict:
         return True
-    with ledger.published(call.request, call.request.content.publish()), ledger.loading(call.request) as plain:
+    with ledger.published(call.request, ledger.publish(call.request.content)), ledger.loading(call.request) as plain:
         return call.with_request(plain)
 
 
@@ -222,7 +226,7 @@ async def add_lora_async(wrapped: Callable[..., Any], engine: Any, args: Any, kw
     async with ledger.lock():
         if ledger.has(call.request) and not call.request.load_inplace and not ledger.may_evict:
             return True
-        segment = await asyncio.to_thread(call.request.content.publish)
+        segment = await asyncio.to_thread(ledger.publish, call.request.content)
         with ledger.published(call.request, segment), ledger.loading(call.request) as plain:
             return await call.with_request(plain)
 
@@ -236,7 +240,7 @@ def add_request(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any
     with contextlib.ExitStack() as stack:
         if not ledger.has(call.request):
             ledger.check(call.request)
-            stack.enter_context(ledger.published(call.request, call.request.content.publish()))
+            stack.enter_context(ledger.published(call.request, ledger.publish(call.request.content)))
             with ledger.loading(call.request) as plain:
                 engine.add_lora(plain)
         return call.with_request(stack.enter_context(ledger.serving(call.request)))
@@ -253,7 +257,7 @@ async def add_request_async(wrapped: Callable[..., Any], engine: Any, args: Any,
             ledger.check(call.request)
             async with ledger.lock():
                 if not ledger.has(call.request):  # nor did another task send it meanwhile
-                    segment = await asyncio.to_thread(call.request.content.publish)
+                    segment = await asyncio.to_thread(ledger.publish, call.request.content)
                     stack.enter_context(ledger.published(call.request, segment))
                     with ledger.loading(call.request) as plain:
                         await engine.add_lora(plain)

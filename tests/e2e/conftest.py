@@ -1,4 +1,4 @@
-"""Every real run is started once, two at a time, as soon as a selected test needs it; the tests wait for theirs."""
+"""Every real run is started once, three at a time (each waits a lot while it imports), as soon as a selected test needs it; the tests wait for theirs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
 from swift_lora_fix import releases
 from tests.support import faults
-from tests.support.driver import PLUGINS, Run, make_model, this_python
+from tests.support.driver import PLUGINS, Run, Verification, make_model, this_python
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
 assert FAMILY is not None, "the suite runs with a release of the table"
@@ -30,7 +30,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pool = ThreadPoolExecutor(max_workers=int(os.environ.get("SLF_PARALLEL_RUNS", "2")))
+        self.pool = ThreadPoolExecutor(max_workers=int(os.environ.get("SLF_PARALLEL_RUNS", "3")))
         self.futures: dict[str, Future[Run]] = {}
         self.model = make_model(this_python(), folder / "models")
 
@@ -173,7 +173,11 @@ def _emptied(fixed: bool) -> Callable[[Runs, str], Run]:
     return build
 
 
-SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
+def _verify(runs: Runs, name: str) -> Verification:
+    return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
+
+
+SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "train_fixed": ((), _train),
     "resume_fixed": (("train_fixed",), _resume(True)),
     "resume_stock": (("train_fixed",), _resume(False)),
@@ -183,6 +187,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Run]]] = {
     "fork_fixed": (("train_fixed",), _fork),
     "fork_emptied_fixed": (("train_fixed",), _emptied(True)),
     "fork_emptied_stock": (("train_fixed",), _emptied(False)),
+    "verify": (("train_fixed",), _verify),
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),

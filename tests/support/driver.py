@@ -180,3 +180,27 @@ def make_model(python: Path, folder: Path, architecture: str = "qwen2", dtype: s
 
 def this_python() -> Path:
     return Path(sys.executable)
+
+
+@dataclass
+class Verification:
+    """``swift-lora-fix verify``: two runs in one command. Afterwards ``done`` is the finished process."""
+
+    model: Path
+    adapter: Path
+    folder: Path
+    arguments: tuple[str, ...] = ()
+    done: subprocess.CompletedProcess[str] | None = None
+
+    def start(self) -> Verification:
+        swift = ("--model_type", "qwen2", "--template", "chatml", "--vllm_max_model_len", "256")
+        options = ("--model", self.model, "--adapter", self.adapter, "--out", self.folder, *self.arguments)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "none", "OMP_NUM_THREADS": "1"}
+        self.done = subprocess.run(
+            [str(this_python().parent / "swift-lora-fix"), "verify", *map(str, options), "--", *swift],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+        return self
