@@ -1,4 +1,4 @@
-"""Every real run is started once, three at a time (each waits a lot while it imports), as soon as a selected test needs it; the tests wait for theirs."""
+"""Every real run is started once, three at a time, as soon as a selected test needs it; the tests wait for theirs."""
 
 from __future__ import annotations
 
