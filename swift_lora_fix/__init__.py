@@ -9,7 +9,9 @@ How data flows, one way::
     proof/       before rollouts: what the engine holds and what it answers, against the trainer
     metrics.py   reports and timings, into ms-swift's own metrics
     scope.py     which trainers this is for;  releases.py: which release has which defect
-    patches/     the thin hooks into ms-swift;  arming.py: when they go in and out
+    patches/     the thin hooks into ms-swift and vLLM;  arming.py: when they go in and out
+
+Beside it: cli/ (doctor, verify, report, fork), and memory/, adapters from memory for any vLLM program.
 
 Importing this package arms it: the hooks go in when ms-swift's rollout module is loaded. It loads neither torch nor
 vLLM nor ms-swift by itself. ``SWIFT_LORA_FIX=off`` keeps everything out.

@@ -236,6 +236,7 @@ def _request(like: Any, index: int, text: str) -> Any:
 def _config(like: Any) -> Any:
     config = copy.copy(like)
     sampling = dict(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0, n=1, seed=0, stop=[])
+    sampling["structured_outputs_regex"] = None
     answer = dict(max_tokens=NEW_TOKENS, logprobs=True, top_logprobs=None, return_details=True, stream=False)
     known = inspect.signature(type(like)).parameters
     for name, value in {**sampling, **answer}.items():
