@@ -70,6 +70,7 @@ def test_slots_equal_the_loaders(results: dict, engine: str, case: str) -> None:
     assert "error" not in found, found
     assert found["path"] == "direct"
     assert found["differing"] == 0 and found["filled"] > 10_000
+    assert found["audited"] == (SYNCS if case == "syncs" else 3)
     assert found["trainer_changed"] == 0 and found["base_changed"] == 0
 
 

@@ -112,6 +112,7 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
     from swift_lora_fix.engine import loader
     from swift_lora_fix.engine.handle import EngineHandle
     from swift_lora_fix.engine.writer import AdapterWriter
+    from swift_lora_fix.proof import audit
 
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
     trained = peft_model(model, 1, config, dtype)
@@ -120,22 +121,27 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
     writer = AdapterWriter(handle, bound, request_class(), cpu)
     result: dict[str, Any] = {"differing": 0, "trainer_changed": 0}
     generator = torch.Generator().manual_seed(3)
+    compared = 5 if syncs > 10 else 1  # which of many are also loaded by vLLM; the read-back audit sees each
     base = {n: p.detach().clone() for n, p in trained.named_parameters() if "lora_" not in n}
     rss = []
-    for _ in range(syncs):
+    for number in range(syncs):
         with torch.no_grad():
             for parameter in bound.parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
         before = {entry.key: entry.parameter.detach().clone() for entry in bound.entries}
         writer.validate()
         report = writer.write()
+        writer.finish()
         written = slots(engine)
+        rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        result["audited"] = result.get("audited", 0) + (audit.adapter(writer) is None)
         result["trainer_changed"] += sum(int((before[e.key] != e.parameter).sum()) for e in bound.entries)
+        if number % compared:
+            continue
         staged = loader.stage(bound, adapter.read_to_host(bound, cpu), handle.lora_dtype)
         loader.load(handle, bound, staged, writer.request_class)
         result["differing"] += differing(written, slots(engine))
         assert not writer.plan or not writer.is_current(), "the reference load must be noticed as a stranger's"
-        rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     result["path"] = report.path
     result["filled"] = sum(int((tensor != 0).sum()) for tensor in written.values())
     result["base_changed"] = sum(int((base[n] != p).sum()) for n, p in trained.named_parameters() if n in base)

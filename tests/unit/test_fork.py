@@ -502,7 +502,9 @@ def console(*arguments: object, before: str = "") -> subprocess.Popen[str]:
 def test_ctrl_c_leaves_nothing(one: Path, target: Path, number: signal.Signals) -> None:
     with (one / "long.bin").open("wb") as file:
         file.truncate(1 << 30)  # takes a while to copy
-    process = console(one, target, "--with-trainer-state")
+    # a shell starts what it puts into the background with SIGINT ignored, and that is inherited
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = console(one, target, "--with-trainer-state", before=listen)
     while not any(target.parent.iterdir()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
