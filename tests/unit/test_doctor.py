@@ -14,6 +14,7 @@ from tests.support.environments import Environment, swift_lora_fix
 SWIFT = releases.installed_swift() or "0"
 FAMILY = releases.family_of(SWIFT)
 assert FAMILY is not None, "the suite runs with a release of the table"
+once = pytest.mark.skipif(FAMILY.last != releases.NEWEST_KNOWN, reason="the same everywhere: in the newest environment")
 PACKAGE = FAMILY.layout.rollout_module
 SWIFT_NAMES = ("swift", "ms_swift-*")
 VLLM_NAMES = ("vllm", "vllm*.dist-info")
@@ -61,6 +62,7 @@ def test_this_environment_is_ready() -> None:
     assert not any(variables.values())
 
 
+@once
 def test_what_works_and_is_not_as_it_should_be() -> None:
     done = swift_lora_fix(
         "doctor",
@@ -81,6 +83,7 @@ def test_what_works_and_is_not_as_it_should_be() -> None:
     assert "\u2026" not in done.stdout, "rich's mark for what it cut off"
 
 
+@once
 def test_releases_that_nobody_has_tried(environment: Environment) -> None:
     """The code is the installed one; its metadata say otherwise."""
     environment.without("ms_swift-*", "vllm*.dist-info", "swift_lora_fix-*")
@@ -155,6 +158,7 @@ def test_invalid_settings(name: str, value: str) -> None:
     assert variable["value"] == value and variable["problem"] == report["problems"][0]
 
 
+@once
 def test_the_working_folder_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone of ms-swift, or a script with an unlucky name, beside which doctor is called."""
     for name in ("swift", "vllm", "torch", "json", "inspect"):
