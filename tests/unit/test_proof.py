@@ -250,3 +250,12 @@ def test_the_gate_is_due_again_after_a_disturbance() -> None:
     assert proof.gates_due == 0, "a run that sleeps at each step is probed as one that does not"
     proof.note_disturbance()
     assert proof.gates_due == state.FIRST_SYNCS
+
+
+def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
+    made = gate.Gate(trainer, adapter.bind(peft_model()), everywhere=bool)
+    monkeypatch.setattr(gate.Gate, "_check", lambda *_: (torch.rand(3), None))
+    before = torch.get_rng_state()
+    drawn, _ = made.check(lambda requests, config: [], [], None)  # type: ignore[arg-type]
+    assert len(drawn) == 3 and torch.equal(before, torch.get_rng_state())
