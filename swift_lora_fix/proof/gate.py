@@ -114,8 +114,8 @@ class Gate:
             infer: ms-swift's own ``_engine_infer``, ``infer(requests, config)``.
             requests, config: those of the rollout that is about to be made, to take their kind from.
 
-        All ranks come here together and stay together: what one of them has to confirm, all do. The random state is left
-        as it was (vLLM's sampler draws from PyTorch's, seed or no seed), so a run with the gate is the run without it.
+        All ranks come here together and stay together: what one of them has to confirm, all do. The random state is
+        left as it was (vLLM's sampler draws from PyTorch's, seed or no seed): a run with the gate is the run without.
         """
         device = self.trainer.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
