@@ -1,7 +1,8 @@
 """Records, at every rollout of a real run, what the engine serves against what the trainer holds.
 
 One JSON line a rollout goes to ``$SLF_PROBE_FILE`` (``.rankN`` appended for ranks above 0). Fields: ``step``;
-``tokens`` (greedy continuations of fixed prompts); ``mean``, ``max`` (|logprob engine - trainer| on those tokens);
+``tokens`` (greedy continuations of fixed prompts), ``margins`` (by how much, in nats, the trainer prefers its first
+choice over its second at each of them); ``mean``, ``max`` (|logprob engine - trainer| on those tokens);
 ``lora_effect`` (mean |logprob trainer with LoRA - without|); ``base_changed`` (share of the trainer's base entries that
 differ from the start of the run); ``lora_changed_by_sync`` (LoRA entries that the syncs so far changed);
 ``lora_dtypes``; ``merge_calls``; ``shared_storage`` (trainer storages found in the engine); ``slots`` (digest of the
@@ -143,6 +144,8 @@ class Recorder:
         ids = self.torch.tensor([prompt + completion], device=next(self.model.parameters()).device)
         logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         chosen = self.torch.tensor(completion, device=logits.device)[:, None]
+        first, second = logits.topk(2, dim=-1).values.unbind(-1)
+        self.margins.append((first - second).tolist())
         return logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
 
     def trainer_logprobs(self, pairs):
@@ -150,6 +153,7 @@ class Recorder:
         self.model.eval()
         try:
             with self.torch.no_grad():
+                self.margins = []
                 with_lora = [self.logprobs(*pair) for pair in pairs]
                 with self.model.disable_adapter():
                     without = [self.logprobs(*pair) for pair in pairs]
@@ -220,6 +224,7 @@ def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
         "lora_sum": float(sum(t.double().sum() for t in recorder.lora().values())),
         "lora_norm": float(sum((t.float() ** 2).sum() for t in recorder.lora().values()) ** 0.5),
         "tokens": tokens,
+        "margins": recorder.margins[: len(tokens)],
     }
     rank = trainer.accelerator.process_index
     with open(os.environ["SLF_PROBE_FILE"] + (f".rank{rank}" if rank else ""), "a") as file:
