@@ -22,12 +22,13 @@ _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """One LoRA tensor of the trainer.
+    """One tensor of the trainer's adapter: LoRA's A or B, or, in fused mode, whatever else is trained.
 
     key: its name in PEFT's state dict, ``base_model.model.<module>.lora_A.weight``.
     holder, name: where its module keeps it, ``holder[name] is parameter``.
     parameter: the trainer's own parameter; A is (r, in), B is (out, r); embeddings (r, vocab) and (hidden, r).
-    scale: what PEFT multiplies B·A·x by, ``module.scaling[adapter]``, on B entries; 1.0 on A entries.
+    scale: what PEFT multiplies B·A·x by, ``module.scaling[adapter]``, on B entries; 1.0 on all others.
+    rank: of A and B; 0 elsewhere.
     """
 
     key: str
@@ -36,7 +37,7 @@ class AdapterEntry:
     rank: int
     holder: dict[str, Any] = field(repr=False)
     name: str
-    layer: Any = field(repr=False)  # PEFT's LoRA layer
+    layer: Any = field(repr=False)  # PEFT's LoRA layer, None for a parameter beside them
 
     @property
     def is_b(self) -> bool:
@@ -77,17 +78,19 @@ class Adapter:
         return max(entry.rank for entry in self.entries)
 
 
-def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter:
-    """Find the LoRA parameters of ``model``'s adapter.
+def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: bool = True) -> Adapter:
+    """Find the parameters of ``model``'s adapter.
 
     Args:
         model: the unwrapped ``peft.PeftModel`` of the trainer.
         adapter_name: the PEFT adapter to serve.
+        apart: the engine gets base and LoRA apart, for vLLM's LoRA kernels; else folded into one (fused mode), and the
+            adapter is everything that is trained: DoRA's magnitudes, ``modules_to_save``, biases too.
 
     Raises:
-        UnsupportedAdapterError: no such adapter, not LoRA, or it has parts that vLLM's LoRA kernels cannot serve
-            (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained bias. Or a parameter
-            beside the LoRA is trained, which the engine, given the base once, would never see.
+        UnsupportedAdapterError: no such adapter, or not LoRA. With ``apart`` also where it has parts that vLLM's LoRA
+            kernels cannot serve (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained
+            bias. Or a parameter beside the LoRA is trained, which the engine, given the base once, would never see.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -95,19 +98,24 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> Adapter
     if adapter_name not in configs:
         raise UnsupportedAdapterError(f"The model has no PEFT adapter {adapter_name!r}; it has {sorted(configs)}.")
     config = configs[adapter_name]
-    _check_servable(adapter_name, config)
+    _check_type(adapter_name, config)
+    if apart:
+        _check_servable(adapter_name, config)
 
     layers: list[Any] = []
     entries: list[AdapterEntry] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             layers.append(module)
-            if getattr(module, "use_dora", {}).get(adapter_name):
+            if apart and getattr(module, "use_dora", {}).get(adapter_name):
                 raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"DoRA (use_dora) in module {name!r}"))
-            entries += _entries(name.replace(_CHECKPOINT_WRAPPER, ""), module, adapter_name)
+            entries += _entries(clean_name(name), module, adapter_name)
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
-    _check_base_is_frozen(model)
+    if apart:
+        _check_base_is_frozen(model)
+    else:
+        entries += _other_entries(model, adapter_name, {id(entry.parameter) for entry in entries})
     parameters = tuple(entry.parameter for entry in entries)
     return Adapter(
         adapter_name, tuple(entries), config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
@@ -133,24 +141,34 @@ def _chunks(entries: Sequence[AdapterEntry]) -> Iterator[Chunk]:
     yield Chunk(tuple(part), tuple(e.parameter for e in part))
 
 
-@contextlib.contextmanager
-def whole_values(adapter: Adapter, chunk: Chunk, device: torch.device) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield the whole value of each parameter of ``chunk``, gathering nothing else; valid inside only.
+def whole_values(
+    adapter: Adapter, chunk: Chunk, device: torch.device
+) -> contextlib.AbstractContextManager[Sequence[torch.Tensor]]:
+    """``whole`` of the parameters of ``chunk``."""
+    return whole(chunk.parameters, adapter.sharding, device)
 
-    Not sharded: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of these LoRA parameters.
-    FSDP2: ``full_tensor()`` of these LoRA DTensors, by way of ``device`` where they are offloaded to the CPU. All ranks
-    must walk the same chunks together.
+
+@contextlib.contextmanager
+def whole(
+    parameters: Sequence[torch.nn.Parameter], sharding: Literal["none", "zero3", "fsdp2"], device: torch.device
+) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield the whole value of each of ``parameters``, gathering nothing else; valid inside only.
+
+    Not sharded: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of those that nobody holds
+    gathered already. FSDP2: ``full_tensor()`` of those that are DTensors, by way of ``device`` where they are offloaded
+    to the CPU. All ranks must ask for the same ones together.
     """
     with contextlib.ExitStack() as stack:
-        if adapter.sharding == "zero3":
+        if sharding == "zero3":
             import deepspeed
 
-            stack.enter_context(deepspeed.zero.GatheredParameters(list(chunk.parameters)))
+            apart = [p for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+            stack.enter_context(deepspeed.zero.GatheredParameters(apart))
         with torch.no_grad():
-            if adapter.sharding == "fsdp2":
-                yield [parameter.detach().to(device).full_tensor() for parameter in chunk.parameters]
+            if sharding == "fsdp2":
+                yield [p.detach().to(device).full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
             else:
-                yield chunk.parameters
+                yield parameters
 
 
 def local_parts(adapter: Adapter) -> list[torch.Tensor]:
@@ -167,8 +185,13 @@ def local_part(parameter: Any) -> torch.Tensor:
 
 
 def frozen_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The base's own parameters, by name: everything but LoRA."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if "lora_" not in name]
+    """The base's own parameters, by name: everything but LoRA and what is trained beside it."""
+    return [(n, p) for n, p in model.named_parameters() if "lora_" not in n and not p.requires_grad]
+
+
+def clean_name(name: str) -> str:
+    """The name of a module or parameter without what activation checkpointing puts into it."""
+    return name.replace(_CHECKPOINT_WRAPPER, "")
 
 
 def changed_scalings(adapter: Adapter) -> list[str]:
@@ -230,7 +253,9 @@ def _partition(parameter: Any) -> torch.Tensor:
 
 def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[AdapterEntry]:
     """The module's A and B, under the keys of PEFT's ``get_peft_model_state_dict``. That function itself gives none
-    from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds."""
+    from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds. And what
+    else is trained of the module: the bias of B, DoRA's magnitude (whose key has lost its ``.weight``, as PEFT's has).
+    """
     scaling, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
     for attribute in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
         container: Any = getattr(module, attribute, {})
@@ -240,12 +265,35 @@ def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[Adapt
             if not attribute.startswith("lora_embedding"):  # a Linear; an embedding has the parameter itself there
                 key, holder, name = f"{key}.weight", container[adapter_name], "weight"
             yield AdapterEntry(key, holder._parameters[name], scale, rank, holder._parameters, name, module)
+            if holder._parameters.get("bias") is not None:  # lora_bias
+                bias_key = f"{module_name}.{attribute}.bias"
+                yield AdapterEntry(
+                    bias_key, holder._parameters["bias"], scale, rank, holder._parameters, "bias", module
+                )
+    magnitudes: Any = getattr(module, "lora_magnitude_vector", {})
+    if adapter_name in magnitudes:
+        holder = magnitudes[adapter_name]._parameters
+        key = f"{module_name}.lora_magnitude_vector"
+        yield AdapterEntry(key, holder["weight"], 1.0, rank, holder, "weight", module)
 
 
-def _check_servable(adapter_name: str, config: Any) -> None:
+def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -> Iterator[AdapterEntry]:
+    """What is trained beside the LoRA layers: ``modules_to_save``, biases."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+                known.add(id(parameter))
+                key = f"{clean_name(path)}.{name}".replace(f".modules_to_save.{adapter_name}.", ".")
+                yield AdapterEntry(key, parameter, 1.0, 0, module._parameters, name, None)
+
+
+def _check_type(adapter_name: str, config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"a PEFT adapter of type {kind}"))
+
+
+def _check_servable(adapter_name: str, config: Any) -> None:
     found = {
         "modules_to_save": getattr(config, "modules_to_save", None),
         "use_dora": getattr(config, "use_dora", False),

@@ -3,7 +3,8 @@
 All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds_validate``, ``_write``, ``_caches`` and
 ``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``. At syncs that pass the gate: ``seconds_base_audit``,
 ``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3),
-``noise_floor``, ``control_base``, ``control_double`` (nats a token), ``distinguishable`` (0 or 1).
+``noise_floor``, ``control_base``, ``control_double`` (nats a token), ``distinguishable`` (0 or 1). In fused mode also
+``mismatch_rounding`` (nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def of(state: SyncState) -> dict[str, float]:
             control_double=verdict.control_double,
             distinguishable=float(verdict.is_distinguishable),
         )
+        if state.mode == "fused":
+            numbers["mismatch_rounding"] = verdict.rounding
+    if proof.rounding is not None and proof.rounding.lost_share is not None:
+        numbers["lost_share"] = proof.rounding.lost_share
     return numbers
 
 

@@ -247,6 +247,7 @@ HOOKS = (
 CALLS = (
     Target(f"{ROLLOUT_CLASS}._move_full_model_to_vllm"),
     Target(f"{ROLLOUT_CLASS}._move_adapter_to_vllm"),
+    Target(f"{ROLLOUT_CLASS}._load_state_dict_to_vllm", positional=1),
     Target(f"{ROLLOUT_CLASS}.split_batches"),
     Target("TensorLoRARequest", is_function=False),
 )

@@ -1,22 +1,30 @@
-"""Which trainers' sync is ours."""
+"""Which trainers' sync is ours, and in which mode the engine serves their adapter."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from .errors import UnsupportedTrainerError
+from . import merging
+from .adapter import DEFAULT_ADAPTER
+from .errors import SettingsError, UnsupportedAdapterError, UnsupportedTrainerError
+from .settings import Settings
 
 
 @dataclass(frozen=True)
 class Scope:
     ours: bool
     reason: str
+    mode: Literal["adapter", "fused"] = "adapter"
 
 
 def decide(trainer: Any) -> Scope:
-    """Decide from the trainer as ms-swift prepared it; ``reason`` is one line for the log."""
+    """Decide from the trainer as ms-swift prepared it; ``reason`` is one line for the log.
+
+    Raises SettingsError where SWIFT_LORA_FIX_MODE asks for what --vllm_enable_lora excludes; UnsupportedAdapterError
+    where it asks for the fused mode and the weights cannot be rewritten (quantised, tied).
+    """
     args = trainer.args
     tuner = getattr(args, "tuner_type", None) or getattr(args, "train_type", None)
     if not args.use_vllm:
@@ -25,9 +33,43 @@ def decide(trainer: Any) -> Scope:
         return _aside(f"the tuner is {tuner!r}, not 'lora'")
     if trainer.vllm_mode != "colocate":
         return _aside(f"vllm_mode is {trainer.vllm_mode!r}, not 'colocate'")
-    if not trainer.rollout_enable_lora:
-        return _aside("vllm_enable_lora is false, so ms-swift merges the adapter into what it sends")
-    return Scope(True, "armed: the engine gets the unmerged base once and the adapter once, the trainer is only read.")
+    asked = Settings.from_environment().mode
+    if asked == "adapter" and not trainer.rollout_enable_lora:
+        raise SettingsError(
+            "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
+        )
+    if asked == "adapter" or (not asked and trainer.rollout_enable_lora):
+        return Scope(
+            True, "armed: the engine gets the unmerged base once and the adapter once, the trainer is only read."
+        )
+    problem = _why_not_fused(trainer)
+    if problem is None:
+        return Scope(
+            True,
+            "armed, fused mode: the engine's weights become those of the trainer's base with the adapter folded in, "
+            "the trainer is only read.",
+            "fused",
+        )
+    if asked == "fused":
+        raise UnsupportedAdapterError(f"SWIFT_LORA_FIX_MODE='fused' cannot be had: {problem}.")
+    return _aside(f"the fused mode cannot be had, {problem}")
+
+
+def _why_not_fused(trainer: Any) -> str | None:
+    """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
+    way_out = "Use --vllm_enable_lora true, with which the adapter stays apart"
+    quantization = getattr(trainer.engine.engine.vllm_config.model_config, "quantization", None)
+    if quantization:
+        return f"the engine holds the base quantised ({quantization}), and the merged weights are not. {way_out}"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for module in merging.bind(model, DEFAULT_ADAPTER):
+        for source, parameter in ((source, module.parameters[name]) for source, name in module.plain.items()):
+            if not parameter.is_floating_point() or parameter.element_size() < 2:
+                return f"the trainer holds {source} quantised ({parameter.dtype}). {way_out}"
+    tied = merging.tied(model, DEFAULT_ADAPTER)
+    if tied:
+        return f"{tied[0]} is tied to {tied[1]}, the adapter parts them, and in the engine they are one. {way_out}"
+    return None
 
 
 def request_class(trainer: Any) -> Any:

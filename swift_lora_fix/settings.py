@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ _ON = {"", "on", "1", "true", "yes"}
 _OFF = {"off", "0", "false", "no"}
 _WRITERS = {"direct", "loader"}
 _ON_MISMATCH = {"raise", "repair", "warn"}
+_MODES = {"", "adapter", "fused", "auto"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class Settings:
     """Settings of this process.
 
     enabled: ``SWIFT_LORA_FIX`` (``on``, the default, or ``off``, which keeps every patch out).
+    mode: ``SWIFT_LORA_FIX_MODE``: ``adapter`` (base and adapter apart, in vLLM's LoRA layers), ``fused`` (the adapter
+        folded into the engine's own weights), ``auto`` (measured as the run starts). Not set: what
+        ``--vllm_enable_lora`` says, true for ``adapter`` and false for ``fused``.
     writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
         through vLLM's own adapter loader, the slow reference path).
     on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine is found not to serve the trainer's policy: ``raise``
@@ -26,12 +31,16 @@ class Settings:
         ``warn`` (say so and go on).
     gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs every so many syncs pass the agreement gate (50 is
         the default; 0 switches the gate off, the audits stay).
+    lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that may be lost
+        to rounding before a warning says so, and before ``auto`` takes the other mode; 0.5 is the default.
     """
 
     enabled: bool = True
+    mode: str = ""
     writer: str = "direct"
     on_mismatch: str = "raise"
     gate_every: int = 50
+    lost_share: float = 0.5
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -42,16 +51,18 @@ class Settings:
             raise SettingsError(f"SWIFT_LORA_FIX={value!r} is not understood: set it to 'on' or 'off', or unset it.")
         return cls(
             enabled=value not in _OFF,
+            mode=_choice(environment, "SWIFT_LORA_FIX_MODE", cls.mode, _MODES),
             writer=_choice(environment, "SWIFT_LORA_FIX_WRITER", cls.writer, _WRITERS),
             on_mismatch=_choice(environment, "SWIFT_LORA_FIX_ON_MISMATCH", cls.on_mismatch, _ON_MISMATCH),
             gate_every=_count(environment, "SWIFT_LORA_FIX_GATE_EVERY", cls.gate_every),
+            lost_share=_share(environment, "SWIFT_LORA_FIX_LOST_SHARE", cls.lost_share),
         )
 
 
 def _choice(environment: Mapping[str, str], name: str, default: str, allowed: set[str]) -> str:
     value = environment.get(name, "").strip().lower() or default
     if value not in allowed:
-        words = ", ".join(map(repr, sorted(allowed)))
+        words = ", ".join(map(repr, sorted(allowed - {""})))
         raise SettingsError(f"{name}={value!r} is not understood: set it to one of {words}, or unset it.")
     return value
 
@@ -61,3 +72,14 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
     if not value.isdecimal():
         raise SettingsError(f"{name}={value!r} is not understood: set it to a whole number from 0 on, or unset it.")
     return int(value)
+
+
+def _share(environment: Mapping[str, str], name: str, default: float) -> float:
+    value = environment.get(name, "").strip() or str(default)
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise SettingsError(f"{name}={value!r} is not understood: set it to a number from 0 to 1, or unset it.")
+    return share

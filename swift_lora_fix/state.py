@@ -7,6 +7,7 @@ from typing import Any
 
 from . import adapter, origin
 from .engine.base import BaseRecord
+from .engine.fused import FusedWriter
 from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter, WriteReport
 
@@ -16,19 +17,21 @@ FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a r
 @dataclass
 class Proof:
     """What was proved of the last sync. examined: it was audited. gates_due: so many syncs still pass the gate before
-    only every Nth does. verdict: the gate's at this sync, None where it did not run. Times in seconds."""
+    only every Nth does. verdict: the gate's at this sync, None where it did not run. rounding: what the one rounding of
+    the fused mode costs, None where that was not looked at. Times in seconds."""
 
     examined: bool = False
     gates_due: int = FIRST_SYNCS
     has_slept: bool = False
     gate: Any = None
     verdict: Any = None
+    rounding: Any = None
     audit_seconds: float = 0.0  # of the adapter
     base_audit_seconds: float = 0.0
     gate_seconds: float = 0.0
 
     def begin_sync(self) -> None:
-        self.examined, self.verdict = False, None
+        self.examined, self.verdict, self.rounding = False, None, None
         self.audit_seconds = self.base_audit_seconds = self.gate_seconds = 0.0
 
     def note_disturbance(self, sleep: bool = False) -> None:
@@ -40,12 +43,12 @@ class Proof:
 
 @dataclass
 class SyncState:
-    """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's adapter."""
+    """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's policy."""
 
     model: Any
     engine: EngineHandle
     adapter: adapter.Adapter
-    writer: AdapterWriter
+    writer: AdapterWriter | FusedWriter
     origin: origin.AdapterOrigin | None = None
     base_is_current: bool = False
     base_record: BaseRecord | None = None
@@ -56,6 +59,12 @@ class SyncState:
     last_write: WriteReport = field(default_factory=lambda: WriteReport("none"))
     proof: Proof = field(default_factory=Proof)
     custody_is_said: bool = False
+    lost_share_is_said: bool = False
+
+    @property
+    def mode(self) -> str:
+        """``adapter``: base and adapter apart, in vLLM's LoRA layers; ``fused``: folded into the engine's weights."""
+        return "fused" if isinstance(self.writer, FusedWriter) else "adapter"
 
     def summary(self) -> dict[str, Any]:
         """For ``swift_lora_fix.status()``."""
@@ -65,6 +74,7 @@ class SyncState:
             "policy_digest": self.last_write.digest,
             "syncs": self.syncs,
             "base_pushes": self.base_pushes,
+            "mode": self.mode,
             "path": self.last_write.path,
             "adapter_bytes": self.last_write.bytes_written,
             "sync_seconds": self.last_seconds,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from . import adapter as adapters
-from . import origin, scope
+from . import merging, origin, scope
 from .engine import base, loader
+from .engine.fused import FusedWriter
 from .engine.handle import EngineHandle
-from .engine.staging import host_digest
 from .engine.writer import AdapterWriter
 from .errors import ResumeMismatchError
 from .log import info
@@ -27,8 +29,9 @@ def begin(trainer: Any) -> None:
     _seen.add(trainer)
     info(decision.reason)
     if decision.ours:
-        state = _bind(trainer)
-        loader.check_ranks(state.adapter, state.engine)
+        state = _bind(trainer, decision.mode)
+        if decision.mode == "fused":
+            trainer.engine.enable_lora = False  # ms-swift's engine then adds no LoRA request to rollouts
         base.name_parameters(trainer)
         _states[trainer] = state
 
@@ -68,7 +71,7 @@ def note_losses(trainer: Any, state: SyncState) -> None:
         state.proof.note_disturbance(sleep=True)
     lost = asleep or not state.writer.is_current()
     if not state.writer.everywhere(not lost):  # ranks that gather together sync together
-        state.writer.forget_slots()
+        state.writer.forget()
         state.served_step = None
         trainer._last_loaded_step = -1  # ms-swift then syncs, after waking the weights up
 
@@ -87,9 +90,7 @@ def synchronize(trainer: Any, state: SyncState) -> None:
     state.writer.validate()  # before anything is written
     checked = time.perf_counter()
     if not state.base_is_current:
-        state.base_record = base.push(trainer, state.engine, state.adapter)
-        state.base_is_current = True
-        state.base_pushes += 1
+        _push_base(trainer, state)
     state.served_step = None
     state.last_write = state.writer.write(keep_views=not getattr(trainer, "enable_offload", False))
     caches = time.perf_counter()
@@ -113,12 +114,10 @@ def restore(trainer: Any, state: SyncState) -> SyncState:
     if adapters.changed_scalings(state.adapter):
         served, state = state.served_step, _bind_again(trainer, state)
         state.served_step, _states[trainer] = served, state
-    state.base_record = base.push(trainer, state.engine, state.adapter)
-    state.base_pushes += 1
-    writer = state.writer
-    state.last_write = writer.write_by_reference() if writer.plan is not None else writer.write()
+    _push_base(trainer, state)
+    state.last_write = state.writer.write_by_reference()
     state.engine.reset_caches()
-    writer.finish()
+    state.writer.finish()
     state.proof.note_disturbance()
     return state
 
@@ -127,7 +126,14 @@ def what_is_missing(state: SyncState) -> str | None:
     """Before every rollout: why the engine cannot serve the policy of the last sync at all, or None."""
     if state.served_step is None:
         return "no sync has completed since the engine was started or slept"
-    return state.engine.what_is_missing()
+    return state.writer.what_is_missing()
+
+
+def _push_base(trainer: Any, state: SyncState) -> None:
+    pushed = base.push(trainer, state.engine, state.adapter, getattr(state.writer, "changing", ()))
+    state.writer.accept_base(pushed)
+    state.base_record, state.base_is_current = pushed.record, True
+    state.base_pushes += 1
 
 
 def _find_origin(trainer: Any, state: SyncState) -> str:
@@ -135,24 +141,35 @@ def _find_origin(trainer: Any, state: SyncState) -> str:
     held = adapters.read_to_host(state.adapter, trainer.accelerator.device)
     state.origin = origin.determine(state.model, state.adapter, held, trainer.args, trainer.state.global_step)
     info(str(state.origin))
-    return host_digest(state.adapter, held, state.engine.lora_dtype)
+    return state.writer.digest_of(held)
 
 
-def _bind(trainer: Any) -> SyncState:
+def _bind(trainer: Any, mode: str) -> SyncState:
     """A fresh state around the trainer's model and engine as they are now."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    engine, adapter = EngineHandle(trainer.engine), adapters.bind(model)
-    direct = Settings.from_environment().writer == "direct"
-    writer = AdapterWriter(engine, adapter, scope.request_class(trainer), trainer.accelerator.device, direct)
+    model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
+    engine, adapter = EngineHandle(trainer.engine), adapters.bind(model, apart=mode == "adapter")
+    writer: AdapterWriter | FusedWriter
+    if mode == "adapter":
+        loader.check_ranks(adapter, engine)
+        direct = Settings.from_environment().writer == "direct"
+        writer = AdapterWriter(engine, adapter, scope.request_class(trainer), device, direct)
+    else:
+        modules = merging.bind(model, adapter.name)
+        writer = FusedWriter(engine, adapter, modules, device, partial(_reload, weakref.ref(trainer), adapter))
     return SyncState(model, engine, adapter, writer)
+
+
+def _reload(trainer: Callable[[], Any], adapter: adapters.Adapter, *what: Any) -> set[str]:
+    return base.reload(trainer(), adapter, *what)
 
 
 def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
-    state = _bind(trainer)
-    loader.check_ranks(state.adapter, state.engine)
+    state = _bind(trainer, old.mode)
     state.origin, state.syncs, state.base_pushes = old.origin, old.syncs, old.base_pushes
-    state.base_is_current = old.base_is_current and state.engine.engine is old.engine.engine
+    engine_is_the_same = state.engine.engine is old.engine.engine
+    # in fused mode the places in the engine are learnt by the push
+    state.base_is_current = old.mode == "adapter" and old.base_is_current and engine_is_the_same
     state.base_record = old.base_record if state.base_is_current else None
     state.custody_is_said = old.custody_is_said
     if old.syncs:

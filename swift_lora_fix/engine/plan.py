@@ -22,26 +22,32 @@ class PlanError(Exception):
 
 
 @dataclass(frozen=True)
-class Copy:
-    """One copy that vLLM made: the region (offset, size, stride) of an entry's tensor into ``destination``.
+class Region:
+    """A region (offset, size, stride) of a tensor of the trainer's, and ``destination``, the engine's view it goes to.
 
-    destination is a view of a slot buffer, in the LoRA dtype. offset counts elements from the tensor's first.
+    offset counts elements from the tensor's first, whose elements lie one after the other (contiguous).
     """
 
-    entry: AdapterEntry
     destination: torch.Tensor
     offset: int
     stride: tuple[int, ...]
+
+    def region(self, value: torch.Tensor) -> torch.Tensor:
+        """The region of a whole value (contiguous)."""
+        return value.as_strided(self.destination.shape, self.stride, value.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
+class Copy(Region):
+    """One copy that vLLM made of an entry's tensor into a slot buffer, in the LoRA dtype."""
+
+    entry: AdapterEntry
 
     @property
     def is_whole(self) -> bool:
         """Whether the region is the whole entry as it lies in memory."""
         whole = torch.empty(self.entry.shape, device="meta")
         return self.destination.shape == whole.shape and self.offset == 0 and self.stride == whole.stride()
-
-    def region(self, value: torch.Tensor) -> torch.Tensor:
-        """The same region of a whole value of the entry (a contiguous tensor of ``entry.shape``)."""
-        return value.as_strided(self.destination.shape, self.stride, value.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
     entries = {entry.key: entry for entry in adapter.entries}
     by_entry: dict[str, list[Copy]] = {}
     for key, destination, offset, stride in recorder.copies:
-        by_entry.setdefault(key, []).append(Copy(entries[key], destination, offset, stride))
+        by_entry.setdefault(key, []).append(Copy(destination, offset, stride, entries[key]))
     missing = [entry.key for entry in adapter.entries if entry.key not in by_entry]
     if missing:
         raise PlanError(f"vLLM does not copy {missing[0]} as it is ({len(missing)} of {len(entries)} tensors)")

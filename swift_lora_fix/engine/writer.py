@@ -18,6 +18,7 @@ from ..adapter import Adapter, Chunk
 from ..digest import combine
 from ..log import info, warning
 from . import loader, plan
+from .base import Pushed
 from .finite import FiniteCheck
 from .handle import EngineHandle
 from .replay import Replayed
@@ -63,12 +64,28 @@ class AdapterWriter:
         """Whether the slots still hold what was written last: nobody wrote to them since, no sleep in between."""
         return self.plan is None or (self.slots_are_intact and self.written_versions == self.plan.versions())
 
-    def accept_slots(self) -> None:
+    @property
+    def place(self) -> str:
+        """Where the adapter ends up, in words."""
+        return "engine's LoRA slots" if self.plan is not None else "vLLM's loader"
+
+    def what_is_missing(self) -> str | None:
+        """Name what keeps the adapter from being served, or None."""
+        return self.engine.what_is_missing()
+
+    def accept_base(self, pushed: Pushed) -> None:
+        """The engine holds the trainer's base, which the adapter lies beside."""
+
+    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
+        """The policy digest of whole CPU values by PEFT key: of the adapter as the engine is to hold it."""
+        return host_digest(self.adapter, held, self.engine.lora_dtype)
+
+    def accept(self) -> None:
         """The slots were read back and hold what was written, whoever wrote it last."""
         if self.plan is not None:
             self.written_versions = self.plan.versions()
 
-    def forget_slots(self) -> None:
+    def forget(self) -> None:
         """The engine slept: what the slots hold is unknown, unused rank rows included."""
         self.slots_are_intact = False
 
@@ -83,7 +100,7 @@ class AdapterWriter:
         keep_views: views of the live parameters may be kept for the next write; not where the trainer offloads them,
             which a view would keep from being freed.
         """
-        clock = _Clock()
+        clock = Clock()
         self._checksums = None
         if self.plan is None and self.wants_plan:
             self._learn()
@@ -96,9 +113,11 @@ class AdapterWriter:
 
     def write_by_reference(self) -> WriteReport:
         """The same once through vLLM's own loader, whatever the plan; later writes go their usual way."""
-        clock = _Clock()
+        if self.plan is None:
+            return self.write()
+        clock = Clock()
         self._report = self._write_through_loader(True, clock)
-        if self.plan is not None and self.engine.slot_index() != self.plan.index:
+        if self.engine.slot_index() != self.plan.index:
             self._give_up("vLLM's loader put the adapter into another slot")
         if self.plan is not None:  # what the loader should have written is what a direct write would have
             with torch.no_grad():
@@ -149,7 +168,7 @@ class AdapterWriter:
             with torch.no_grad():
                 yield copies, regions(copies, chunk, self._stage_values(chunk, values))
 
-    def _write_direct(self, keep_views: bool, clock: _Clock) -> WriteReport:
+    def _write_direct(self, keep_views: bool, clock: Clock) -> WriteReport:
         assert self.plan is not None
         with torch.no_grad():
             if not self.slots_are_intact:
@@ -201,7 +220,7 @@ class AdapterWriter:
     def _pointers(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.adapter.parameters]
 
-    def _write_through_loader(self, keep_views: bool, clock: _Clock) -> WriteReport:
+    def _write_through_loader(self, keep_views: bool, clock: Clock) -> WriteReport:
         held = adapters.read_to_host(self.adapter, self.device)
         staged = loader.stage(self.adapter, held, self.engine.lora_dtype)
         digest = host_digest(self.adapter, staged, self.engine.lora_dtype, fold=False)
@@ -256,7 +275,7 @@ def ranks_agree(fine: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-class _Clock:
+class Clock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()

@@ -1,23 +1,27 @@
 """Read-back audits: the bits in the engine's memory against those that were staged from the trainer.
 
 Each sync leaves checksums of what it staged; before the next rollout the slots are summed up where they lie and the
-two are compared. Only when they differ are single tensors looked at, to say which and how.
+two are compared. Only when they differ are single tensors looked at, to say which and how. In fused mode there is too
+much for that: what should be there is computed from the trainer once more and compared.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..digest import checksum
 from ..engine.base import BaseRecord
+from ..engine.fused import FusedWriter, Placed
 from ..engine.writer import AdapterWriter
 from .findings import Finding
 
 ADAPTER = "read-back audit of the adapter"
 BASE = "read-back audit of the base"
+MERGED = "read-back audit of the merged weights"
 
 
 def adapter(writer: AdapterWriter, trainer_is_here: bool = True, ranks_are_here: bool = True) -> Finding | None:
@@ -40,6 +44,74 @@ def adapter(writer: AdapterWriter, trainer_is_here: bool = True, ranks_are_here:
     if not trainer_is_here or (writer.adapter.sharding != "none" and not ranks_are_here):
         return Finding("slots-changed", ADAPTER, f"{_differing(held, writer.expected)} parts of the adapter differ")
     return _by_tensor(writer)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """lost_share: ||cast(W + dW) - (W + dW)|| / ||dW||, Frobenius norms over all merged weights, with dW what the
+    adapter adds: the share of the update that the one rounding loses; None while the adapter adds nothing."""
+
+    lost_share: float | None
+
+
+@torch.no_grad()
+def merged(writer: FusedWriter, part: int = 0, parts: int = 1) -> tuple[Finding | None, Rounding | None]:
+    """Compare the engine's merged weights (of each ``parts``-th module from ``part`` on) with what they should be,
+    computed once more from the trainer; and say what the rounding costs, where all are looked at. None where nobody
+    knows where they lie. All ranks of a sharded trainer together."""
+    if writer.regions is None:
+        return None, None
+    same, lost, added = [], [], []
+    for placed in writer.placed(part, parts):
+        rounded = placed.rounded
+        same.append((rounded == placed.destination).all())
+        if parts == 1:
+            lost.append((rounded.float() - placed.value.float()).norm())
+            added.append((placed.value.float() - placed.plain.float()).norm())
+    if not same or not writer.everywhere(bool(torch.stack(same).all())):
+        return (_by_weight(writer, part, parts) if same else None), None
+    if parts != 1:
+        return None, None
+    norm = float(torch.stack(added).norm())
+    return None, Rounding(float(torch.stack(lost).norm()) / norm if norm else None)
+
+
+def _by_weight(writer: FusedWriter, part: int, parts: int) -> Finding:
+    kinds: dict[str, list[str]] = {}
+    total = 0
+    for placed in writer.placed(part, parts):
+        total += 1
+        kind, detail = _compare_merged(placed)
+        if kind:
+            kinds.setdefault(kind, []).append(placed.source + detail)
+    names = [name for found in kinds.values() for name in found]
+    if not names:
+        return Finding("unknown", MERGED, "another rank's weights differ")
+    evidence = f"{len(names)} of {total} weights differ: {_some(names)}"
+    (kind, found), *others = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    most = len(found) * 2 >= total and total > 1
+    if others or kind == "other":
+        return Finding("not-finite" if "not-finite" in kinds else "weights-changed", MERGED, evidence)
+    cause = {
+        "plain": "not-applied" if most else "weights-changed",
+        "doubled": "double-count" if most else "module-doubled",
+    }
+    return Finding(cause.get(kind, kind), MERGED, evidence)
+
+
+def _compare_merged(placed: Placed) -> tuple[str, str]:
+    held, value = placed.destination, placed.value.float()
+    if torch.equal(placed.rounded, held):
+        return "", ""
+    if not bool(torch.isfinite(held).all()):
+        return "not-finite", ""
+    if torch.equal(placed.plain.to(held.dtype), held):
+        return "plain", " holds the plain base"
+    added = value - placed.plain.float()
+    rest = (held.float() - value - added).norm()  # of a second adapter on top: two roundings
+    if rest < 0.1 * added.norm():
+        return "doubled", ""
+    return "other", ""
 
 
 def base(record: BaseRecord, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:

@@ -53,6 +53,10 @@ CAUSES = {
         "the engine's LoRA slots hold other values than were written",
         "Something wrote to the engine's LoRA slots after the sync.",
     ),
+    "weights-changed": Cause(
+        "the engine's weights are not the trainer's with the adapter folded in",
+        "Something wrote to the engine's weights after the sync. Keep other load_weights calls out of it.",
+    ),
     "base-changed": Cause(
         "the engine's base weights are not the trainer's",
         "Something wrote to the engine's weights after the base was sent. Keep other load_weights calls out of it.",
@@ -61,6 +65,11 @@ CAUSES = {
         "the engine's base is another model's",
         "The engine's weights were loaded again from elsewhere after the base was sent. Check --model and what calls "
         "load_weights.",
+    ),
+    "base-not-served": Cause(
+        "the engine holds the trainer's base and yet does not compute with it",
+        "Its kernels want these weights in another layout than ms-swift sends them in, or the model is not the same in "
+        "both (quantised, another implementation). Try another MoE or quantisation backend of vLLM, and report it.",
     ),
     "trainer-base-changed": Cause(
         "the trainer's frozen base has changed since it was sent to the engine",

@@ -24,12 +24,16 @@ import torch
 from .. import adapter as adapters
 from ..adapter import Adapter
 from .findings import Finding
+from .serving import Apart, Fused
 
 GATE = "agreement gate"
 NEW_TOKENS = 16
 # A match may stand this many noise floors off, in the mean. Measured on real runs: a trained LoRA makes logits, and
 # bf16's steps with them, larger than the plain base's, up to 1.9 floors; a double count stood at 20 to 300.
 FLOORS = 4.0
+# Nats. Floors of right engines so far: 0.005 to 0.06. Above this the engine computes something else from the base,
+# which no check of its bits shows: its kernels expect the weights in another layout.
+FLOOR_CEILING = 0.5
 MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
@@ -60,16 +64,18 @@ class Distance:
 @dataclass(frozen=True)
 class Verdict:
     """One passage through the gate. control_base, control_double: mean |logprob difference| in nats to what the trainer
-    says without the adapter and with twice the adapter."""
+    says without the adapter and with twice the adapter. rounding: in fused mode, by how much (the same mean) the one
+    rounding of the merged weights moves what the trainer says; 0 otherwise."""
 
     distance: Distance
     floor: Distance
     control_base: float
     control_double: float
+    rounding: float = 0.0
 
     @property
     def bound(self) -> float:
-        return FLOORS * max(self.floor.mean, MINIMUM_FLOOR)
+        return FLOORS * max(self.floor.mean + self.rounding, MINIMUM_FLOOR)
 
     @property
     def agrees(self) -> bool:
@@ -91,7 +97,8 @@ class Verdict:
         return (
             f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
             f"KL {self.distance.kl:.3g}), "
-            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise; "
+            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise"
+            f"{f' and that of rounding the merged weights ({self.rounding:.3g})' if self.rounding else ''}; "
             f"to the base without the adapter {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}"
         )
 
@@ -99,8 +106,10 @@ class Verdict:
 class Gate:
     """The probe of one trainer and engine. It keeps the noise floor, and the last answers to tell a stale policy."""
 
-    def __init__(self, trainer: Any, adapter: Adapter, everywhere: Callable[[bool], bool]) -> None:
-        self.trainer, self.adapter, self.everywhere = trainer, adapter, everywhere
+    def __init__(
+        self, trainer: Any, adapter: Adapter, everywhere: Callable[[bool], bool], serving: Apart | Fused
+    ) -> None:
+        self.trainer, self.adapter, self.everywhere, self.serving = trainer, adapter, everywhere, serving
         self.floor: Distance | None = None
         self._previous: list[Answer] | None = None
 
@@ -125,6 +134,10 @@ class Gate:
         if self.floor is None:
             self.floor = self._measure_floor(infer, requests, config)
         verdict, answers = self._probe(infer, requests, config, prompts(self.trainer))
+        if not self.everywhere(self.floor.mean <= FLOOR_CEILING):
+            floor, self.floor = self.floor, None
+            evidence = f"without the adapter, engine and trainer are {floor.mean:.3g} nats a token apart on average"
+            return verdict, Finding("base-not-served", GATE, evidence)
         previous, self._previous = self._previous, answers
         if self.everywhere(verdict.agrees):
             return verdict, None
@@ -151,23 +164,27 @@ class Gate:
     ) -> tuple[Verdict, list[Answer]]:
         assert self.floor is not None
         answers = ask(infer, requests[0], config, texts)
-        held = [self._score(answers, factor) for factor in (1.0, 0.0, 2.0)]
-        distance = distance_of(answers, held[0])
-        controls = [distance_of(answers, scores).mean for scores in held[1:]]
-        return Verdict(distance, self.floor, controls[0], controls[1]), answers
+        held = self._score(answers, contextlib.nullcontext())
+        base = self._score(answers, self.serving.trainer_without_adapter())
+        double = self._score(answers, adapters.scaled(self.adapter, 2.0))
+        rounding = 0.0
+        if self.serving.rounds:
+            rounding = _mean_difference(held, self._score(answers, self.serving.trainer_as_rounded()))
+        controls = [distance_of(answers, scores).mean for scores in (base, double)]
+        return Verdict(distance_of(answers, held), self.floor, controls[0], controls[1], rounding), answers
 
     def _measure_floor(self, infer: Infer, requests: Sequence[Any], config: Any) -> Distance:
-        with _without_adapter(self.trainer.engine):
+        with self.serving.engine_without_adapter():
             answers = ask(infer, requests[0], config, prompts(self.trainer))
-        return distance_of(answers, self._score(answers, 0.0))
+        return distance_of(answers, self._score(answers, self.serving.trainer_without_adapter()))
 
-    def _score(self, answers: Sequence[Answer], factor: float) -> list[list[float]]:
-        """The trainer's logprobs of the answers' tokens, with its adapter times ``factor``."""
+    def _score(self, answers: Sequence[Answer], how: contextlib.AbstractContextManager[None]) -> list[list[float]]:
+        """The trainer's logprobs of the answers' tokens, with its model as ``how`` makes it."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_evaluating(model))
-            stack.enter_context(adapters.scaled(self.adapter, factor))
+            stack.enter_context(how)
             if hasattr(self.trainer, "_disable_sp_context"):
                 stack.enter_context(self.trainer._disable_sp_context())
             return score(model, answers, self.trainer.accelerator.device)
@@ -226,6 +243,11 @@ def distance_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) ->
     return Distance(sum(sizes) / len(sizes), max(sizes), sum(kl) / len(kl))
 
 
+def _mean_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    gaps = [abs(a - b) for one, other in zip(first, second) for a, b in zip(one, other)]
+    return sum(gaps) / len(gaps) if gaps else 0.0
+
+
 def _request(like: Any, index: int, text: str) -> Any:
     request = copy.deepcopy(like)
     fields = request if isinstance(request, dict) else vars(request)
@@ -256,17 +278,6 @@ def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float
     return all(a.tokens == b.tokens for a, b in zip(answers, previous)) and all(
         abs(x - y) <= bound for a, b in zip(answers, previous) for x, y in zip(a.logprobs, b.logprobs)
     )
-
-
-@contextlib.contextmanager
-def _without_adapter(engine: Any) -> Iterator[None]:
-    """ms-swift's engine adds its LoRA request to every rollout while ``enable_lora`` is true (grpo_vllm_engine.py)."""
-    before = engine.enable_lora
-    engine.enable_lora = False
-    try:
-        yield
-    finally:
-        engine.enable_lora = before
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import adapter as adapters
 from .. import metrics, sync
+from ..engine.fused import FusedWriter
 from ..engine.writer import ranks_agree
 from ..errors import EngineStateError, PolicyMismatchError
 from ..log import info, warning
@@ -17,6 +18,9 @@ from ..state import SyncState
 from . import audit
 from .findings import Finding
 from .gate import Gate, Infer
+from .serving import Apart, Fused
+
+PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; that before the gate at all of them
 
 
 def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Sequence[Any], config: Any) -> None:
@@ -79,7 +83,7 @@ class _Examination:
         proof, here = self.state.proof, not self.trainer_is_away
         due = self._gate_is_due()
         started = time.perf_counter()
-        finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit()
+        finding = Finding("not-loaded", "check before the rollout", missing) if missing else self._audit(due)
         audited = time.perf_counter()
         if due and finding is None and self.state.base_record is not None:
             finding = audit.base(self.state.base_record, self.state.writer.adapted_parameters(), here)
@@ -94,15 +98,38 @@ class _Examination:
             self._say_custody()
         return finding
 
-    def _audit(self) -> Finding | None:
+    def _audit(self, due: bool) -> Finding | None:
         changed = adapters.changed_scalings(self.state.adapter)
         if changed:
             return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
         writer = self.state.writer
-        finding = audit.adapter(writer, not self.trainer_is_away, self.is_together)
+        if isinstance(writer, FusedWriter):
+            finding = self._audit_merged(writer, due)
+        else:
+            finding = audit.adapter(writer, not self.trainer_is_away, self.is_together)
         if finding is None:
-            writer.accept_slots()
+            writer.accept()
         return finding
+
+    def _audit_merged(self, writer: FusedWriter, due: bool) -> Finding | None:
+        if self.trainer_is_away or not (self.is_together or writer.adapter.sharding == "none"):
+            return None
+        part, parts = (0, 1) if due else (self.state.syncs % PARTS, PARTS)
+        finding, rounding = audit.merged(writer, part, parts)
+        if rounding is not None:
+            self.state.proof.rounding = rounding
+            self._mind(rounding)
+        return finding
+
+    def _mind(self, rounding: audit.Rounding) -> None:
+        bound, share = self.settings.lost_share, rounding.lost_share
+        if share is not None and share > bound and not self.state.lost_share_is_said:
+            self.state.lost_share_is_said = True
+            warning(
+                f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
+                f"bound of {bound:.0%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
+                "SWIFT_LORA_FIX_MODE=adapter with --vllm_enable_lora true serves it exactly."
+            )
 
     def _gate_is_due(self) -> bool:
         every = self.settings.gate_every
@@ -122,7 +149,9 @@ class _Examination:
         """Probe. What an audit has found is told more fully with what the engine answers."""
         proof = self.state.proof
         if proof.gate is None or proof.gate.adapter is not self.state.adapter:
-            proof.gate = Gate(self.trainer, self.state.adapter, self._everywhere)
+            writer, engine = self.state.writer, self.state.engine
+            serving = Fused(engine, writer) if isinstance(writer, FusedWriter) else Apart(engine, self.state.adapter)
+            proof.gate = Gate(self.trainer, self.state.adapter, self._everywhere, serving)
         started = time.perf_counter()
         verdict, found = proof.gate.check(self.infer, self.requests, self.config)
         self.state.engine.reset_caches()  # the rollout finds the cache empty, as if there had been no probe
@@ -146,7 +175,7 @@ class _Examination:
         parts = []
         if origin is not None and origin.sha256 and origin.compared:
             parts.append(f"file (SHA-256 {origin.sha256})")
-        parts += ["trainer", "engine's LoRA slots" if state.writer.plan is not None else "vLLM's loader"]
+        parts += ["trainer", state.writer.place]
         info(f"chain of custody: {' = '.join(parts)}, policy digest {state.last_write.digest}.")
 
 

@@ -18,7 +18,9 @@ import wrapt
 
 from .. import adapter, releases
 from ..digest import checksum
+from ..engine.handle import EngineHandle
 from ..proof.gate import Distance, Gate
+from ..proof.serving import Apart
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
 FLOOR = "SWIFT_LORA_FIX_VERIFY_FLOOR"
@@ -52,7 +54,8 @@ class Observer:
             return
         self.is_new = False
         if self.gate is None:
-            self.gate = Gate(self.trainer, adapter.bind(self.model), everywhere=lambda fine: fine)
+            bound = adapter.bind(self.model)
+            self.gate = Gate(self.trainer, bound, lambda fine: fine, Apart(EngineHandle(self.trainer.engine), bound))
             known = os.environ.get(FLOOR)
             self.gate.floor = Distance(*json.loads(known)) if known else None
         verdict, finding = self.gate.check(infer, requests, config)

@@ -45,8 +45,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dic
 def run_engine(name: str, folder: Path) -> dict[str, dict]:
     architecture, dtype, lora_dtype, cases = ENGINES[name]
     model = make_model(this_python(), folder / name, architecture, dtype=dtype)
+    return run_cases("tests.support.parity", model, lora_dtype, cases)
+
+
+def run_cases(module: str, model: Path, *arguments: str | list[str]) -> dict[str, dict]:
+    """The records of one engine's process, by case; the cases are the last argument."""
+    cases = arguments[-1]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.parity", str(model), lora_dtype, str(SYNCS), *cases],
+        [sys.executable, "-m", module, str(model), *map(str, arguments[:-1]), str(SYNCS), *cases],
         cwd=REPOSITORY,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -43,16 +43,15 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_engine(model: Path, lora_dtype: str) -> Any:
+def build_engine(model: Path, lora_dtype: str = "") -> Any:
+    """With LoRA layers of that dtype, or without any."""
     import slf_cpu_shims  # noqa: F401
     from vllm import LLM
 
+    lora: dict[str, Any] = dict(enable_lora=True, max_loras=1, max_lora_rank=MAX_RANK, lora_dtype=lora_dtype)
     llm = LLM(
         str(model),
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=MAX_RANK,
-        lora_dtype=lora_dtype,
+        **(lora if lora_dtype else {}),
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=4,

@@ -10,22 +10,27 @@ from peft import LoraConfig, get_peft_model
 
 
 class Tiny(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, biased: bool = False, tie: bool = False) -> None:
         super().__init__()
         self.config = {"model_type": "tiny"}
         self.embed = torch.nn.Embedding(10, 8)
-        self.first = torch.nn.Linear(8, 12, bias=False)
-        self.second = torch.nn.Linear(12, 4, bias=False)
+        self.first = torch.nn.Linear(8, 12, bias=biased)
+        self.second = torch.nn.Linear(12, 4, bias=biased)
+        if tie:
+            self.tied = torch.nn.Linear(8, 10, bias=False)
+            self.tied.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(self.embed(ids)))
 
 
-def peft_model(seed: int = 0, zero_b: bool = False, **config: Any) -> torch.nn.Module:
+def peft_model(
+    seed: int = 0, zero_b: bool = False, biased: bool = False, tie: bool = False, **config: Any
+) -> torch.nn.Module:
     """A PEFT model; B is random unless ``zero_b``."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["first", "second"], **config}
-    model = get_peft_model(Tiny(), LoraConfig(**settings))
+    model = get_peft_model(Tiny(biased, tie), LoraConfig(**settings))
     if not zero_b:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -34,8 +39,15 @@ def peft_model(seed: int = 0, zero_b: bool = False, **config: Any) -> torch.nn.M
     return model
 
 
+class TrainerStandIn(SimpleNamespace):
+    """``load`` is what is done with the weights of a push."""
+
+    def _load_state_dict_to_vllm(self, state_dict: Any) -> None:
+        self.load(state_dict)
+
+
 def trainer_of(model: torch.nn.Module, **attributes: Any) -> Any:
     """What the trainer side reads of a trainer, around a real PEFT model."""
     state = SimpleNamespace(deepspeed_plugin=None)
     accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), unwrap_model=lambda m: m)
-    return SimpleNamespace(model=model, accelerator=accelerator, **attributes)
+    return TrainerStandIn(model=model, accelerator=accelerator, **attributes)

@@ -113,7 +113,7 @@ def test_a_push_that_fails_leaves_the_trainer_as_it_was() -> None:
         model.merge_adapter()  # what stock does; shadowed, it does nothing
         raise RuntimeError("vLLM is out of memory")
 
-    trainer = trainer_of(model, _move_full_model_to_vllm=fail, split_batches=lambda: ([[]], [None]))
+    trainer = trainer_of(model, _move_full_model_to_vllm=fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         base.push(trainer, EngineHandle(FakeEngine()), adapter.bind(model))
     assert not model.base_model.model.first.merged
@@ -140,7 +140,6 @@ def given(**changes: Any) -> Any:
         ({"use_vllm": False}, "rollouts do not use vLLM"),
         ({"tuner_type": "full"}, "the tuner is 'full'"),
         ({"vllm_mode": "server"}, "vllm_mode is 'server'"),
-        ({"rollout_enable_lora": False}, "vllm_enable_lora is false"),
     ],
 )
 def test_whatever_is_not_ours_is_left_alone_and_said_once(

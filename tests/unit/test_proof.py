@@ -119,7 +119,7 @@ def pushed() -> tuple[Any, Engine, base.BaseRecord]:
 
     trainer = trainer_of(model, _move_full_model_to_vllm=move)
     handle = SimpleNamespace(model=engine, load_format="auto")
-    return model, engine, base.push(trainer, handle, adapter.bind(model))  # type: ignore[arg-type]
+    return model, engine, base.push(trainer, handle, adapter.bind(model)).record  # type: ignore[arg-type]
 
 
 def test_an_audit_of_the_base_sees_one_bit_on_either_side() -> None:
@@ -139,12 +139,12 @@ def test_an_audit_of_the_base_sees_one_bit_on_either_side() -> None:
 
 def test_what_was_written_over_is_not_expected_any_more() -> None:
     engine = Engine()
-    with base._WriteRecorder(engine) as recorder:
+    with base._WriteRecorder(engine, base._Sources(trainer_of(peft_model())), ()) as recorder:
         engine.packed.weight.data.copy_(torch.ones(16, 8))
         engine.packed.weight.data[:8].copy_(torch.zeros(8, 8))
         engine.embed.weight.data.copy_(torch.ones(8, 8))
         engine.embed.weight.data.zero_()
-    assert [piece.destination.shape for piece in recorder.written()] == [torch.Size([8, 8])]
+    assert [piece.destination.shape for piece in recorder.frozen()] == [torch.Size([8, 8])]
 
 
 def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_another_model() -> None:
@@ -254,7 +254,7 @@ def test_the_gate_is_due_again_after_a_disturbance() -> None:
 
 def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
-    made = gate.Gate(trainer, adapter.bind(peft_model()), everywhere=bool)
+    made = gate.Gate(trainer, adapter.bind(peft_model()), bool, None)  # type: ignore[arg-type]
     monkeypatch.setattr(gate.Gate, "_check", lambda *_: (torch.rand(3), None))
     before = torch.get_rng_state()
     drawn, _ = made.check(lambda requests, config: [], [], None)  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def planned(model: torch.nn.Module) -> tuple[writer.AdapterWriter, torch.Tensor]
     copies, start = [], 0
     for entry in made.adapter.entries:
         view = slot[start : start + entry.parameter.numel()].view(entry.parameter.shape)
-        copies.append(plan.Copy(entry, view, 0, entry.parameter.stride()))
+        copies.append(plan.Copy(view, 0, entry.parameter.stride(), entry))
         start += entry.parameter.numel()
     made.plan = plan.Plan(((made.adapter.chunks[0], tuple(copies)),), (slot,), 0)
     made.engine.slot_index = lambda: 0  # type: ignore[method-assign]
@@ -70,7 +70,7 @@ def test_the_first_write_and_the_one_after_a_sleep_clear_what_is_unused() -> Non
     assert made.write().path == "direct"
     assert made.is_current() and not slot[-8:].any(), "unused rank rows are zero"
     slot[-8:] = 5.0
-    made.forget_slots()
+    made.forget()
     made.write()
     assert not slot[-8:].any()
 

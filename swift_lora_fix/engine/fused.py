@@ -1,0 +1,241 @@
+"""Fused mode: the engine's own weights become those of the trainer with the adapter folded in, W + s*B*A.
+
+The formula, and its bound, are in merging.py. Where each weight lies in the engine is known from the base push, whose
+copies were watched: what vLLM put there from the trainer's W is there written again from W + s*B*A. What vLLM did not
+copy as it was (a layout of its own for some kernel) goes through ms-swift's and vLLM's own way of loading weights
+instead, one tensor at a time, at each sync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import adapter as adapters
+from ..adapter import Adapter
+from ..digest import combine
+from ..log import info, warning
+from ..merging import MergedModule
+from .base import Pushed
+from .finite import FiniteCheck
+from .handle import EngineHandle
+from .plan import Region
+from .staging import Staging, host_digest
+from .writer import Clock, WriteReport, ranks_agree
+
+Reload = Callable[[Collection[str], Callable[[str], torch.Tensor]], "set[str]"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One region of one of the engine's weights: ``value`` (float32) is what it should hold, before it is rounded to
+    the engine's dtype, ``plain`` what it would hold without the adapter. Views, valid until the next one."""
+
+    source: str
+    destination: torch.Tensor
+    value: torch.Tensor
+    plain: torch.Tensor
+
+    @property
+    def rounded(self) -> torch.Tensor:
+        return self.value.to(self.destination.dtype)
+
+
+class FusedWriter:
+    """Writes the trainer's merged weights into one engine, again and again. ``device`` is the trainer's.
+
+    reload: sends the named parameters of the trainer with other values, see ``base.reload``.
+    """
+
+    def __init__(
+        self,
+        engine: EngineHandle,
+        adapter: Adapter,
+        modules: Sequence[MergedModule],
+        device: torch.device,
+        reload: Reload,
+    ) -> None:
+        self.engine, self.adapter, self.modules, self.device = engine, adapter, tuple(modules), device
+        self.changing = frozenset(source for module in modules for source in module.sources)
+        self.regions: dict[str, tuple[Region, ...]] | None = None  # None: not known, so through ``reload``
+        self._reload = reload
+        self._intact = False
+        self._report = WriteReport("none")
+        self._digests: list[torch.Tensor] = []
+        self._staging: Staging | None = None
+        self.dtype = _dtype(engine)
+        self._check = FiniteCheck(adapter, self.dtype, device, self.everywhere)
+
+    @property
+    def place(self) -> str:
+        """Where the adapter ends up, in words."""
+        return "engine's weights, folded in" if self.regions is not None else "vLLM's load_weights, folded in"
+
+    def what_is_missing(self) -> str | None:
+        """Name what would keep the merged weights from being what is served, or None."""
+        if getattr(self.engine.engine, "enable_lora", False):
+            return "ms-swift's engine would add a LoRA request on top of the merged weights (engine.enable_lora)"
+        return None
+
+    def everywhere(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks that hold parts of this adapter."""
+        return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
+
+    def is_current(self) -> bool:
+        """Whether nothing is known to have happened to the engine's weights since the last write."""
+        return self._intact
+
+    def forget(self) -> None:
+        """The engine slept: what it holds is unknown."""
+        self._intact = False
+
+    def accept(self) -> None:
+        """What the engine holds was looked at and is what was written."""
+
+    def adapted_parameters(self) -> set[str]:
+        """Names of the engine's base parameters beside which it holds the adapter: none."""
+        return set()
+
+    def accept_base(self, pushed: Pushed) -> None:
+        """The engine holds the trainer's plain base: learn where each of its weights lies, and prove it by that."""
+        problem = self._problem(pushed)
+        if self.everywhere(problem is None):
+            self.regions = pushed.regions
+            count = sum(map(len, pushed.regions.values()))
+            info(f"fused mode: the adapter is folded into {count} places in the engine's weights, each one proved.")
+        else:
+            self.regions = None
+            warning(
+                "fused mode: the merged weights go through vLLM's own load_weights at each sync, which is slower: "
+                f"{problem or 'another rank cannot write them in place'}."
+            )
+
+    def _problem(self, pushed: Pushed) -> str | None:
+        missing = sorted(self.changing - pushed.regions.keys())
+        if missing:
+            return f"vLLM did not copy {missing[0]} as it is ({len(missing)} of {len(self.changing)} weights)"
+        alive = {p.untyped_storage().data_ptr() for p in self.engine.model.parameters()}
+        for module in self.modules:
+            with self.whole(module) as whole:
+                # ms-swift sends what modules_to_save and biases hold now; of a LoRA layer, W
+                sent = _values(module, whole, merged=not module.is_lora)
+                for source in module.sources:
+                    for region in pushed.regions[source]:
+                        destination = region.destination
+                        if destination.untyped_storage().data_ptr() not in alive:
+                            return f"vLLM moved what it had loaded of {source}"
+                        if not torch.equal(region.region(sent[source]).to(destination.dtype), destination):
+                            return f"the engine does not hold {source} where vLLM had copied it"
+        return None
+
+    def validate(self) -> None:
+        """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
+        self._check.run([parameter.data_ptr() for parameter in self.adapter.parameters])
+
+    def write(self, keep_views: bool = True) -> WriteReport:
+        """Make the engine hold the merged weights of the trainer as it is now; ``finish`` waits for the device."""
+        clock = Clock()
+        self._digests = list(self._digest_parts())
+        clock.lap("digest")
+        path = "fused" if self.regions is not None else "reload"
+        written = self._write_all()
+        if not keep_views:
+            self._check.replayed.forget()
+        self._intact = True
+        clock.lap("write")
+        self._report = WriteReport(path, clock.laps, written)
+        return self._report
+
+    def write_by_reference(self) -> WriteReport:
+        """The same; the base was sent through vLLM's own loading just before, and its places were proved again."""
+        return self.write()
+
+    def finish(self) -> None:
+        """Wait until the engine holds what was written: vLLM may generate on another stream."""
+        self._report.digest = combine(torch.stack(self._digests).tolist())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
+        """The policy digest of whole CPU values by PEFT key: of the trainer's adapter as it is, in float32."""
+        return host_digest(self.adapter, held, torch.float32, fold=False)
+
+    def placed(self, part: int = 0, parts: int = 1) -> Iterator[Placed]:
+        """Walk the engine's places and what should be in them, computed from the trainer as it is now: all of them, or
+        those of each ``parts``-th module from ``part`` on. All ranks of a sharded trainer together."""
+        assert self.regions is not None, "only a plan tells where the weights lie"
+        for module in self.modules[part::parts]:
+            with self.whole(module) as whole:
+                values, plain = module.values(whole), module.plain_values(whole)
+                for source in module.sources:
+                    for region in self.regions[source]:
+                        yield Placed(
+                            source, region.destination, region.region(values[source]), region.region(plain[source])
+                        )
+
+    @contextlib.contextmanager
+    def plain_base(self) -> Iterator[None]:
+        """The engine with the model that has no adapter, exactly; afterwards with the trainer's policy again."""
+        try:
+            self._write_all(merged=False)
+            yield
+        finally:
+            self._write_all()
+
+    @torch.no_grad()
+    def _write_all(self, merged: bool = True) -> int:
+        """Write every changing weight, with the adapter or without; returns the bytes."""
+        if self.regions is None:
+            return self._write_through_load_weights(merged)
+        written = 0
+        for module in self.modules:
+            with self.whole(module) as whole:
+                values = _values(module, whole, merged)
+                for source in module.sources:
+                    for region in self.regions[source]:
+                        region.destination.copy_(region.region(values[source]))
+                        written += region.destination.numel() * region.destination.element_size()
+        return written
+
+    def _write_through_load_weights(self, merged: bool) -> int:
+        owner = {source: module for module in self.modules for source in module.sources}
+        written = 0
+
+        def value_of(source: str) -> torch.Tensor:
+            nonlocal written
+            with self.whole(owner[source]) as whole:
+                value = _values(owner[source], whole, merged)[source].to(self.dtype)
+            written += value.numel() * value.element_size()
+            return value
+
+        sent = self._reload(self.changing, value_of)
+        if sent != self.changing:
+            missing = sorted(self.changing - sent)
+            raise RuntimeError(f"ms-swift did not send {missing[0]} ({len(missing)} of {len(self.changing)} weights)")
+        return written
+
+    @contextlib.contextmanager
+    def whole(self, module: MergedModule) -> Iterator[dict[str, torch.Tensor]]:
+        """Whole values of the module's parameters, by their names in it; valid inside only."""
+        with adapters.whole([*module.parameters.values()], self.adapter.sharding, self.device) as values:
+            yield {name: value.detach() for name, value in zip(module.parameters, values)}
+
+    @torch.no_grad()
+    def _digest_parts(self) -> Iterator[torch.Tensor]:
+        if self._staging is None:
+            self._staging = Staging(self.adapter, torch.float32, self.device)
+        for chunk in self.adapter.chunks:
+            with adapters.whole_values(self.adapter, chunk, self.device) as values:
+                self._staging.fill(chunk, values, fold=False)
+                yield self._staging.checksum(chunk)
+
+
+def _values(module: MergedModule, whole: dict[str, torch.Tensor], merged: bool) -> dict[str, torch.Tensor]:
+    return module.values(whole) if merged else module.plain_values(whole)
+
+
+def _dtype(engine: EngineHandle) -> torch.dtype:
+    return next(p.dtype for p in engine.model.parameters() if p.is_floating_point())

@@ -1,0 +1,143 @@
+"""Runs in a process of its own: one real vLLM engine on the CPU without LoRA layers, many real PEFT adapters folded in.
+
+    python -m tests.support.fused_parity MODEL_FOLDER SYNCS CASE...
+
+The trainer is ms-swift's own rollout mixin around a PEFT model, without the training. After each sync every parameter
+of the engine is compared with a reference that shares nothing with the package: the same PEFT model in float32, merged
+by ``merge_and_unload``, cast to bf16, and sent to the engine by stock ms-swift as a fully trained model.
+
+Prints one JSON object by case. ``path``: how the weights were written. ``differing``: engine elements that differ from
+the reference. ``audited``: syncs that the read-back audit found right. ``trainer_changed``: bits of the trainer that
+changed. ``moved``: engine elements that the adapter changes. ``zero_differing``: elements that differ from the plain
+base (the model's files, as vLLM loaded them) once the adapter is taken out again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.support.parity import CASES, PROJECTIONS, build_engine, peft_model
+
+FUSED_CASES: dict[str, dict[str, Any]] = {
+    **CASES,
+    "dora": {"target_modules": PROJECTIONS, "use_dora": True},
+    "dora-embed": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "pissa": {"target_modules": PROJECTIONS, "init_lora_weights": "pissa", "r": 8},
+    "modules_to_save": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+    "bias": {"target_modules": PROJECTIONS, "bias": "all"},
+    "lora-bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+}
+
+
+def trainer_of(engine: Any, model: Any) -> Any:
+    """ms-swift's rollout mixin, real methods on an object that was not trained with."""
+    import importlib
+
+    import torch
+
+    from swift_lora_fix import releases
+
+    family = releases.family_of(releases.installed_swift() or "0")
+    assert family is not None
+    mixin = importlib.import_module(family.layout.rollout_module).RolloutTrainerMixin
+    trainer = mixin.__new__(type("Trainer", (mixin,), {}))
+    trainer.model, trainer.engine, trainer.vllm_mode = model, engine, "colocate"
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=None), unwrap_model=lambda m: m, device=torch.device("cpu")
+    )
+    trainer.args = SimpleNamespace(move_model_batches=None)
+    trainer._is_fsdp2 = trainer.rollout_enable_lora = trainer.base_sync_done = False
+    trainer.should_merge_adapter = False
+    trainer.parameter_groups, trainer.parameter_groups_no_lora = trainer.split_batches()
+    return trainer
+
+
+def held(engine: Any) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in engine.inner_model.named_parameters()}
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> int:
+    return sum(int((first[name] != second[name]).sum()) for name in first)
+
+
+def load_reference(engine: Any, trained: Any) -> None:
+    import torch
+
+    merged = copy.deepcopy(trained).float().merge_and_unload().to(torch.bfloat16)
+    trainer_of(engine, merged)._move_full_model_to_vllm()
+
+
+def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from swift_lora_fix import adapter, merging
+    from swift_lora_fix.engine import base
+    from swift_lora_fix.engine.fused import FusedWriter
+    from swift_lora_fix.engine.handle import EngineHandle
+    from swift_lora_fix.proof import audit
+
+    dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
+    trained = peft_model(model, 1, FUSED_CASES.get(name, FUSED_CASES["all-linear"]), dtype)
+    trainer, handle, cpu = trainer_of(engine, trained), EngineHandle(engine), torch.device("cpu")
+    bound, modules = adapter.bind(trained, apart=False), merging.bind(trained, "default")
+    writer = FusedWriter(handle, bound, modules, cpu, lambda *what: base.reload(trainer, bound, *what))
+    before = {n: p.detach().clone() for n, p in trained.named_parameters()}
+    pushed = base.push(trainer, handle, bound, writer.changing)
+    writer.accept_base(pushed)
+    # PiSSA changes the trainer's base; a bias that is trained is trained with the adapter out, too; and vLLM's CPU
+    # backend packs experts that it reads from files, but not those that it is sent
+    packs = any("experts" in n for n in disk)
+    plain = held(engine) if packs or name in ("pissa", "bias") else disk
+    assert not audit.base(pushed.record, set()), "right after the push"
+    result: dict[str, Any] = dict.fromkeys(("differing", "trainer_changed", "audited"), 0)
+    generator = torch.Generator().manual_seed(3)
+    for number in range(syncs):
+        with torch.no_grad():
+            for parameter in bound.parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
+        now = {n: p.detach().clone() for n, p in trained.named_parameters()}
+        writer.validate()
+        report = writer.write()
+        writer.finish()
+        finding, _ = audit.merged(writer)
+        result["audited"] += finding is None
+        with writer.plain_base():
+            without = held(engine)
+        result["trainer_changed"] += sum(int((now[n] != p).sum()) for n, p in trained.named_parameters())
+        if number % (50 if syncs > 10 else 1):
+            continue
+        written = held(engine)
+        load_reference(engine, trained)
+        result["differing"] += differing(written, held(engine))
+        result["zero_differing"] = differing(
+            {n: t for n, t in without.items() if name != "bias" or "bias" not in n}, plain
+        )
+        result["moved"] = differing(written, plain)
+    changed = {n for n, p in trained.named_parameters() if not torch.equal(before[n], p)}
+    trained_names = {n for n, p in trained.named_parameters() if p.requires_grad}
+    result["path"], result["base_changed"] = report.path, len(changed - trained_names)
+    return result
+
+
+def main() -> None:
+    model, syncs, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    engine = build_engine(model)
+    disk = held(engine)
+    for name in names:
+        try:
+            result = run_case(engine, model, name, syncs if name == "syncs" else 2, disk)
+        except Exception as error:  # reported, so that one case does not hide the others
+            import traceback
+
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print("PARITY " + json.dumps({"case": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
