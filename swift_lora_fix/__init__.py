@@ -5,10 +5,12 @@ How data flows, one way::
     adapter.py   the trainer's LoRA tensors and PEFT's scalings, read and never written
     origin.py    where they came from, checked against the file at the first sync
     engine/      how they land in vLLM: base.py (unmerged base, once), writer.py (adapter, each sync)
+                 or, in fused mode, merging.py (base and adapter in one, in float32) and engine/fused.py
     sync.py      the stages of one sync in order;  state.py: what is known between two syncs
     proof/       before rollouts: what the engine holds and what it answers, against the trainer
     metrics.py   reports and timings, into ms-swift's own metrics
-    scope.py     which trainers this is for;  releases.py: which release has which defect
+    scope.py     which trainers this is for, and in which mode;  choice.py: the mode by measurement
+    releases.py  which release has which defect
     patches/     the thin hooks into ms-swift and vLLM;  arming.py: when they go in and out
 
 Beside it: cli/ (doctor, verify, report, fork), and memory/, adapters from memory for any vLLM program.

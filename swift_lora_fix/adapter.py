@@ -311,12 +311,12 @@ def _check_base_is_frozen(model: torch.nn.Module) -> None:
     if trained:
         raise UnsupportedAdapterError(
             f"{len(trained)} parameters beside the LoRA are trained, the first {trained[0]!r}. The engine gets the "
-            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false."
+            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false (fused mode)."
         )
 
 
 def _cannot_serve(adapter_name: str, what: str) -> str:
     return (
         f"vLLM's LoRA cannot serve adapter {adapter_name!r}: it has {what}. "
-        "Use --vllm_enable_lora false for this adapter, or train it without that."
+        "Use --vllm_enable_lora false (fused mode) for this adapter, or train it without that."
     )

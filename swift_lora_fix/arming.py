@@ -93,15 +93,21 @@ def arm() -> None:
             wrapt.register_post_import_hook(_on_megatron, name)
 
 
-def apply() -> Status:
+def apply(mode: str | None = None) -> Status:
     """Patch ms-swift now, all or nothing; calling it again changes nothing.
 
+    Args:
+        mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
+
     Raises:
+        SettingsError: no such mode.
         MissingPackageError: ms-swift, vLLM or PEFT is not installed.
         UnsupportedReleaseError: ms-swift is older than 3.10.0.
         ContractError: a target is missing or has another signature; names the release, the target and what to do.
         UnsupportedTrainerError: this process runs a Megatron trainer.
     """
+    if mode is not None:
+        os.environ["SWIFT_LORA_FIX_MODE"] = Settings.from_environment({"SWIFT_LORA_FIX_MODE": mode}).mode
     if not Settings.from_environment().enabled:
         info("switched off by SWIFT_LORA_FIX: nothing is patched.")
         return status()

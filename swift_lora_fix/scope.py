@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import merging
+from . import adapter, merging
 from .adapter import DEFAULT_ADAPTER
 from .errors import SettingsError, UnsupportedAdapterError, UnsupportedTrainerError
 from .settings import Settings
@@ -17,6 +17,7 @@ class Scope:
     ours: bool
     reason: str
     mode: Literal["adapter", "fused"] = "adapter"
+    is_open: bool = False  # measured later, and changed where the other mode is the better one
 
 
 def decide(trainer: Any) -> Scope:
@@ -38,11 +39,13 @@ def decide(trainer: Any) -> Scope:
         raise SettingsError(
             "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
         )
-    if asked == "adapter" or (not asked and trainer.rollout_enable_lora):
-        return Scope(
-            True, "armed: the engine gets the unmerged base once and the adapter once, the trainer is only read."
-        )
-    problem = _why_not_fused(trainer)
+    if trainer.rollout_enable_lora and asked != "fused":
+        is_open = asked == "auto"
+        if not is_open or _can_be_apart(trainer):
+            reason = "the engine gets the unmerged base once and the adapter once, the trainer is only read"
+            when = "; the mode is measured at the first rollouts" if is_open else ""
+            return Scope(True, f"armed: {reason}{when}.", "adapter", is_open)
+    problem = why_not_fused(trainer)
     if problem is None:
         return Scope(
             True,
@@ -55,7 +58,15 @@ def decide(trainer: Any) -> Scope:
     return _aside(f"the fused mode cannot be had, {problem}")
 
 
-def _why_not_fused(trainer: Any) -> str | None:
+def _can_be_apart(trainer: Any) -> bool:
+    try:
+        adapter.bind(trainer.accelerator.unwrap_model(trainer.model))
+    except UnsupportedAdapterError:
+        return False
+    return True
+
+
+def why_not_fused(trainer: Any) -> str | None:
     """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
     way_out = "Use --vllm_enable_lora true, with which the adapter stays apart"
     quantization = getattr(trainer.engine.engine.vllm_config.model_config, "quantization", None)

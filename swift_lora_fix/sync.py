@@ -30,6 +30,7 @@ def begin(trainer: Any) -> None:
     info(decision.reason)
     if decision.ours:
         state = _bind(trainer, decision.mode)
+        state.auto = decision.is_open
         if decision.mode == "fused":
             trainer.engine.enable_lora = False  # ms-swift's engine then adds no LoRA request to rollouts
         base.name_parameters(trainer)
@@ -122,6 +123,28 @@ def restore(trainer: Any, state: SyncState) -> SyncState:
     return state
 
 
+def change_mode(trainer: Any, state: SyncState, mode: str) -> None:
+    """Serve the same policy in the other mode: base and adapter are sent anew. The engine must be awake and idle."""
+    changed = _bind(trainer, mode)
+    changed.origin, changed.syncs, changed.base_pushes = state.origin, state.syncs, state.base_pushes
+    changed.auto, changed.auto_is_said, changed.measured = state.auto, state.auto_is_said, state.measured
+    trainer.engine.enable_lora = mode == "adapter"
+    _states[trainer] = changed
+    synchronize(trainer, changed)
+
+
+def fused_writer(trainer: Any) -> FusedWriter:
+    """A writer of the fused mode beside the one in use, which does not know the engine yet."""
+    writer = _bind(trainer, "fused").writer
+    assert isinstance(writer, FusedWriter)
+    return writer
+
+
+def learn_places(trainer: Any, writer: FusedWriter) -> None:
+    """Let it know the engine, which holds the trainer's plain base afterwards."""
+    writer.accept_base(base.push(trainer, writer.engine, writer.adapter, writer.changing))
+
+
 def what_is_missing(state: SyncState) -> str | None:
     """Before every rollout: why the engine cannot serve the policy of the last sync at all, or None."""
     if state.served_step is None:
@@ -172,6 +195,7 @@ def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     state.base_is_current = old.mode == "adapter" and old.base_is_current and engine_is_the_same
     state.base_record = old.base_record if state.base_is_current else None
     state.custody_is_said = old.custody_is_said
+    state.auto, state.auto_is_said, state.measured = old.auto, old.auto_is_said, old.measured
     if old.syncs:
         info("the trainer's LoRA parameters or its engine are new objects: bound again.")
     return state

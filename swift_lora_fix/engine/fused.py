@@ -17,7 +17,7 @@ import torch
 from .. import adapter as adapters
 from ..adapter import Adapter
 from ..digest import combine
-from ..log import info, warning
+from ..log import warning
 from ..merging import MergedModule
 from .base import Pushed
 from .finite import FiniteCheck
@@ -72,7 +72,9 @@ class FusedWriter:
     @property
     def place(self) -> str:
         """Where the adapter ends up, in words."""
-        return "engine's weights, folded in" if self.regions is not None else "vLLM's load_weights, folded in"
+        if self.regions is None:
+            return "vLLM's load_weights, folded in"
+        return f"engine's weights, folded in at {sum(map(len, self.regions.values()))} proved places"
 
     def what_is_missing(self) -> str | None:
         """Name what would keep the merged weights from being what is served, or None."""
@@ -104,8 +106,6 @@ class FusedWriter:
         problem = self._problem(pushed)
         if self.everywhere(problem is None):
             self.regions = pushed.regions
-            count = sum(map(len, pushed.regions.values()))
-            info(f"fused mode: the adapter is folded into {count} places in the engine's weights, each one proved.")
         else:
             self.regions = None
             warning(
@@ -141,7 +141,7 @@ class FusedWriter:
         self._digests = list(self._digest_parts())
         clock.lap("digest")
         path = "fused" if self.regions is not None else "reload"
-        written = self._write_all()
+        written = self._write_all(merged=True)
         if not keep_views:
             self._check.replayed.forget()
         self._intact = True
@@ -180,13 +180,17 @@ class FusedWriter:
     def plain_base(self) -> Iterator[None]:
         """The engine with the model that has no adapter, exactly; afterwards with the trainer's policy again."""
         try:
-            self._write_all(merged=False)
+            self.write_plain()
             yield
         finally:
-            self._write_all()
+            self._write_all(merged=True)
+
+    def write_plain(self) -> None:
+        """Make the engine hold the model that has no adapter, exactly."""
+        self._write_all(merged=False)
 
     @torch.no_grad()
-    def _write_all(self, merged: bool = True) -> int:
+    def _write_all(self, merged: bool) -> int:
         """Write every changing weight, with the adapter or without; returns the bytes."""
         if self.regions is None:
             return self._write_through_load_weights(merged)

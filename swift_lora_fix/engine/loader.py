@@ -78,7 +78,7 @@ def _check_served(engine: EngineHandle) -> None:
         raise EngineStateError(
             f"vLLM applies no LoRA in {len(ignored)} of the adapter's modules, so rollouts would silently lack them: "
             f"{', '.join(ignored[:8]) or 'all of them'}{' ...' if len(ignored) > 8 else ''}. "
-            "Train without these target modules, or use --vllm_enable_lora false."
+            "Train without these target modules, or use --vllm_enable_lora false (fused mode)."
         )
 
 

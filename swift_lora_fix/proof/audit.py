@@ -54,6 +54,34 @@ class Rounding:
     lost_share: float | None
 
 
+class _Lost:
+    """Collects norms, on the device."""
+
+    def __init__(self) -> None:
+        self.lost: list[torch.Tensor] = []
+        self.added: list[torch.Tensor] = []
+
+    def add(self, value: torch.Tensor, rounded: torch.Tensor, plain: torch.Tensor) -> None:
+        self.lost.append((rounded.float() - value.float()).norm())
+        self.added.append((value.float() - plain.float()).norm())
+
+    def rounding(self) -> Rounding:
+        norm = float(torch.stack(self.added).norm())
+        return Rounding(float(torch.stack(self.lost).norm()) / norm if norm else None)
+
+
+@torch.no_grad()
+def rounding(writer: FusedWriter) -> Rounding:
+    """What rounding would cost now, computed from the trainer alone. All ranks of a sharded trainer together."""
+    lost = _Lost()
+    for module in writer.modules:
+        with writer.whole(module) as whole:
+            plain = module.plain_values(whole)
+            for source, value in module.values(whole).items():
+                lost.add(value, value.to(writer.dtype), plain[source])
+    return lost.rounding()
+
+
 @torch.no_grad()
 def merged(writer: FusedWriter, part: int = 0, parts: int = 1) -> tuple[Finding | None, Rounding | None]:
     """Compare the engine's merged weights (of each ``parts``-th module from ``part`` on) with what they should be,
@@ -61,19 +89,17 @@ def merged(writer: FusedWriter, part: int = 0, parts: int = 1) -> tuple[Finding 
     knows where they lie. All ranks of a sharded trainer together."""
     if writer.regions is None:
         return None, None
-    same, lost, added = [], [], []
+    same, lost = [], _Lost()
     for placed in writer.placed(part, parts):
         rounded = placed.rounded
         same.append((rounded == placed.destination).all())
         if parts == 1:
-            lost.append((rounded.float() - placed.value.float()).norm())
-            added.append((placed.value.float() - placed.plain.float()).norm())
+            lost.add(placed.value, rounded, placed.plain)
     if not same or not writer.everywhere(bool(torch.stack(same).all())):
         return (_by_weight(writer, part, parts) if same else None), None
     if parts != 1:
         return None, None
-    norm = float(torch.stack(added).norm())
-    return None, Rounding(float(torch.stack(lost).norm()) / norm if norm else None)
+    return None, lost.rounding()
 
 
 def _by_weight(writer: FusedWriter, part: int, parts: int) -> Finding:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import adapter as adapters
-from .. import metrics, sync
+from .. import choice, metrics, sync
 from ..engine.fused import FusedWriter
 from ..engine.writer import ranks_agree
 from ..errors import EngineStateError, PolicyMismatchError
@@ -57,9 +57,15 @@ def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Seque
                     f"After a repair it still does not: {finding} Nothing was generated.", finding
                 )
             info("repaired: the engine serves the trainer's policy again.")
-    if not state.proof.examined:
-        state.proof.examined = True
-        metrics.record(trainer, state)
+    if state.proof.examined:
+        return
+    state.proof.examined = True
+    metrics.record(trainer, state)
+    if state.auto and state.proof.verdict is not None and examination.is_together:
+        if choice.consider(trainer, state, infer, requests, config, settings.lost_share):
+            changed = sync.state_of(trainer)
+            assert changed is not None
+            before_rollout(trainer, changed, infer, requests, config)
 
 
 class _Examination:
@@ -123,12 +129,14 @@ class _Examination:
 
     def _mind(self, rounding: audit.Rounding) -> None:
         bound, share = self.settings.lost_share, rounding.lost_share
-        if share is not None and share > bound and not self.state.lost_share_is_said:
+        # of a first sync the update may be no more than rounding itself (DoRA's magnitudes, an adapter just begun)
+        begun = self.state.syncs > 1
+        if share is not None and share > bound and begun and not (self.state.lost_share_is_said or self.state.auto):
             self.state.lost_share_is_said = True
             warning(
                 f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
-                f"bound of {bound:.0%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
-                "SWIFT_LORA_FIX_MODE=adapter with --vllm_enable_lora true serves it exactly."
+                f"bound of {bound:.1%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
+                "With --vllm_enable_lora true vLLM serves an adapter that it can serve exactly, apart."
             )
 
     def _gate_is_due(self) -> bool:

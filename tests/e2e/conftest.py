@@ -173,6 +173,38 @@ def _emptied(fixed: bool) -> Callable[[Runs, str], Run]:
     return build
 
 
+FUSED = {
+    # in one adapter what the LoRA kernels of vLLM cannot serve: magnitudes, a module that is trained whole
+    "dora": dict(use_dora="true", modules_to_save="lm_head", learning_rate=0.01),
+    # a changed base, ranks and scalings of their own, embeddings
+    "pissa": dict(init_weights="pissa", target_modules=["all-linear", "all-embedding"], learning_rate=0.002),
+}
+
+
+def _fused(adapter: str, resume: bool) -> Callable[[Runs, str], Run]:
+    """Fused mode: three steps; resumed after the second one with the policy frozen, and broken before the last step."""
+
+    def build(runs: Runs, name: str) -> Run:
+        arguments: dict[str, object] = dict(FUSED[adapter], vllm_enable_lora="false")
+        environment = {"SWIFT_LORA_FIX_GATE_EVERY": "1"}
+        plugins = (PLUGINS / "slf_patterns.py",) if adapter == "pissa" else ()
+        if not resume:
+            return runs.make(name, True, environment, plugins=plugins, max_steps=3, **arguments)
+        checkpoint = runs.folder / f"fused_{adapter}" / "run" / f"checkpoint-{CHECKPOINT_STEP}"
+        arguments.update(resume_from_checkpoint=checkpoint, max_steps=5, save_steps=100)
+        environment.update(SLF_FREEZE="1", SLF_PLAIN_BASE_AT_STEP="4")
+        return runs.make(name, True, environment, plugins=plugins, **arguments)
+
+    return build
+
+
+def _auto(runs: Runs, name: str) -> Run:
+    """Decided once there is an update, and taken back once too much of it is lost."""
+    environment = {"SWIFT_LORA_FIX_MODE": "auto", "SWIFT_LORA_FIX_GATE_EVERY": "1"}
+    environment["SLF_SET_AT_STEP"] = "3:SWIFT_LORA_FIX_LOST_SHARE=0.001"
+    return runs.make(name, True, environment, max_steps=4, save_steps=100, learning_rate=0.01)
+
+
 def _verify(runs: Runs, name: str) -> Verification:
     return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
 
@@ -188,6 +220,11 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "fork_emptied_fixed": (("train_fixed",), _emptied(True)),
     "fork_emptied_stock": (("train_fixed",), _emptied(False)),
     "verify": (("train_fixed",), _verify),
+    "fused_dora": ((), _fused("dora", resume=False)),
+    "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
+    "fused_pissa": ((), _fused("pissa", resume=False)),
+    "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
+    "fused_auto": ((), _auto),
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),

@@ -14,7 +14,9 @@ from typing import Any
 
 from tests.support.driver import PLUGINS, Run, make_model
 
-STAGES = ("validate_seconds", "write_seconds", "caches_seconds", "wait_seconds")
+STAGES = ("validate", "plan", "read", "digest", "write", "caches", "wait")  # in their order; no run has all of them
+
+STOCK = {"adapter": "stock _move_model_to_vllm", "fused": "stock, merged weights"}  # by mode
 
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -24,11 +26,13 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     python = Path(sys.executable)
     shape = args.shape or ("qwen2-7b" if gpu else "qwen2")
-    print(f"model: {shape}, LoRA r={args.rank} on all linear layers, {args.syncs} syncs each", flush=True)
+    what = f"{args.mode} mode, model: {shape}, LoRA r={args.rank} on all linear layers, {args.syncs} syncs each"
+    print(what, flush=True)
     model = args.model or make_model(python, folder / "models", shape)
     run = Run("bench", python, model, folder / "bench", fixed=True, gpu=gpu, probe=False)
     run.last_plugins = (PLUGINS / "slf_bench.py",)
     run.arguments = {
+        "vllm_enable_lora": "true" if args.mode == "adapter" else "false",
         "lora_rank": args.rank,
         "lora_alpha": 2 * args.rank,
         "learning_rate": 1e-4,
@@ -39,7 +43,12 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         else Path(args.model).parent / "prompts.jsonl",
     }
     record_file = folder / "bench.json"
-    run.environment = {"SLF_BENCH_FILE": str(record_file), "SLF_BENCH_SYNCS": str(args.syncs), "SLF_BENCH_STEP": "2"}
+    run.environment = {
+        "SWIFT_LORA_FIX_MODE": args.mode,
+        "SLF_BENCH_FILE": str(record_file),
+        "SLF_BENCH_SYNCS": str(args.syncs),
+        "SLF_BENCH_STEP": "2",
+    }
     print("running swift rlhf (GRPO, colocated vLLM) ...", flush=True)
     run.start()
     if not record_file.is_file():
@@ -62,19 +71,26 @@ def print_table(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     numbers = summarize(record)
-    table = Table(title=f"One LoRA sync, {record['shape']} r={record['rank']}, {record['device']} ({record['date']})")
+    table = Table(
+        title=f"One LoRA sync, {record['mode']} mode, {record['shape']} r={record['rank']}, {record['device']} "
+        f"({record['date']})"
+    )
     for column in ("", "median", "min", "max"):
         table.add_column(column, justify="left" if not column else "right")
 
     def row(name: str, values: list[float]) -> None:
         table.add_row(name, *(f"{1e3 * f(values):.3f} ms" for f in (statistics.median, min, max)))
 
-    row("stock _move_model_to_vllm", record["seconds"]["stock"])
-    row("ours", record["seconds"]["ours"])
+    row(STOCK[record["mode"]], record["seconds"]["stock"])
+    row(f"ours, {record['mode']} mode", record["seconds"]["ours"])
     for stage in STAGES:
-        row(f"  {stage.removesuffix('_seconds')}", [part[stage] for part in record["parts"]])
+        if all(f"{stage}_seconds" in part for part in record["parts"]):
+            row(f"  {stage}", [part[f"{stage}_seconds"] for part in record["parts"]])
     table.add_row("bytes / bandwidth (floor)", f"{1e3 * numbers['floor']:.3f} ms", "", "")
     table.add_row("ratio, pair by pair", f"{numbers['ratio']:.1f}x", "", "")
+    table.add_section()
+    for name in ("stock", "ours"):
+        table.add_row(f"trainer elements changed by {name}", f"{record['trainer_elements_changed'][name]:,}", "", "")
     console = Console()
     console.print(table)
     console.print(
@@ -82,7 +98,19 @@ def print_table(record: dict[str, Any]) -> None:
         f"LoRA parameters in {', '.join(record['lora_dtypes'])}, {record['bytes_read'] / 1e6:.0f} MB read and "
         f"{record['bytes_written'] / 1e6:.0f} MB written at {record['bandwidth'] / 1e12:.2f} TB/s; path "
         f"{record['parts'][-1]['path']}; "
-        f"{record['kv_blocks']} KV cache blocks to reset; extra device memory {max(record['peak_extra_mib']):.0f} MiB."
+        f"{record['kv_blocks']} KV cache blocks to reset; {memory_words(record)}. The trainer holds "
+        f"{record['trainer_elements']:,} elements; those with other bits after a sync are counted over all "
+        f"{len(record['parts'])} syncs, stock's in the base alone, which gets its own bits back each time."
+    )
+
+
+def memory_words(record: dict[str, Any]) -> str:
+    """What our syncs took at most beside what was there, and the size of the largest adapted layer's weight."""
+    peak = "not measured on a CPU" if record["device"] == "CPU" else f"{max(record['peak_extra_mib']):.1f} MiB"
+    held, wide = (record[f"largest_layer_{name}"] / 2**20 for name in ("bytes", "float32_bytes"))
+    return (
+        f"extra device memory {peak} (the largest adapted layer: {held:.4g} MiB in the trainer, {wide:.4g} MiB "
+        "in float32)"
     )
 
 
@@ -94,7 +122,8 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
     numbers = summarize(record)
     figure, axis = plt.subplots(figsize=(8, 3.2))
-    names = ["stock", "swift_lora_fix", "floor (bytes / bandwidth)"]
+    mode = record["mode"]
+    names = [STOCK[mode], f"swift_lora_fix, {mode} mode", "floor (bytes / bandwidth)"]
     values = [1e3 * numbers["stock"], 1e3 * numbers["ours"], 1e3 * numbers["floor"]]
     bars = axis.barh(names, values, color=["#c44e52", "#4c72b0", "#8c8c8c"])
     axis.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=4)
@@ -102,7 +131,9 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
     axis.set_xlim(min(values) / 2, max(values) * 4)
     axis.invert_yaxis()
     axis.set_xlabel("median of one LoRA sync, ms (log scale)")
-    axis.set_title(f"{record['shape']}, r={record['rank']}, {record['device']}: {numbers['ratio']:.0f} times faster")
+    axis.set_title(
+        f"{mode} mode, {record['shape']}, r={record['rank']}, {record['device']}: {numbers['ratio']:.3g} times faster"
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -110,6 +141,12 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench_sync", description=__doc__)
+    parser.add_argument(
+        "--mode",
+        choices=("adapter", "fused"),
+        default="adapter",
+        help="adapter: into vLLM's LoRA slots (default); fused: folded into the engine's weights, without LoRA layers",
+    )
     parser.add_argument("--shape", help="qwen2 (tiny, the default on a CPU), qwen2-1.5b, qwen2-7b (default on a GPU)")
     parser.add_argument("--model", type=Path, help="a local model folder instead, prompts.jsonl beside it")
     parser.add_argument("--rank", type=int, default=64, help="LoRA rank (default 64)")

@@ -2,7 +2,8 @@
 
 In step ``$SLF_BENCH_STEP`` each sync is made ``$SLF_BENCH_SYNCS`` times the stock way and ours, alternating; then the
 run is ended. One JSON object goes to ``$SLF_BENCH_FILE``. Since 4.3.0 stock has cast the trainer's LoRA to the base's
-dtype by its second sync, so stock is timed on such a copy of it and ours on the fp32 original.
+dtype by its second sync, so stock is timed on such a copy of it and ours on the fp32 original. Its merge and unmerge
+leave other bits in the trainer's base, which gets its own back after each of stock's syncs, outside the timing.
 """
 
 import json
@@ -43,6 +44,38 @@ def _swap(parameters, values):
         parameter.data = value
 
 
+def _size(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+class _Copies:
+    """The bits of parameters as they are now; copied to where they are while there is room, else to the CPU."""
+
+    def __init__(self, parameters):
+        import torch
+
+        self.parameters = parameters
+        size = sum(map(_size, parameters))
+        stay = not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] > 1.25 * size
+        self.copies = [p.detach().clone() if stay else p.detach().cpu() for p in parameters]
+
+    def restore(self):
+        for parameter, copy in zip(self.parameters, self.copies):
+            parameter.data.copy_(copy)
+
+    def changed(self):
+        """How many elements have other bits now."""
+        return sum(
+            int((_bits(p.data) != _bits(copy).to(p.device)).sum()) for p, copy in zip(self.parameters, self.copies)
+        )
+
+
+def _bits(tensor):
+    import torch
+
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
 def _bandwidth():
     """Bytes read and written each second by a copy on this device."""
     import torch
@@ -60,29 +93,38 @@ def _bench(wrapped, trainer):
     import swift_lora_fix
 
     count = int(os.environ.get("SLF_BENCH_SYNCS", "20"))
-    parameters = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    mode = swift_lora_fix.status().run["mode"]
+    named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    parameters = [p for n, p in named.items() if "lora_" in n]
+    adapted = [p for n, p in named.items() if n.endswith(".base_layer.weight")]
+    base = _Copies([p for n, p in named.items() if "lora_" not in n])
     stock = _stock(next(c for c in type(trainer).__mro__ if c.__name__ == "RolloutTrainerMixin"))
     trainer.base_sync_done = True
     ours_parts, peaks = [], []
     times = {"stock": [], "ours": []}
-    base_dtype = next(p.dtype for n, p in trainer.model.named_parameters() if "lora_" not in n)
+    changed = {"stock": 0, "ours": 0}
     original = [p.data for p in parameters]
-    cast = [p.data.to(base_dtype) for p in parameters]
+    cast = [p.data.to(base.parameters[0].dtype) for p in parameters]
     for _ in range(count):
         _swap(parameters, cast)
         times["stock"].append(_timed(lambda: stock(trainer, skip_async_check=True))[0])
         _swap(parameters, original)
-        wrapped(skip_async_check=True)  # stock's reload is noticed and repaired outside the timing
+        changed["stock"] += base.changed()
+        base.restore()
+        wrapped(skip_async_check=True)  # what stock did to the engine is noticed and repaired outside the timing
         with torch.no_grad():
             torch._foreach_mul_(parameters, 1.0009765625)  # a new policy
+        policy = _Copies(parameters)
         seconds, peak = _timed(lambda: wrapped(skip_async_check=True))
+        changed["ours"] += base.changed() + policy.changed()
         times["ours"].append(seconds)
         peaks.append(peak)
         ours_parts.append(dict(swift_lora_fix.status().run))
     bandwidth = _bandwidth()
-    read = sum(p.numel() * p.element_size() for p in parameters)
+    read = sum(_size(p) for p in (parameters if mode == "adapter" else parameters + adapted))
     written = ours_parts[-1]["adapter_bytes"]
     record = {
+        "mode": mode,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "ms_swift": swift_lora_fix.status().ms_swift,
@@ -92,6 +134,10 @@ def _bench(wrapped, trainer):
         "seconds": times,
         "parts": ours_parts,
         "peak_extra_mib": peaks,
+        "largest_layer_bytes": max(_size(p) for p in adapted),
+        "largest_layer_float32_bytes": max(4 * p.numel() for p in adapted),
+        "trainer_elements": sum(p.numel() for p in named.values()),
+        "trainer_elements_changed": changed,
         "bytes_read": read,
         "bytes_written": written,
         "bandwidth": bandwidth,

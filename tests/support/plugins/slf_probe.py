@@ -13,8 +13,10 @@ It measures from outside and knows nothing of swift_lora_fix. Load it after the 
 are the outer ones.
 
 More environment variables: ``SLF_FREEZE=1`` keeps the learning rate at 0 whatever the checkpoint says;
-``SLF_KILL_AT_STEP=N`` kills the process as it begins the rollout of step N; ``SLF_DROP_ADAPTER_AT_STEP=N`` removes
-every adapter from the engine just before that rollout. ``gradients`` digests the LoRA gradients of the last step.
+``SLF_KILL_AT_STEP=N`` kills the process as it begins the rollout of step N. Just before that rollout,
+``SLF_DROP_ADAPTER_AT_STEP=N`` removes every adapter from the engine, ``SLF_PLAIN_BASE_AT_STEP=N`` loads the trainer's
+plain base into it (fused mode), ``SLF_SET_AT_STEP=N:NAME=VALUE`` sets an environment variable. ``gradients`` digests
+the LoRA gradients of the last step.
 """
 
 import copy
@@ -59,6 +61,7 @@ class Recorder:
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.parameters = dict(self.model.named_parameters())
         self.start = {n: self._local(p).clone() for n, p in self.parameters.items()}
+        self.frozen = {n for n, p in self.parameters.items() if not p.requires_grad}
         self.lora_changed = 0
         self.dtypes = set()
         self.objects = {n: id(p) for n, p in self.parameters.items()}
@@ -117,7 +120,7 @@ class Recorder:
                 return wrapped(*args, **kwargs)
 
     def lora(self):
-        return {n: self._local(p).clone() for n, p in self.held().items() if "lora_" in n}
+        return {n: self._local(p).clone() for n, p in self.held().items() if "lora_" in n or n not in self.frozen}
 
     def around_sync(self, before):
         for name, tensor in self.lora().items():
@@ -134,7 +137,7 @@ class Recorder:
     def base_changed(self):
         changed = total = 0
         for name, parameter in self.held().items():
-            if "lora_" not in name:
+            if name in self.frozen:
                 now = self._local(parameter)
                 changed += int((now != self.start[name]).sum()) if now.shape == self.start[name].shape else 0
                 total += now.numel()
@@ -231,6 +234,13 @@ def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
         file.write(json.dumps(record) + "\n")
 
 
+def _plain_base(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and "modules_to_save" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+            yield name, parameter.data
+
+
 def _install(module):
     mixin = module.RolloutTrainerMixin
 
@@ -254,6 +264,11 @@ def _install(module):
         if step == int(os.environ.get("SLF_DROP_ADAPTER_AT_STEP", "-1")):
             for adapter in list(trainer.engine.engine.list_loras()):
                 trainer.engine.engine.remove_lora(adapter)
+        if step == int(os.environ.get("SLF_PLAIN_BASE_AT_STEP", "-1")):
+            trainer.engine.inner_model.load_weights(_plain_base(trainer._slf_recorder.model))
+        when, _, what = os.environ.get("SLF_SET_AT_STEP", "").partition(":")
+        if when == str(step):
+            os.environ.update([what.split("=", 1)])
         kwargs = dict(kwargs)
         requests = args[0] if args else kwargs.pop("infer_requests")
         config = args[1] if len(args) > 1 else kwargs.pop("request_config")

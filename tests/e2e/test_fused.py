@@ -1,0 +1,95 @@
+"""Fused mode in real runs, with adapters that vLLM's LoRA kernels cannot serve, and each of them resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from tests.support import bounds
+from tests.support.driver import Run
+
+from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, Runs
+
+pytestmark = pytest.mark.e2e
+
+
+# each costs two runs; either says the same of each release
+older = pytest.mark.skipif(not DOUBLE_COUNTS, reason="shown with the older release")
+newer = pytest.mark.skipif(DOUBLE_COUNTS, reason="shown with the newer release")
+
+
+def fused(suffix: str):  # type: ignore[no-untyped-def]
+    names = {f"fused_dora{suffix}": older, f"fused_pissa{suffix}": newer}
+    runs = [pytest.param(name, marks=[pytest.mark.needs(name), where]) for name, where in names.items()]
+    return pytest.mark.parametrize("name", runs)
+
+
+def metrics(run: Run) -> list[dict]:
+    lines = [json.loads(line) for line in (run.output / "logging.jsonl").read_text().splitlines()]
+    return [line for line in lines if "lora_sync/seconds" in line]
+
+
+@fused("")
+def test_the_engine_agrees_at_every_step(run: Run, name: str) -> None:
+    assert run.returncode == 0, run.log[-3000:]
+    assert "armed, fused mode" in run.log and "trainer = engine's weights, folded in at 15 proved places" in run.log
+    assert [probe["step"] for probe in run.probes()] == [0, 1, 2]
+    for probe, line in zip(run.probes(), metrics(run), strict=True):
+        noise = line["lora_sync/noise_floor"] + line["lora_sync/mismatch_rounding"]
+        assert probe["mean"] < 2 * noise and line["lora_sync/mismatch_mean"] < 2 * noise, (probe, line)
+        assert noise < 0.05 and line["lora_sync/mismatch_rounding"] > 0, "as quiet as bf16 rounding is"
+        assert f"engine and trainer agree at step {probe['step']}" in run.log
+    assert bounds.is_large(run.probes()[2], run.probes()[0] | {"mean": 0.005}), "a missing adapter would be noticed"
+    assert metrics(run)[2]["lora_sync/distinguishable"] == 1
+    assert 0 < metrics(run)[2]["lora_sync/lost_share"] < 0.2
+
+
+@fused("")
+def test_the_trainer_is_only_read(run: Run, name: str) -> None:
+    for probe in run.probes():
+        changed = ("base_changed", "lora_changed_by_sync", "merge_calls", "new_parameter_objects", "shared_storage")
+        assert not any(probe[what] for what in changed), probe
+        assert probe["loader_calls"] == 0
+
+
+@fused("_resume")
+def test_a_resume_serves_the_checkpoint(run: Run, runs: Runs, name: str) -> None:
+    trained = runs.get(name.removesuffix("_resume"))
+    source = trained.probes()[CHECKPOINT_STEP]
+    probes = run.probes()
+    assert [probe["step"] for probe in probes] == [CHECKPOINT_STEP, CHECKPOINT_STEP + 1], run.log[-3000:]
+    for probe in probes:  # at learning rate 0
+        assert all(probe[what] == source[what] for what in ("tokens", "mean", "lora_sum")), "bit for bit"
+    file = trained.output / f"checkpoint-{CHECKPOINT_STEP}" / "adapter_model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert f"SHA-256 {digest}, the trainer's tensors equal the file's" in run.log
+    assert f"chain of custody: file (SHA-256 {digest}) = trainer = engine's weights, folded in" in run.log
+
+
+@fused("_resume")
+def test_a_plain_base_in_the_engine_is_noticed(run: Run, name: str) -> None:
+    assert run.returncode not in (0, None)
+    assert "PolicyMismatchError" in run.log and "[not-applied]" in run.log
+    assert "read-back audit of the merged weights" in run.log and "Nothing was generated" in run.log
+
+
+@newer
+@pytest.mark.needs("fused_auto")
+def test_auto_measures_takes_the_fused_mode_and_gives_it_up_again(run: Run) -> None:
+    assert run.returncode == 0, run.log[-3000:]
+    nothing = run.log.index("auto mode: the adapter adds nothing yet")
+    table = run.log.index("auto mode, measured on this run (rounding would lose")
+    back = run.log.index("auto mode: rounding now loses")
+    assert nothing < table < back and "back to the adapter mode, which is exact" in run.log
+    rows = [line.split() for line in run.log[table:].splitlines()[1:4]]
+    assert [row[0] for row in rows] == ["mode", "adapter", "fused"] and all("tok/s" in row for row in rows[1:])
+    # on a CPU vLLM's LoRA layers cost a third and more of the throughput, so the fused mode wins by far
+    assert run.log[table:].splitlines()[4] == "chosen: fused."
+    places = ["engine's LoRA slots", "engine's weights, folded in", "engine's LoRA slots"]
+    said = [line for line in run.log.splitlines() if "chain of custody" in line]
+    assert len(said) == 3 and all(place in line for place, line in zip(places, said))
+    for probe, line in zip(run.probes(), metrics(run), strict=True):
+        assert probe["mean"] < 3 * line["lora_sync/noise_floor"], probe
+        assert probe["base_changed"] == probe["lora_changed_by_sync"] == probe["merge_calls"] == 0
