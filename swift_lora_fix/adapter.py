@@ -311,7 +311,8 @@ def _check_base_is_frozen(model: torch.nn.Module) -> None:
     if trained:
         raise UnsupportedAdapterError(
             f"{len(trained)} parameters beside the LoRA are trained, the first {trained[0]!r}. The engine gets the "
-            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false (fused mode)."
+            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false (fused "
+            "mode)."
         )
 
 
