@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors, merging, scope
+import swift_lora_fix
+from swift_lora_fix import adapter, choice, errors, merging, scope, sync
 from swift_lora_fix.engine import base
 from swift_lora_fix.engine.fused import FusedWriter
 from swift_lora_fix.proof import audit
@@ -272,3 +273,46 @@ def test_the_settings_of_this_mode() -> None:
         Settings.from_environment({"SWIFT_LORA_FIX_MODE": "merged"})
     with pytest.raises(errors.SettingsError, match="SWIFT_LORA_FIX_LOST_SHARE='lots'.*from 0 to 1"):
         Settings.from_environment({"SWIFT_LORA_FIX_LOST_SHARE": "lots"})
+
+
+def test_the_mode_as_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "adapter")
+    monkeypatch.setenv("SWIFT_LORA_FIX", "off")  # nothing is patched here
+    with pytest.raises(errors.SettingsError, match="SWIFT_LORA_FIX_MODE='merged'"):
+        swift_lora_fix.apply(mode="merged")
+    swift_lora_fix.apply()
+    assert Settings.from_environment().mode == "adapter"
+    swift_lora_fix.apply(mode="Fused")
+    assert Settings.from_environment().mode == "fused"
+
+
+COSTS = {"fast sync": choice.Costs(0.002, 1000.0), "fast generation": choice.Costs(0.02, 1400.0)}
+
+
+@pytest.mark.parametrize("tokens, faster", [(10, False), (60, False), (70, True), (100_000, True)])
+def test_auto_weighs_the_sync_against_the_rollout(tokens: int, faster: bool) -> None:
+    measured = choice.Measured(COSTS["fast sync"], COSTS["fast generation"], tokens)
+    assert measured.fused_is_faster is faster
+    assert str(measured).splitlines()[1].split()[:3] == ["adapter", "2", "ms"]
+
+
+def test_auto_starts_apart_where_that_can_be_and_else_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "auto")
+    plain, dora = scope.decide(given(peft_model(), True)), scope.decide(given(peft_model(use_dora=True), True))
+    assert plain.mode == "adapter" and plain.is_open
+    assert dora.mode == "fused" and not dora.is_open
+    assert scope.decide(given(peft_model(), False)).mode == "fused"
+
+
+@pytest.mark.parametrize("share, change", [(0.7, "adapter"), (0.3, None), (None, None)])
+def test_auto_gives_the_fused_mode_up_where_too_much_is_lost(
+    share: float | None, change: str | None, made: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, writer, _ = made
+    state: Any = SimpleNamespace(writer=writer, auto=True, proof=SimpleNamespace(rounding=audit.Rounding(share)))
+    taken: list[str] = []
+    monkeypatch.setattr(sync, "change_mode", lambda trainer, state, mode: taken.append(mode))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    answered = choice.consider(trainer, state, lambda requests, config: [], [], None, bound=0.5)
+    assert answered is (change is not None) and taken == ([change] if change else [])
+    assert state.auto is (change is None)

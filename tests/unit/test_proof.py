@@ -259,3 +259,16 @@ def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPa
     before = torch.get_rng_state()
     drawn, _ = made.check(lambda requests, config: [], [], None)  # type: ignore[arg-type]
     assert len(drawn) == 3 and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("floor, cause", [(0.06, None), (0.7, "base-not-served"), (float("nan"), "base-not-served")])
+def test_a_floor_that_no_rounding_explains_is_a_finding(
+    floor: float, cause: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = gate.Gate(SimpleNamespace(), adapter.bind(peft_model()), bool, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(gate, "prompts", lambda trainer: [])
+    monkeypatch.setattr(made, "_measure_floor", lambda *_: gate.Distance(floor, floor, floor))
+    monkeypatch.setattr(made, "_probe", lambda *_: (verdict(0.01, floor=floor), []))
+    _, finding = made._check(lambda requests, config: [], [], None)  # type: ignore[arg-type]
+    assert (finding.cause if finding else None) == cause
+    assert (made.floor is None) is (cause is not None), "such a floor is not kept"
