@@ -55,16 +55,20 @@ class MergedModule:
 
     @torch.no_grad()
     def values(self, whole: Values) -> dict[str, torch.Tensor]:
-        """The weights with the adapter, by source: float32 for a LoRA layer, else as they are trained."""
+        """The weights with the adapter, by source, contiguous: float32 for a LoRA layer, else as they are trained."""
         if not self.is_lora:
             return {source: whole[name] for source, name in self.sent.items()}
+        with torch.autocast(next(iter(whole.values())).device.type, enabled=False):  # products in float32, whoever asks
+            return self._merged(whole)
+
+    def _merged(self, whole: Values) -> dict[str, torch.Tensor]:
         if _is_linear(self.module, self.adapter):
             ((source, name),) = self.sent.items()
             a, b = whole[f"lora_A.{self.adapter}.weight"], whole[f"lora_B.{self.adapter}.weight"]
             delta = torch.mm(b.float(), a.float()).mul_(self.module.scaling[self.adapter])
             return {source: delta.add_(whole[name])}
         twin = merged_twin(self, whole)
-        return {source: twin.get_parameter(name).data for source, name in self.sent.items()}
+        return {source: twin.get_parameter(name).data.contiguous() for source, name in self.sent.items()}
 
     def plain_values(self, whole: Values) -> dict[str, torch.Tensor]:
         """The weights without the adapter, by source."""

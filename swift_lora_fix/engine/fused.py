@@ -179,11 +179,13 @@ class FusedWriter:
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
         """The engine with the model that has no adapter, exactly; afterwards with the trainer's policy again."""
+        self._intact = False
         try:
             self.write_plain()
             yield
         finally:
             self._write_all(merged=True)
+        self._intact = True
 
     def write_plain(self) -> None:
         """Make the engine hold the model that has no adapter, exactly."""

@@ -84,6 +84,15 @@ def _names(module: merging.MergedModule) -> tuple[str, str]:
     return "lora_A.default.weight", "lora_B.default.weight"
 
 
+@pytest.mark.parametrize("name", ["linear", "dora", "embedding"])
+def test_autocast_around_it_changes_nothing(name: str) -> None:
+    modules = merging.bind(trained(**CONFIGS[name]), "default")
+    expected = [module.values(module.parameters) for module in modules]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [module.values(module.parameters) for module in modules]
+    assert all(torch.equal(a[source], b[source]) for a, b in zip(expected, found) for source in a)
+
+
 def test_a_merge_that_somebody_bound_to_the_trainers_layer_is_not_called() -> None:
     """ms-swift's patch_lora_merge leaves one behind on every layer."""
     model = trained(use_dora=True)
