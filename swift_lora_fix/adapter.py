@@ -191,7 +191,14 @@ def frozen_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parame
 
 def clean_name(name: str) -> str:
     """The name of a module or parameter without what activation checkpointing puts into it."""
-    return name.replace(_CHECKPOINT_WRAPPER, "")
+    return f"{name}.".replace(_CHECKPOINT_WRAPPER, "").removesuffix(".")
+
+
+def of_another_adapter(name: str, adapter_name: str) -> bool:
+    """Whether a parameter belongs to a LoRA or a ``modules_to_save`` of another adapter (--ref_adapters)."""
+    parts = name.split(".")
+    mine = adapter_name in parts
+    return not mine and ("modules_to_save" in parts or any(part.startswith("lora_") for part in parts))
 
 
 def changed_scalings(adapter: Adapter) -> list[str]:
@@ -281,9 +288,12 @@ def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -
     """What is trained beside the LoRA layers: ``modules_to_save``, biases."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
+            full = f"{clean_name(path)}.{name}"
             if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+                if of_another_adapter(full, adapter_name):
+                    continue
                 known.add(id(parameter))
-                key = f"{clean_name(path)}.{name}".replace(f".modules_to_save.{adapter_name}.", ".")
+                key = full.replace(f".modules_to_save.{adapter_name}.", ".")
                 yield AdapterEntry(key, parameter, 1.0, 0, module._parameters, name, None)
 
 

@@ -21,6 +21,7 @@ import torch
 from . import scope, sync
 from .engine.fused import FusedWriter
 from .engine.writer import AdapterWriter, ranks_agree
+from .errors import UnsupportedAdapterError
 from .log import info
 from .proof import audit
 from .proof.gate import Infer
@@ -92,6 +93,12 @@ def consider(trainer: Any, state: SyncState, infer: Infer, requests: Sequence[An
             info("auto mode: the adapter adds nothing yet, so it is served exactly, apart; decided at a later sync.")
         return False
     if state.measured is None:
+        try:
+            sync.learn_places(trainer, fused)
+        except UnsupportedAdapterError as error:
+            state.auto = False
+            info(f"auto mode: the adapter mode it is: {error}")
+            return False
         state.measured = _measure(trainer, state, fused, infer, requests, config)
     measured: Measured = state.measured
     better = measured.fused_is_faster and share <= bound
@@ -130,7 +137,6 @@ def _measure(
                 if repeat:
                     rates.append(rate)
     state.engine.reset_caches()
-    sync.learn_places(trainer, fused)
     try:
         seconds = {"fused": _seconds(lambda: _write(fused)), "adapter": _seconds(lambda: _write(state.writer))}
     finally:

@@ -4,7 +4,8 @@ For a LoRA layer of weight W (out, in)::
 
     W' = cast(W + (B @ A) * s)
 
-with W, A and B taken to float32, product and sum in float32, and one rounding, to the engine's dtype. So each element
+with W, A and B taken to float32, product and sum in float32 (TF32 where the run allows it on a GPU, --tf32 true, and
+then the product is that of TF32), and one rounding, to the engine's dtype. So each element
 is off by ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)`` at most, with u = 2**-8 for bfloat16 and 2**-11
 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r and two more operations (N.
 Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1).
@@ -22,7 +23,8 @@ from typing import Any
 
 import torch
 
-from .adapter import clean_name
+from .adapter import clean_name, of_another_adapter
+from .errors import UnsupportedAdapterError
 
 Values = Mapping[str, torch.Tensor]  # whole values, by ``MergedModule``'s names of its parameters
 
@@ -35,7 +37,7 @@ class MergedModule:
         whose bias is trained. parameters: all that the values are computed from, by their names in ``module``; gathered
         together. They are the trainer's own; FSDP2 has others in their place while it computes.
     sent: by name in ``named_parameters()`` what ms-swift sends, to be replaced, as names in ``parameters``: a LoRA
-        layer's weight (out, in), what ``modules_to_save`` or a trained bias holds. plain: what they are without the
+        layer's weight, of its shape, what ``modules_to_save`` or a trained bias holds. plain: what they are without the
         adapter. inner, inner_plain: names of the modules in ``module`` that compute the same as it does, with
         these values in them, with the adapter and without; None for a bias, which nothing wraps.
     """
@@ -81,7 +83,10 @@ class MergedModule:
 
 
 def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
-    """Find them in ``model``, the trainer's unwrapped ``peft.PeftModel``."""
+    """Find them in ``model``, the trainer's unwrapped ``peft.PeftModel``.
+
+    Raises UnsupportedAdapterError naming a LoRA layer around something that has no weight (HQQ, ``target_parameters``).
+    """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -100,7 +105,9 @@ def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
         known |= {id(one.parameters[name]) for name in one.sent.values()}
     for path, module in modules:
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+            if parameter is None or not parameter.requires_grad or id(parameter) in known:
+                continue
+            if not of_another_adapter(f"{path}.{name}", adapter_name):
                 sent = {f"{path}.{name}": name}
                 found.append(MergedModule(path, adapter_name, module, {name: parameter}, sent, sent))
     return tuple(found)
@@ -134,13 +141,14 @@ def twin_of(module: Any, values: Values, prefix: str = "") -> Any:
     """The module with ``values``, by name, in place of its parameters; lists and dicts copied, hooks left out.
 
     What somebody put onto the one object is left out too where it would act on the original: ms-swift's
-    ``patch_lora_merge`` leaves each layer's own ``merge``, bound to it, behind as an attribute.
+    ``patch_lora_merge`` leaves each layer's own ``merge``, bound to it, behind as an attribute, and accelerate's hooks
+    a ``forward``.
     """
-    twin = module.__class__.__new__(module.__class__)
+    twin = object.__new__(module.__class__)  # FSDP2's classes make something else in their __new__
     twin.__dict__ = {
         name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
         for name, value in module.__dict__.items()
-        if getattr(value, "__self__", None) is not module
+        if getattr(value, "__self__", None) is not module and name not in ("forward", "_old_forward")
     }
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         twin.__dict__[name] = type(module.__dict__[name])()
@@ -160,6 +168,9 @@ def _layer(path: str, layer: Any, adapter_name: str) -> MergedModule:
         for name, parameter in layer.named_parameters()
         if name.startswith("base_layer.") or adapter_name in name.split(".")
     }
+    if any(name not in parameters for name in sent.values()):
+        kinds = f"{type(layer).__name__} around a {type(layer.get_base_layer()).__name__}"
+        raise UnsupportedAdapterError(f"{path} is a {kinds}, which has no weight of its own to fold an adapter into")
     return MergedModule(path, adapter_name, layer, parameters, sent, sent, "base_layer", "base_layer")
 
 

@@ -42,9 +42,8 @@ def decide(trainer: Any) -> Scope:
     if trainer.rollout_enable_lora and asked != "fused":
         is_open = asked == "auto"
         if not is_open or _can_be_apart(trainer):
-            reason = "the engine gets the unmerged base once and the adapter once, the trainer is only read"
-            when = "; the mode is measured at the first rollouts" if is_open else ""
-            return Scope(True, f"armed: {reason}{when}.", "adapter", is_open)
+            reason = "armed: the engine gets the unmerged base once and the adapter once, the trainer is only read."
+            return Scope(True, reason + (" The mode is measured soon." if is_open else ""), "adapter", is_open)
     problem = why_not_fused(trainer)
     if problem is None:
         return Scope(
@@ -68,12 +67,20 @@ def _can_be_apart(trainer: Any) -> bool:
 
 def why_not_fused(trainer: Any) -> str | None:
     """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
-    way_out = "Use --vllm_enable_lora true, with which the adapter stays apart"
+    way_out = (
+        "Use --vllm_enable_lora true, with which the adapter stays apart"
+        if _can_be_apart(trainer)
+        else "Nor can vLLM's LoRA layers serve this adapter: train it on what is not quantised, tied or packed"
+    )
     quantization = getattr(trainer.engine.engine.vllm_config.model_config, "quantization", None)
     if quantization:
         return f"the engine holds the base quantised ({quantization}), and the merged weights are not. {way_out}"
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for module in merging.bind(model, DEFAULT_ADAPTER):
+    try:
+        modules = merging.bind(model, DEFAULT_ADAPTER)
+    except UnsupportedAdapterError as error:
+        return f"{error}. {way_out}"
+    for module in modules:
         for source, parameter in ((source, module.parameters[name]) for source, name in module.plain.items()):
             if not parameter.is_floating_point() or parameter.element_size() < 2:
                 return f"the trainer holds {source} quantised ({parameter.dtype}). {way_out}"

@@ -60,6 +60,7 @@ class SyncState:
     proof: Proof = field(default_factory=Proof)
     custody_is_said: bool = False
     lost_share_is_said: bool = False
+    audit_is_said: bool = False
     auto: bool = False  # the mode may still change
     auto_is_said: bool = False
     measured: Any = None  # what ``auto`` measured

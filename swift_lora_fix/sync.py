@@ -115,10 +115,12 @@ def restore(trainer: Any, state: SyncState) -> SyncState:
     if adapters.changed_scalings(state.adapter):
         served, state = state.served_step, _bind_again(trainer, state)
         state.served_step, _states[trainer] = served, state
+    served, state.served_step = state.served_step, None
     _push_base(trainer, state)
     state.last_write = state.writer.write_by_reference()
     state.engine.reset_caches()
     state.writer.finish()
+    state.served_step = served
     state.proof.note_disturbance()
     return state
 
@@ -196,6 +198,7 @@ def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     state.base_record = old.base_record if state.base_is_current else None
     state.custody_is_said = old.custody_is_said
     state.auto, state.auto_is_said, state.measured = old.auto, old.auto_is_said, old.measured
+    state.lost_share_is_said = old.lost_share_is_said
     if old.syncs:
         info("the trainer's LoRA parameters or its engine are new objects: bound again.")
     return state

@@ -53,14 +53,15 @@ def push(trainer: Any, engine: EngineHandle, adapter: Adapter, changing: Collect
         _move(trainer, adapter, sources, lambda state_dict: state_dict)
     _check_complete(engine, recorder.pointers)
     frozen = frozen_parameters(trainer.accelerator.unwrap_model(trainer.model))
-    return Pushed(BaseRecord(tuple(recorder.frozen()), tuple(frozen)), recorder.regions())
+    return Pushed(BaseRecord(tuple(recorder.frozen()), tuple(frozen)), recorder.regions(), frozenset(recorder.derived))
 
 
 def reload(
     trainer: Any, adapter: Adapter, changing: Collection[str], value_of: Callable[[str], torch.Tensor]
 ) -> set[str]:
-    """Send what is in ``changing`` again, with the values of ``value_of`` in place of the trainer's: one at a time, by
-    the same way as the base. Returns the names that were sent."""
+    """Send the model again, by the same way as the base, with the values of ``value_of`` in place of the trainer's in
+    ``changing``, made one at a time as vLLM takes them. All of it: ms-swift then has vLLM bring every weight into the
+    layout of its kernels, which must not happen twice. Returns the names in ``changing`` that were sent."""
     sources, sent = _Sources(trainer), set[str]()
 
     def items(state_dict: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,7 +69,8 @@ def reload(
             source = sources.name_of(value)
             if source is not None and source in changing:
                 sent.add(source)
-                yield name, value_of(source)
+                value = value_of(source)
+            yield name, value
 
     _move(trainer, adapter, sources, lambda state_dict: _Streamed(lambda: items(state_dict)))
     return sent
@@ -107,10 +109,12 @@ def _move(
 @dataclass(frozen=True)
 class Pushed:
     """What a push left behind. regions: by name of the trainer's parameter, for those that were to change, where in the
-    engine vLLM put which part of it; a name is missing where vLLM did not copy it as it was."""
+    engine vLLM put which part of it; a name is missing where vLLM did not copy it as it was. derived: names of those
+    out of whose place vLLM then made another tensor (the absorbed weights of MLA, say)."""
 
     record: BaseRecord
     regions: dict[str, tuple[Region, ...]]
+    derived: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,9 @@ class _WriteRecorder(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module, sources: _Sources, changing: Collection[str]) -> None:
         super().__init__()
         self.pointers: set[int] = set()
+        self.derived: set[str] = set()  # parameters of the trainer's out of whose place vLLM made another tensor
         self._sources, self._changing = sources, changing
+        self._changing_pointers: dict[int, str] = {}
         self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
         self._written: dict[int, dict[tuple[int, int], _Written]] = {}  # by storage, then by first and last byte
 
@@ -257,6 +263,8 @@ class _WriteRecorder(TorchDispatchMode):
             self.pointers.add(pointer)
             if pointer in self._names and first.numel():
                 self._record(first, pointer, args[1] if func is torch.ops.aten.copy_.default else None)
+        if self._changing_pointers:
+            self._note_reads(func, args, result)
         return result
 
     def _record(self, destination: torch.Tensor, pointer: int, value: torch.Tensor | None) -> None:
@@ -271,14 +279,26 @@ class _WriteRecorder(TorchDispatchMode):
             return
         destination = destination.detach()
         source, offset = self._sources.locate(value) or (None, 0)
-        changes = source in self._changing and value.shape == destination.shape
-        written[start, end] = _Written(
-            self._names[pointer],
-            destination,
-            source if changes else None,
-            Region(destination, offset, tuple(value.stride())) if changes else None,
-            None if changes else checksum(destination),
-        )
+        if self._changing and (source is None or source in self._changing):
+            if source is not None:
+                self._changing_pointers[pointer] = source
+            if source is None or value.shape != destination.shape:
+                return  # nobody can tell what it will hold later
+            region = Region(destination, offset, tuple(value.stride()))
+            written[start, end] = _Written(self._names[pointer], destination, source, region, None)
+        else:
+            written[start, end] = _Written(self._names[pointer], destination, None, None, checksum(destination))
+
+    def _note_reads(self, func: Any, args: Any, result: Any) -> None:
+        """A tensor made out of a weight that will change is made out of its values of now."""
+        if func.is_view or not isinstance(result, torch.Tensor) or result.numel() < 2:
+            return
+        target = result.untyped_storage().data_ptr()
+        for value in args[func._schema.is_mutable :]:
+            if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
+                source = self._changing_pointers.get(value.untyped_storage().data_ptr())
+                if source is not None and value.untyped_storage().data_ptr() != target:
+                    self.derived.add(source)
 
     def frozen(self) -> Iterator[Piece]:
         for written in self._all():

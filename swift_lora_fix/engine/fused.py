@@ -17,6 +17,7 @@ import torch
 from .. import adapter as adapters
 from ..adapter import Adapter
 from ..digest import combine
+from ..errors import UnsupportedAdapterError
 from ..log import warning
 from ..merging import MergedModule
 from .base import Pushed
@@ -66,8 +67,8 @@ class FusedWriter:
         self._report = WriteReport("none")
         self._digests: list[torch.Tensor] = []
         self._staging: Staging | None = None
-        self.dtype = _dtype(engine)
-        self._check = FiniteCheck(adapter, self.dtype, device, self.everywhere)
+        self._dtype = next(p.dtype for p in engine.model.parameters() if p.is_floating_point())
+        self._check = FiniteCheck(adapter, self._dtype, device, self.everywhere)
 
     @property
     def place(self) -> str:
@@ -75,6 +76,10 @@ class FusedWriter:
         if self.regions is None:
             return "vLLM's load_weights, folded in"
         return f"engine's weights, folded in at {sum(map(len, self.regions.values()))} proved places"
+
+    def dtype_of(self, source: str) -> torch.dtype:
+        """What the engine holds of it is rounded to."""
+        return self.regions[source][0].destination.dtype if self.regions else self._dtype
 
     def what_is_missing(self) -> str | None:
         """Name what would keep the merged weights from being what is served, or None."""
@@ -102,8 +107,21 @@ class FusedWriter:
         return set()
 
     def accept_base(self, pushed: Pushed) -> None:
-        """The engine holds the trainer's plain base: learn where each of its weights lies, and prove it by that."""
-        problem = self._problem(pushed)
+        """The engine holds the trainer's plain base: learn where each of its weights lies, and prove it by that.
+
+        Raises UnsupportedAdapterError where vLLM made other tensors out of a weight that the adapter changes: those
+        would stay the plain base's.
+        """
+        if not self.everywhere(not pushed.derived):
+            names = ", ".join(sorted(pushed.derived)[:2]) or "weights of another rank"
+            raise UnsupportedAdapterError(
+                f"vLLM makes another tensor out of {names}, "
+                "which would not follow the adapter that is folded in: use --vllm_enable_lora true and "
+                "SWIFT_LORA_FIX_MODE=adapter, or train without this module."
+            )
+        problem = self._missing(pushed)
+        if self.everywhere(problem is None):
+            problem = self._misplaced(pushed)
         if self.everywhere(problem is None):
             self.regions = pushed.regions
         else:
@@ -113,10 +131,16 @@ class FusedWriter:
                 f"{problem or 'another rank cannot write them in place'}."
             )
 
-    def _problem(self, pushed: Pushed) -> str | None:
+    def _missing(self, pushed: Pushed) -> str | None:
         missing = sorted(self.changing - pushed.regions.keys())
         if missing:
             return f"vLLM did not copy {missing[0]} as it is ({len(missing)} of {len(self.changing)} weights)"
+        return None
+
+    @torch.no_grad()
+    def _misplaced(self, pushed: Pushed) -> str | None:
+        """Every rank walks to the end, whatever it finds: sharded ones gather at each module."""
+        found: list[str] = []
         alive = {p.untyped_storage().data_ptr() for p in self.engine.model.parameters()}
         for module in self.modules:
             with self.whole(module) as whole:
@@ -126,10 +150,10 @@ class FusedWriter:
                     for region in pushed.regions[source]:
                         destination = region.destination
                         if destination.untyped_storage().data_ptr() not in alive:
-                            return f"vLLM moved what it had loaded of {source}"
-                        if not torch.equal(region.region(sent[source]).to(destination.dtype), destination):
-                            return f"the engine does not hold {source} where vLLM had copied it"
-        return None
+                            found.append(f"vLLM moved what it had loaded of {source}")
+                        elif not torch.equal(region.region(sent[source]).to(destination.dtype), destination):
+                            found.append(f"the engine does not hold {source} where vLLM had copied it")
+        return found[0] if found else None
 
     def validate(self) -> None:
         """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
@@ -138,6 +162,7 @@ class FusedWriter:
     def write(self, keep_views: bool = True) -> WriteReport:
         """Make the engine hold the merged weights of the trainer as it is now; ``finish`` waits for the device."""
         clock = Clock()
+        self._intact = False
         self._digests = list(self._digest_parts())
         clock.lap("digest")
         path = "fused" if self.regions is not None else "reload"
@@ -156,6 +181,9 @@ class FusedWriter:
     def finish(self) -> None:
         """Wait until the engine holds what was written: vLLM may generate on another stream."""
         self._report.digest = combine(torch.stack(self._digests).tolist())
+        self._wait()
+
+    def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -185,25 +213,29 @@ class FusedWriter:
             yield
         finally:
             self._write_all(merged=True)
+            self._wait()
         self._intact = True
 
     def write_plain(self) -> None:
         """Make the engine hold the model that has no adapter, exactly."""
         self._write_all(merged=False)
+        self._wait()
 
     @torch.no_grad()
     def _write_all(self, merged: bool) -> int:
         """Write every changing weight, with the adapter or without; returns the bytes."""
         if self.regions is None:
             return self._write_through_load_weights(merged)
+        return sum(self._write_module(module, self.regions, merged) for module in self.modules)
+
+    def _write_module(self, module: MergedModule, regions: dict[str, tuple[Region, ...]], merged: bool) -> int:
         written = 0
-        for module in self.modules:
-            with self.whole(module) as whole:
-                values = _values(module, whole, merged)
-                for source in module.sources:
-                    for region in self.regions[source]:
-                        region.destination.copy_(region.region(values[source]))
-                        written += region.destination.numel() * region.destination.element_size()
+        with self.whole(module) as whole:
+            values = _values(module, whole, merged)
+            for source in module.sources:
+                for region in regions[source]:
+                    region.destination.copy_(region.region(values[source]))
+                    written += region.destination.numel() * region.destination.element_size()
         return written
 
     def _write_through_load_weights(self, merged: bool) -> int:
@@ -213,7 +245,7 @@ class FusedWriter:
         def value_of(source: str) -> torch.Tensor:
             nonlocal written
             with self.whole(owner[source]) as whole:
-                value = _values(owner[source], whole, merged)[source].to(self.dtype)
+                value = _values(owner[source], whole, merged)[source].to(self.dtype_of(source))
             written += value.numel() * value.element_size()
             return value
 
@@ -241,7 +273,3 @@ class FusedWriter:
 
 def _values(module: MergedModule, whole: dict[str, torch.Tensor], merged: bool) -> dict[str, torch.Tensor]:
     return module.values(whole) if merged else module.plain_values(whole)
-
-
-def _dtype(engine: EngineHandle) -> torch.dtype:
-    return next(p.dtype for p in engine.model.parameters() if p.is_floating_point())

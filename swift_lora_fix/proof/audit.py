@@ -78,7 +78,7 @@ def rounding(writer: FusedWriter) -> Rounding:
         with writer.whole(module) as whole:
             plain = module.plain_values(whole)
             for source, value in module.values(whole).items():
-                lost.add(value, value.to(writer.dtype), plain[source])
+                lost.add(value, value.to(writer.dtype_of(source)), plain[source])
     return lost.rounding()
 
 

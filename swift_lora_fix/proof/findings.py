@@ -41,17 +41,17 @@ CAUSES = {
         "lora_alpha or module.scaling was changed after the run began. Set it before training starts.",
     ),
     "module-doubled": Cause(
-        "a module's LoRA is counted twice", "Something wrote to the engine's LoRA slots after the sync."
+        "a module's LoRA is counted twice", "Something wrote to the engine's memory after the sync."
     ),
     "misplaced": Cause(
-        "modules hold the LoRA of other modules", "Something wrote to the engine's LoRA slots after the sync."
+        "modules hold the LoRA of other modules", "Something wrote to the engine's memory after the sync."
     ),
     "not-finite": Cause(
-        "the engine's LoRA holds NaN or infinity", "Something wrote to the engine's LoRA slots after the sync."
+        "the engine holds NaN or infinity in the adapter", "Something wrote to the engine's memory after the sync."
     ),
     "slots-changed": Cause(
         "the engine's LoRA slots hold other values than were written",
-        "Something wrote to the engine's LoRA slots after the sync.",
+        "Something wrote to the engine's memory after the sync.",
     ),
     "weights-changed": Cause(
         "the engine's weights are not the trainer's with the adapter folded in",

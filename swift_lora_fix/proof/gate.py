@@ -137,6 +137,8 @@ class Gate:
         if not self.everywhere(self.floor.mean <= FLOOR_CEILING):
             floor, self.floor = self.floor, None
             evidence = f"without the adapter, engine and trainer are {floor.mean:.3g} nats a token apart on average"
+            if floor.mean <= FLOOR_CEILING:
+                evidence = f"on another rank; here {evidence}"
             return verdict, Finding("base-not-served", GATE, evidence)
         previous, self._previous = self._previous, answers
         if self.everywhere(verdict.agrees):

@@ -118,7 +118,12 @@ class _Examination:
         return finding
 
     def _audit_merged(self, writer: FusedWriter, due: bool) -> Finding | None:
-        if self.trainer_is_away or not (self.is_together or writer.adapter.sharding == "none"):
+        if self.trainer_is_away:
+            if not self.state.audit_is_said:
+                self.state.audit_is_said = True
+                info("fused mode: with the trainer's model offloaded or in another thread, weights are not audited.")
+            return None
+        if not (self.is_together or writer.adapter.sharding == "none"):
             return None
         part, parts = (0, 1) if due else (self.state.syncs % PARTS, PARTS)
         finding, rounding = audit.merged(writer, part, parts)

@@ -45,19 +45,24 @@ class Apart:
 class Fused:
     """The adapter folded into the engine's weights, which are rounded once more than the trainer's."""
 
-    rounds = True
-
     def __init__(self, engine: EngineHandle, writer: FusedWriter) -> None:
         self._engine, self._writer = engine, writer
+        # FSDP2 gathers within ``standing_in``; which experts run differs from rank to rank: they would wait for ever
+        experts = any(".experts." in module.path for module in writer.modules)
+        self.rounds = not (experts and writer.adapter.sharding == "fsdp2")
 
     @contextlib.contextmanager
     def engine_without_adapter(self) -> Iterator[None]:
-        with self._writer.plain_base():
+        try:
+            with self._writer.plain_base():
+                self._engine.reset_caches()
+                yield
+        finally:
             self._engine.reset_caches()
-            yield
-        self._engine.reset_caches()
 
     def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        if not self.rounds:
+            return adapters.scaled(self._writer.adapter, 0.0)
         return standing_in(self._writer, merged=False)
 
     def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
@@ -70,13 +75,17 @@ def standing_in(writer: FusedWriter, merged: bool) -> Iterator[None]:
     """The trainer's model with plain layers in place of PEFT's: of the base's weights, or of the merged ones, rounded
     as the engine rounds them. Only ``forward`` of single modules is shadowed; their parameters stay."""
     wrapped = [module for module in writer.modules if module.inner is not None]
+    before = [vars(module.module).get("forward") for module in wrapped]
     for module in wrapped:
         vars(module.module)["forward"] = partial(_forward, writer, module, merged)
     try:
         yield
     finally:
-        for module in wrapped:
-            del vars(module.module)["forward"]
+        for module, forward in zip(wrapped, before):
+            if forward is None:
+                del vars(module.module)["forward"]
+            else:
+                vars(module.module)["forward"] = forward
 
 
 def _forward(writer: FusedWriter, module: MergedModule, merged: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,7 +95,7 @@ def _forward(writer: FusedWriter, module: MergedModule, merged: bool, *args: Any
         values = dict(whole)
         for source, value in module.values(whole).items() if merged else ():
             name = module.sent[source]
-            values[name] = value.to(writer.dtype).to(whole[name].dtype)
+            values[name] = value.to(writer.dtype_of(source)).to(whole[name].dtype)
         twin = twin_of(module.module.get_submodule(inner), values, f"{inner}.")
         output: torch.Tensor = twin.forward(*args, **kwargs)
     return output

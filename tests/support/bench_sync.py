@@ -131,9 +131,8 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
     axis.set_xlim(min(values) / 2, max(values) * 4)
     axis.invert_yaxis()
     axis.set_xlabel("median of one LoRA sync, ms (log scale)")
-    axis.set_title(
-        f"{mode} mode, {record['shape']}, r={record['rank']}, {record['device']}: {numbers['ratio']:.3g} times faster"
-    )
+    times = f"{numbers['ratio']:.{0 if numbers['ratio'] >= 10 else 1}f} times faster"
+    axis.set_title(f"{mode} mode, {record['shape']}, r={record['rank']}, {record['device']}: {times}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 
 class Tiny(torch.nn.Module):
@@ -16,6 +17,7 @@ class Tiny(torch.nn.Module):
         self.embed = torch.nn.Embedding(10, 8)
         self.first = torch.nn.Linear(8, 12, bias=biased)
         self.second = torch.nn.Linear(12, 4, bias=biased)
+        self.turned = Conv1D(6, 8)  # its weight is (in, out)
         if tie:
             self.tied = torch.nn.Linear(8, 10, bias=False)
             self.tied.weight = self.embed.weight

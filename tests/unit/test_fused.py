@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,9 @@ class Engine(torch.nn.Module):
                 self.embed.weight.data.copy_(value)
             elif "first" in name:
                 self.packed.weight.data.narrow(0, 4, 12).copy_(value)
-            elif self.plain_second is not None:
+            elif "second" in name and self.plain_second is not None:
                 self.plain_second.weight.data.copy_(value)
-            else:
+            elif "second" in name:
                 assert self.second is not None
                 self.second.weight.data.copy_(value.clone().t())
 
@@ -119,9 +120,10 @@ def test_without_the_adapter_the_engine_is_the_base_again_and_then_the_policy(ma
 
 def test_what_vllm_does_not_copy_goes_through_its_own_loading(caplog: pytest.LogCaptureFixture) -> None:
     model, engine = peft_model(), Engine(transposes=True)
-    writer, _ = writer_for(model, engine)
+    writer, pushed = writer_for(model, engine)
     assert writer.regions is None
     assert writer.write().path == "reload"
+    assert audit.base(pushed.record, set()) is None, "what changes is no part of the base"
     assert torch.equal(engine.packed.weight[4:16], weight(model))
     assert torch.equal(engine.second.weight.t(), weight(model, "second"))  # type: ignore[union-attr]
     with writer.plain_base():
@@ -134,10 +136,45 @@ def test_a_place_that_does_not_hold_the_base_is_not_written_to() -> None:
     model, engine = peft_model(), Engine()
     writer, pushed = writer_for(model, engine)
     engine.packed.weight.data[5, 0] += 1
-    assert "does not hold" in str(writer._problem(pushed)) and FIRST in str(writer._problem(pushed))
+    assert "does not hold" in str(writer._misplaced(pushed)) and FIRST in str(writer._misplaced(pushed))
     writer, pushed = writer_for(model, engine)
     engine.packed.weight = torch.nn.Parameter(engine.packed.weight.clone())  # what a repacking after the load does
-    assert "moved" in str(writer._problem(pushed))
+    assert "moved" in str(writer._misplaced(pushed))
+
+
+def test_what_vllm_makes_out_of_a_weight_cannot_follow_it() -> None:
+    """As MLA's absorbed weights: the copy itself is fine, but somebody reads a product of it."""
+    model, engine = peft_model(), Engine()
+    load = engine.load
+
+    def load_and_derive(weights: Any) -> None:
+        load(weights)
+        engine.absorbed = engine.packed.weight.data[4:16].float().t().contiguous()
+
+    engine.load = load_and_derive  # type: ignore[method-assign]
+    with pytest.raises(errors.UnsupportedAdapterError, match=f"another tensor out of {FIRST}.*MODE=adapter"):
+        writer_for(model, engine)
+
+
+def test_whether_it_is_current_is_known_whatever_happens(made: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, writer, _ = made
+    assert not writer.is_current()
+    writer.write()
+    assert writer.is_current()
+    writer.forget()
+    assert not writer.is_current()
+    writer.write()
+    monkeypatch.setattr(merging.MergedModule, "values", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.write()
+    assert not writer.is_current(), "half of it may be written"
+
+
+def test_a_lora_request_on_top_of_the_merged_weights_is_noticed(made: tuple) -> None:
+    _, _, writer, _ = made
+    assert writer.what_is_missing() is None
+    writer.engine.engine.enable_lora = True
+    assert "on top of the merged weights" in str(writer.what_is_missing())
 
 
 def doubled(model: torch.nn.Module, engine: Engine) -> None:
@@ -216,6 +253,26 @@ def test_the_trainer_computes_as_the_engine_holds_and_is_itself_again(made: tupl
     assert torch.equal(model(ids), held) and "forward" not in vars(inner.first)
 
 
+def test_a_forward_that_somebody_put_there_is_theirs_again_and_not_the_twins() -> None:
+    """As accelerate's hooks do: a partial of the layer's own forward, in its place."""
+    model = peft_model(target_modules=["first"], modules_to_save=["second"])
+    with torch.no_grad():
+        model.base_model.model.second.modules_to_save["default"].weight.normal_()
+    writer, _ = writer_for(model, Engine())
+    ids, inner = torch.arange(5), model.base_model.model
+    held = model(ids)
+    with standing_in(writer, merged=False):
+        plain = model(ids)
+    theirs = {}
+    for module in (inner.first, inner.first.base_layer, inner.second, inner.second.modules_to_save["default"]):
+        theirs[module] = module.forward = partial(type(module).forward, module)
+    with standing_in(writer, merged=True):
+        torch.testing.assert_close(model(ids), held, rtol=0.05, atol=0.05)
+    with standing_in(writer, merged=False):
+        assert torch.equal(model(ids), plain) and not torch.allclose(plain, held, rtol=0.05)
+    assert all(vars(module)["forward"] is forward for module, forward in theirs.items())
+
+
 def given(model: torch.nn.Module, enable_lora: bool = False, quantization: str | None = None) -> Any:
     args = SimpleNamespace(use_vllm=True, tuner_type="lora")
     config = SimpleNamespace(model_config=SimpleNamespace(quantization=quantization))
@@ -248,12 +305,27 @@ def quantised() -> torch.nn.Module:
     return model
 
 
+class Packed(torch.nn.Module):
+    """As HQQ's and EETQ's layers: what they hold is under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_q = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+
+
+def weightless() -> torch.nn.Module:
+    model = peft_model()
+    model.base_model.model.first.base_layer = Packed()
+    return model
+
+
 @pytest.mark.parametrize(
     "model, quantization, words",
     [
         (peft_model, "fp8", "the engine holds the base quantised \\(fp8\\)"),
         (quantised, None, "holds base_model.model.first.base_layer.weight quantised \\(torch.uint8\\)"),
         (lambda: peft_model(tie=True, target_modules=["tied"]), None, "is tied to"),
+        (weightless, None, "first is a Linear around a Packed, which has no weight of its own"),
     ],
 )
 def test_what_cannot_be_folded_in_is_said_up_front_with_the_way_out(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 from swift_lora_fix import adapter, merging
 from tests.support.peft_models import peft_model
@@ -24,6 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"target_modules": ["first"], "modules_to_save": ["second"]},
     "bias": {"bias": "all"},
     "lora_bias": {"lora_bias": True},
+    "conv1d": {"target_modules": ["first", "turned"], "fan_in_fan_out": True},
 }
 
 
@@ -106,6 +107,29 @@ def test_a_merge_that_somebody_bound_to_the_trainers_layer_is_not_called() -> No
     found = module.values(module.parameters)
     assert all(torch.equal(expected[source], found[source]) for source in expected)
     assert not module.module.merged
+
+
+def test_another_adapter_beside_it_is_no_part_of_it() -> None:
+    """--ref_adapters loads one, with modules of its own; whether its parameters ask for gradients or not."""
+    config = {"target_modules": ["first"], "modules_to_save": ["second"]}
+    model = trained(**config)
+    alone = {source for module in merging.bind(model, "default") for source in module.sources}
+    model.add_adapter("ref_adapter", LoraConfig(r=2, **config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+    modules = merging.bind(model, "default")
+    assert {source for module in modules for source in module.sources} == alone
+    assert not any("ref_adapter" in name for module in modules for name in module.parameters)
+    assert not any("ref_adapter" in entry.key for entry in adapter.bind(model, apart=False).entries)
+
+
+def test_names_are_those_without_activation_checkpointing() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = trained()
+    plain = [module.sources for module in merging.bind(model, "default")]
+    model.base_model.model.first = checkpoint_wrapper(model.base_model.model.first)
+    assert [module.sources for module in merging.bind(model, "default")] == plain
 
 
 def test_a_tied_weight_that_only_one_side_adapts_is_named() -> None:
