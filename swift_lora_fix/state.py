@@ -58,12 +58,20 @@ class SyncState:
     last_seconds: float = 0.0
     last_write: WriteReport = field(default_factory=lambda: WriteReport("none"))
     proof: Proof = field(default_factory=Proof)
+    auto: bool = False  # the mode may still change
+    measured: Any = None  # what ``auto`` measured
+    # what the log says once a run
     custody_is_said: bool = False
     lost_share_is_said: bool = False
     audit_is_said: bool = False
-    auto: bool = False  # the mode may still change
     auto_is_said: bool = False
-    measured: Any = None  # what ``auto`` measured
+
+    def inherit(self, old: SyncState) -> None:
+        """Go on with the run of another state, around other objects: what is known of the run, not of the engine."""
+        for name in ("origin", "syncs", "base_pushes", "auto", "measured"):
+            setattr(self, name, getattr(old, name))
+        for name in ("custody_is_said", "lost_share_is_said", "audit_is_said", "auto_is_said"):
+            setattr(self, name, getattr(old, name))
 
     @property
     def mode(self) -> str:

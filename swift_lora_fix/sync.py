@@ -128,8 +128,8 @@ def restore(trainer: Any, state: SyncState) -> SyncState:
 def change_mode(trainer: Any, state: SyncState, mode: str) -> None:
     """Serve the same policy in the other mode: base and adapter are sent anew. The engine must be awake and idle."""
     changed = _bind(trainer, mode)
-    changed.origin, changed.syncs, changed.base_pushes = state.origin, state.syncs, state.base_pushes
-    changed.auto, changed.auto_is_said, changed.measured = state.auto, state.auto_is_said, state.measured
+    changed.inherit(state)
+    changed.custody_is_said = False  # it ends at another place now
     trainer.engine.enable_lora = mode == "adapter"
     _states[trainer] = changed
     synchronize(trainer, changed)
@@ -191,14 +191,11 @@ def _reload(trainer: Callable[[], Any], adapter: adapters.Adapter, *what: Any) -
 def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
     state = _bind(trainer, old.mode)
-    state.origin, state.syncs, state.base_pushes = old.origin, old.syncs, old.base_pushes
+    state.inherit(old)
     engine_is_the_same = state.engine.engine is old.engine.engine
     # in fused mode the places in the engine are learnt by the push
     state.base_is_current = old.mode == "adapter" and old.base_is_current and engine_is_the_same
     state.base_record = old.base_record if state.base_is_current else None
-    state.custody_is_said = old.custody_is_said
-    state.auto, state.auto_is_said, state.measured = old.auto, old.auto_is_said, old.measured
-    state.lost_share_is_said = old.lost_share_is_said
     if old.syncs:
         info("the trainer's LoRA parameters or its engine are new objects: bound again.")
     return state

@@ -124,8 +124,7 @@ def _faults(runs: Runs, name: str) -> Run:
     run = runs.make(
         name,
         True,
-        # the older release's clean syncs say the same as the newer one's, which are many
-        faults.environment(runs.folder / name, faults.CLEAN_SYNCS // 4 if DOUBLE_COUNTS else faults.CLEAN_SYNCS),
+        faults.environment(runs.folder / name),
         adapters=runs.checkpoint,
         max_steps=len(faults.FAULTS) + 3,
         save_steps=100,

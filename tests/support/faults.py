@@ -30,11 +30,11 @@ CLEAN_SYNCS = int(os.environ.get("SLF_CLEAN_SYNCS", "200"))
 MESSAGE = re.compile(r"does not serve the trainer's policy of step (\d+): .*? \[([a-z-]+)\]\. Found by the (.*)")
 
 
-def environment(folder: Path, clean_syncs: int = CLEAN_SYNCS) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     return {
         "SLF_FAULTS": ",".join(FAULTS),
         "SLF_FAULTS_FILE": str(folder / "faults.jsonl"),
-        "SLF_CLEAN_SYNCS": str(clean_syncs),
+        "SLF_CLEAN_SYNCS": str(CLEAN_SYNCS),
         "SWIFT_LORA_FIX_ON_MISMATCH": "repair",
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
     }
