@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..adapter import Adapter, check_unmerged, clean_name, frozen_parameters, local_part
@@ -53,7 +54,8 @@ def push(trainer: Any, engine: EngineHandle, adapter: Adapter, changing: Collect
         _move(trainer, adapter, sources, lambda state_dict: state_dict)
     _check_complete(engine, recorder.pointers)
     frozen = frozen_parameters(trainer.accelerator.unwrap_model(trainer.model))
-    return Pushed(BaseRecord(tuple(recorder.frozen()), tuple(frozen)), recorder.regions(), frozenset(recorder.derived))
+    record, derived = BaseRecord(tuple(recorder.frozen()), tuple(frozen)), recorder.derived(engine.model)
+    return Pushed(record, recorder.regions(), frozenset(derived))
 
 
 def reload(
@@ -249,7 +251,7 @@ class _WriteRecorder(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module, sources: _Sources, changing: Collection[str]) -> None:
         super().__init__()
         self.pointers: set[int] = set()
-        self.derived: set[str] = set()  # parameters of the trainer's out of whose place vLLM made another tensor
+        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: what was made out of a changing weight
         self._sources, self._changing = sources, changing
         self._changing_pointers: dict[int, str] = {}
         self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
@@ -290,15 +292,29 @@ class _WriteRecorder(TorchDispatchMode):
             written[start, end] = _Written(self._names[pointer], destination, None, None, checksum(destination))
 
     def _note_reads(self, func: Any, args: Any, result: Any) -> None:
-        """A tensor made out of a weight that will change is made out of its values of now."""
+        """A tensor made out of a weight that will change, at whatever remove, is made out of its values of now."""
         if func.is_view or not isinstance(result, torch.Tensor) or result.numel() < 2:
             return
-        target = result.untyped_storage().data_ptr()
+        storage = result.untyped_storage()
         for value in args[func._schema.is_mutable :]:
             if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
-                source = self._changing_pointers.get(value.untyped_storage().data_ptr())
-                if source is not None and value.untyped_storage().data_ptr() != target:
-                    self.derived.add(source)
+                pointer = value.untyped_storage().data_ptr()
+                source = self._changing_pointers.get(pointer) or self._made_of(pointer)
+                if source is not None and pointer != storage.data_ptr():
+                    self._made[storage.data_ptr()] = StorageWeakRef(storage), source
+
+    def _made_of(self, pointer: int) -> str | None:
+        made, source = self._made.get(pointer, (None, None))
+        return None if made is None or made.expired() else source
+
+    def derived(self, model: torch.nn.Module) -> Iterator[str]:
+        """Names of the trainer's parameters whose place in the engine is still in use, and so is something made out of
+        it. (Where vLLM put what it made in its place, the place itself is gone.)"""
+        used = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        in_use = {source for pointer, source in self._changing_pointers.items() if pointer in used}
+        for made, source in self._made.values():
+            if source in in_use and not made.expired():
+                yield source
 
     def frozen(self) -> Iterator[Piece]:
         for written in self._all():

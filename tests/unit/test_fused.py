@@ -156,6 +156,34 @@ def test_what_vllm_makes_out_of_a_weight_cannot_follow_it() -> None:
         writer_for(model, engine)
 
 
+def test_what_vllm_makes_and_throws_away_does_no_harm() -> None:
+    model, engine = peft_model(), Engine()
+    load = engine.load
+
+    def load_and_look(weights: Any) -> None:
+        load(weights)
+        assert bool((engine.packed.weight.data.float() * 2).isfinite().all())
+
+    engine.load = load_and_look  # type: ignore[method-assign]
+    assert writer_for(model, engine)[0].regions is not None
+
+
+def test_what_vllm_puts_in_the_place_of_a_weight_goes_through_its_own_loading() -> None:
+    """As the layouts of its MoE kernels."""
+    model, engine = peft_model(), Engine()
+    load = engine.load
+
+    def load_and_replace(weights: Any) -> None:
+        engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.clone())
+        load(weights)
+        engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.float().bfloat16())
+
+    engine.load = load_and_replace  # type: ignore[method-assign]
+    writer, _ = writer_for(model, engine)
+    assert writer.regions is None and writer.write().path == "reload"
+    assert torch.equal(engine.packed.weight[4:16], weight(model))
+
+
 def test_whether_it_is_current_is_known_whatever_happens(made: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, writer, _ = made
     assert not writer.is_current()
