@@ -25,6 +25,9 @@ class RolloutTrainerMixin:
     def split_batches(self):
         ...
 
+    def _load_state_dict_to_vllm(self, state_dict):
+        self.engine.inner_model.load_weights(state_dict.items())
+
     def _prepare_vllm(self):
         self.rollout_enable_lora = False
         self.engine = self._prepare_vllm_engine()

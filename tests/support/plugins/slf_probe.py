@@ -7,8 +7,8 @@ choice over its second at each of them); ``mean``, ``max`` (|logprob engine - tr
 differ from the start of the run); ``lora_changed_by_sync`` (LoRA entries that the syncs so far changed);
 ``lora_dtypes``; ``merge_calls``; ``shared_storage`` (trainer storages found in the engine); ``slots`` (digest of the
 engine's LoRA slots); ``loader_calls`` (how often vLLM was told to load an adapter); ``gathered`` (elements that the
-last sync gathered whole, under ZeRO-3 and FSDP2), ``lora_elements``, ``model_elements``. Under sharding, what is
-compared is what this rank holds.
+last sync gathered whole, under ZeRO-3 and FSDP2), ``lora_elements``, ``lora_persistent`` (those of them that ZeRO-3
+never parts), ``model_elements``. Under sharding, what is compared is what this rank holds.
 It measures from outside and knows nothing of swift_lora_fix. Load it after the plugin under test, so that its wrappers
 are the outer ones.
 
@@ -83,6 +83,11 @@ class Recorder:
 
     def elements(self, part=""):
         return sum(getattr(p, "ds_numel", p.numel()) for n, p in self.parameters.items() if part in n)
+
+    def persistent(self):
+        """LoRA elements in parameters so small that ZeRO-3 keeps them whole on every rank."""
+        named = self.parameters.items()
+        return sum(p.ds_numel for n, p in named if "lora_" in n and getattr(p, "ds_persist", False))
 
     def _count_merges(self):
         from peft.tuners.tuners_utils import BaseTuner
@@ -222,6 +227,7 @@ def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
         "loader_calls": recorder.loader_calls,
         "gathered": recorder.gathered_by_sync,
         "lora_elements": recorder.elements("lora_"),
+        "lora_persistent": recorder.persistent(),
         "model_elements": recorder.elements(),
         "gradients": recorder.gradients,
         "lora_sum": float(sum(t.double().sum() for t in recorder.lora().values())),
