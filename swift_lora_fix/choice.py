@@ -8,23 +8,19 @@ that comes to lose too much gives way to the exact one again.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from . import scope, sync
 from .engine.fused import FusedWriter
-from .engine.writer import AdapterWriter, ranks_agree
+from .engine.writer import AdapterWriter
 from .errors import UnsupportedAdapterError
 from .log import info
 from .proof import audit
-from .proof.gate import Infer
+from .proof.gate import Infer, altered, same_random_state
 from .proof.serving import Apart
 from .state import SyncState
 
@@ -64,24 +60,34 @@ class Measured:
         return "\n".join("  ".join(f"{cell:<16}" for cell in row).rstrip() for row in rows)
 
 
-def consider(trainer: Any, state: SyncState, infer: Infer, requests: Sequence[Any], config: Any, bound: float) -> bool:
+def consider(
+    trainer: Any,
+    state: SyncState,
+    everywhere: Callable[[bool], bool],
+    infer: Infer,
+    requests: Sequence[Any],
+    config: Any,
+    bound: float,
+) -> bool:
     """After a sync that passed the gate: take the other mode if it is the better one; whether it was taken.
 
-    bound: the share of the update that may be lost to rounding. All ranks come here together and go the same way.
+    everywhere: whether something is so on all ranks, which come here together and go the same way.
+    bound: the share of the update that may be lost to rounding.
     """
     if isinstance(state.writer, FusedWriter):
         rounding = state.proof.rounding
         share = rounding.lost_share if rounding is not None else None
-        if not _everywhere(trainer, share is None or share <= bound):
+        if not everywhere(share is None or share <= bound):
             state.auto = False
             info(
                 f"auto mode: rounding now loses {share or 0:.1%} of the adapter's update, above {bound:.1%}: back to "
                 "the adapter mode, which is exact, for the rest of this run."
             )
-            return _take(trainer, state, "adapter")
+            sync.change_mode(trainer, state, "adapter")
+            return True
         return False
     problem = scope.why_not_fused(trainer)
-    if not _everywhere(trainer, problem is None):
+    if not everywhere(problem is None):
         state.auto = False
         info(f"auto mode: the adapter mode it is, {problem or 'another rank cannot fold its adapter in'}.")
         return False
@@ -106,26 +112,21 @@ def consider(trainer: Any, state: SyncState, infer: Infer, requests: Sequence[An
         f"auto mode, measured on this run (rounding would lose {share:.1%} of the update, allowed {bound:.1%}):\n"
         f"{measured}\nchosen: {'fused' if better else 'adapter'}."
     )
-    if _everywhere(trainer, better):
-        return _take(trainer, state, "fused")
+    if everywhere(better):
+        sync.change_mode(trainer, state, "fused")
+        return True
     if not measured.fused_is_faster:
         state.auto = False  # that will not change
     return False
 
 
-def _take(trainer: Any, state: SyncState, mode: str) -> bool:
-    sync.change_mode(trainer, state, mode)
-    return True
-
-
 def _measure(
     trainer: Any, state: SyncState, fused: FusedWriter, infer: Infer, requests: Sequence[Any], config: Any
 ) -> Measured:
-    short = _shortened(config)
+    short = altered(config, max_tokens=min(TOKENS, int(config.max_tokens or TOKENS)), return_details=True)
     apart = Apart(state.engine, state.adapter)
     throughput: dict[str, list[float]] = {"adapter": [], "fused": []}
-    device = trainer.accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with same_random_state(trainer.accelerator.device):
         for repeat in range(REPEATS + 1):  # the first warms up
             for name, rates in throughput.items():
                 state.engine.reset_caches()
@@ -167,15 +168,3 @@ def _throughput(infer: Infer, requests: Sequence[Any], config: Any) -> float:
     seconds = time.perf_counter() - started
     tokens = sum(len(choice.token_ids or ()) for output in outputs for choice in output.response.choices)
     return max(1, tokens) / seconds
-
-
-def _shortened(config: Any) -> Any:
-    short = copy.copy(config)
-    for name, value in (("max_tokens", min(TOKENS, int(config.max_tokens or TOKENS))), ("return_details", True)):
-        if name in inspect.signature(type(config)).parameters:
-            setattr(short, name, value)
-    return short
-
-
-def _everywhere(trainer: Any, fine: bool) -> bool:
-    return fine if trainer.accelerator.num_processes == 1 else ranks_agree(fine, trainer.accelerator.device)

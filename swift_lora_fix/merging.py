@@ -17,7 +17,7 @@ of the layer in float32. The trainer's layers are only read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
     return tuple(found)
 
 
-def tied(model: torch.nn.Module, adapter_name: str) -> tuple[str, str] | None:
+def tied(model: torch.nn.Module, modules: Iterable[MergedModule]) -> tuple[str, str] | None:
     """The names of an adapted weight and of one that is the same parameter and is used without the adapter, or None.
 
     So it is with tied embeddings where only ``embed_tokens`` or only ``lm_head`` is adapted: vLLM has one weight.
@@ -121,7 +121,7 @@ def tied(model: torch.nn.Module, adapter_name: str) -> tuple[str, str] | None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(clean_name(name))
-    for module in bind(model, adapter_name):
+    for module in modules:
         for source, name in module.plain.items():
             adapted = {source, f"{module.path}.{name}"}
             others = [other for other in names.get(id(module.parameters[name]), ()) if other not in adapted]

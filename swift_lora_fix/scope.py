@@ -67,26 +67,32 @@ def _can_be_apart(trainer: Any) -> bool:
 
 def why_not_fused(trainer: Any) -> str | None:
     """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
-    way_out = (
-        "Use --vllm_enable_lora true, with which the adapter stays apart"
-        if _can_be_apart(trainer)
-        else "Nor can vLLM's LoRA layers serve this adapter: train it on what is not quantised, tied or packed"
+    obstacle = _obstacle(trainer)
+    if obstacle is None:
+        return None
+    if _can_be_apart(trainer):
+        return f"{obstacle}. Use --vllm_enable_lora true, with which the adapter stays apart"
+    return (
+        f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it on what is not quantised, tied or packed"
     )
+
+
+def _obstacle(trainer: Any) -> str | None:
     quantization = getattr(trainer.engine.engine.vllm_config.model_config, "quantization", None)
     if quantization:
-        return f"the engine holds the base quantised ({quantization}), and the merged weights are not. {way_out}"
+        return f"the engine holds the base quantised ({quantization}), and the merged weights are not"
     model = trainer.accelerator.unwrap_model(trainer.model)
     try:
         modules = merging.bind(model, DEFAULT_ADAPTER)
     except UnsupportedAdapterError as error:
-        return f"{error}. {way_out}"
+        return str(error)
     for module in modules:
         for source, parameter in ((source, module.parameters[name]) for source, name in module.plain.items()):
             if not parameter.is_floating_point() or parameter.element_size() < 2:
-                return f"the trainer holds {source} quantised ({parameter.dtype}). {way_out}"
-    tied = merging.tied(model, DEFAULT_ADAPTER)
+                return f"the trainer holds {source} quantised ({parameter.dtype})"
+    tied = merging.tied(model, modules)
     if tied:
-        return f"{tied[0]} is tied to {tied[1]}, the adapter parts them, and in the engine they are one. {way_out}"
+        return f"{tied[0]} is tied to {tied[1]}, the adapter parts them, and in the engine they are one"
     return None
 
 

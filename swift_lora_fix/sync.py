@@ -155,7 +155,7 @@ def what_is_missing(state: SyncState) -> str | None:
 
 
 def _push_base(trainer: Any, state: SyncState) -> None:
-    pushed = base.push(trainer, state.engine, state.adapter, getattr(state.writer, "changing", ()))
+    pushed = base.push(trainer, state.engine, state.adapter, state.writer.changing)
     state.writer.accept_base(pushed)
     state.base_record, state.base_is_current = pushed.record, True
     state.base_pushes += 1

@@ -42,6 +42,8 @@ class WriteReport:
 class AdapterWriter:
     """Writes one trainer's adapter into one engine, again and again. ``device`` is the trainer's."""
 
+    changing: frozenset[str] = frozenset()  # parameters of the trainer's whose place in the engine it writes to
+
     def __init__(
         self, engine: EngineHandle, adapter: Adapter, request_class: Any, device: torch.device, direct: bool = True
     ) -> None:

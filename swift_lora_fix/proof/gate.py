@@ -126,8 +126,7 @@ class Gate:
         All ranks come here together and stay together: what one of them has to confirm, all do. The random state is
         left as it was (vLLM's sampler draws from PyTorch's, seed or no seed): a run with the gate is the run without.
         """
-        device = self.trainer.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with same_random_state(self.trainer.accelerator.device):
             return self._check(infer, requests, config)
 
     def _check(self, infer: Infer, requests: Sequence[Any], config: Any) -> tuple[Verdict, Finding | None]:
@@ -264,15 +263,25 @@ def _request(like: Any, index: int, text: str) -> Any:
 
 
 def _config(like: Any) -> Any:
-    config = copy.copy(like)
     sampling = dict(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0, n=1, seed=0, stop=[])
     sampling["structured_outputs_regex"] = None
     answer = dict(max_tokens=NEW_TOKENS, logprobs=True, top_logprobs=None, return_details=True, stream=False)
-    known = inspect.signature(type(like)).parameters
-    for name, value in {**sampling, **answer}.items():
+    return altered(like, **sampling, **answer)
+
+
+def altered(config: Any, **values: Any) -> Any:
+    """A copy of a request config with these values, as far as its release of ms-swift knows them."""
+    changed = copy.copy(config)
+    known = inspect.signature(type(config)).parameters
+    for name, value in values.items():
         if name in known:
-            setattr(config, name, value)
-    return config
+            setattr(changed, name, value)
+    return changed
+
+
+def same_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """PyTorch's random state is afterwards as it was, on the CPU and on ``device``."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float) -> bool:

@@ -62,7 +62,7 @@ def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Seque
     state.proof.examined = True
     metrics.record(trainer, state)
     if state.auto and state.proof.verdict is not None and examination.is_together:
-        if choice.consider(trainer, state, infer, requests, config, settings.lost_share):
+        if choice.consider(trainer, state, examination.everywhere, infer, requests, config, settings.lost_share):
             changed = sync.state_of(trainer)
             assert changed is not None
             before_rollout(trainer, changed, infer, requests, config)
@@ -94,11 +94,11 @@ class _Examination:
         if due and finding is None and self.state.base_record is not None:
             finding = audit.base(self.state.base_record, self.state.writer.adapted_parameters(), here)
         proof.audit_seconds, proof.base_audit_seconds = audited - started, time.perf_counter() - audited
-        due = due and here and self._everywhere(self._can_probe(missing, finding))
+        due = due and here and self.everywhere(self._can_probe(missing, finding))
         if due:
             finding = self._pass_gate(finding)
             proof.gates_due = max(0, proof.gates_due - 1)
-        if not self._everywhere(finding is None) and finding is None:
+        if not self.everywhere(finding is None) and finding is None:
             finding = Finding("unknown", "other ranks", "another rank of this run found a mismatch; its log says which")
         if finding is None and not self.state.custody_is_said:
             self._say_custody()
@@ -164,7 +164,7 @@ class _Examination:
         if proof.gate is None or proof.gate.adapter is not self.state.adapter:
             writer, engine = self.state.writer, self.state.engine
             serving = Fused(engine, writer) if isinstance(writer, FusedWriter) else Apart(engine, self.state.adapter)
-            proof.gate = Gate(self.trainer, self.state.adapter, self._everywhere, serving)
+            proof.gate = Gate(self.trainer, self.state.adapter, self.everywhere, serving)
         started = time.perf_counter()
         verdict, found = proof.gate.check(self.infer, self.requests, self.config)
         self.state.engine.reset_caches()  # the rollout finds the cache empty, as if there had been no probe
@@ -175,7 +175,8 @@ class _Examination:
             return audited or found
         return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
 
-    def _everywhere(self, fine: bool) -> bool:
+    def everywhere(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks that are here together."""
         if self.trainer.accelerator.num_processes == 1 or not self.is_together:
             return fine
         return ranks_agree(fine, self.trainer.accelerator.device)

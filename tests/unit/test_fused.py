@@ -412,7 +412,6 @@ def test_auto_gives_the_fused_mode_up_where_too_much_is_lost(
     state: Any = SimpleNamespace(writer=writer, auto=True, proof=SimpleNamespace(rounding=audit.Rounding(share)))
     taken: list[str] = []
     monkeypatch.setattr(sync, "change_mode", lambda trainer, state, mode: taken.append(mode))
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
-    answered = choice.consider(trainer, state, lambda requests, config: [], [], None, bound=0.5)
+    answered = choice.consider(None, state, bool, lambda requests, config: [], [], None, bound=0.5)
     assert answered is (change is not None) and taken == ([change] if change else [])
     assert state.auto is (change is None)

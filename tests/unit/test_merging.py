@@ -133,8 +133,9 @@ def test_names_are_those_without_activation_checkpointing() -> None:
 
 
 def test_a_tied_weight_that_only_one_side_adapts_is_named() -> None:
-    assert merging.tied(trained(target_modules=["embed", "first"]), "default") is None
+    apart = trained(target_modules=["embed", "first"])
+    assert merging.tied(apart, merging.bind(apart, "default")) is None
     for config in ({"target_modules": ["tied"]}, {"target_modules": ["first"], "modules_to_save": ["tied"]}):
         model = peft_model(tie=True, **config)
-        found = merging.tied(model, "default")
+        found = merging.tied(model, merging.bind(model, "default"))
         assert found is not None and "tied" in found[0] and "embed" in found[1], found
