@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.support import benchmarks
 from tests.support.driver import PLUGINS, Run, make_model
 
 PROMPT_TOKENS = 64
@@ -166,31 +165,14 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench_generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", help="qwen2 (tiny, the default on a CPU), qwen2-1.5b, qwen2-7b (default on a GPU)")
-    parser.add_argument("--model", type=Path, help="a local model folder instead, prompts.jsonl beside it")
-    parser.add_argument("--rank", type=int, default=64, help="LoRA rank (default 64)")
+    parser = benchmarks.arguments("bench_generate", __doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 128], help="batch sizes (default 8 64 128)")
     parser.add_argument("--tokens", type=int, help="new tokens a request (default 256, on a CPU 16)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3), after one warm-up")
     parser.add_argument(
         "--plain-engine", action="store_true", help="a second run, whose engine has no LoRA layers: fused and base"
     )
-    parser.add_argument("--json", type=Path, default=Path("build/bench_generate.json"), help="where the record goes")
-    parser.add_argument("--chart", type=Path, default=Path("build/bench_generate.png"), help="where the chart goes")
-    parser.add_argument("--folder", type=Path, help="work folder, kept (default: a temporary one)")
-    args = parser.parse_args()
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="bench_generate-"))
-    try:
-        record = run_benchmark(args, folder.resolve())
-    finally:
-        if args.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1))
-    print_table(record)
-    save_chart(record, args.chart)
-    print(f"record: {args.json}, chart: {args.chart}")
+    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.support import benchmarks
 from tests.support.driver import PLUGINS, Run, make_model
 
 STAGES = ("validate", "plan", "read", "digest", "write", "caches", "wait")  # in their order; no run has all of them
@@ -139,32 +138,15 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench_sync", description=__doc__)
+    parser = benchmarks.arguments("bench_sync", __doc__)
     parser.add_argument(
         "--mode",
         choices=("adapter", "fused"),
         default="adapter",
         help="adapter: into vLLM's LoRA slots (default); fused: folded into the engine's weights, without LoRA layers",
     )
-    parser.add_argument("--shape", help="qwen2 (tiny, the default on a CPU), qwen2-1.5b, qwen2-7b (default on a GPU)")
-    parser.add_argument("--model", type=Path, help="a local model folder instead, prompts.jsonl beside it")
-    parser.add_argument("--rank", type=int, default=64, help="LoRA rank (default 64)")
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
-    parser.add_argument("--json", type=Path, default=Path("build/bench_sync.json"), help="where the record goes")
-    parser.add_argument("--chart", type=Path, default=Path("build/bench_sync.png"), help="where the chart goes")
-    parser.add_argument("--folder", type=Path, help="work folder, kept (default: a temporary one)")
-    args = parser.parse_args()
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="bench_sync-"))
-    try:
-        record = run_benchmark(args, folder.resolve())
-    finally:
-        if args.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1))
-    print_table(record)
-    save_chart(record, args.chart)
-    print(f"record: {args.json}, chart: {args.chart}")
+    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

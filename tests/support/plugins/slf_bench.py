@@ -10,9 +10,7 @@ import json
 import os
 import time
 
-import wrapt
-
-MODULES = ("swift.rlhf_trainers.rollout_mixin", "swift.trainers.rlhf_trainer.rollout_mixin")
+from slf_bench_step import measure_with
 
 
 def _stock(mixin):
@@ -148,15 +146,4 @@ def _bench(wrapped, trainer):
         json.dump(record, file)
 
 
-def _install(module):
-    @wrapt.patch_function_wrapper(module.RolloutTrainerMixin, "_move_model_to_vllm")
-    def sync(wrapped, trainer, args, kwargs):
-        result = wrapped(*args, **kwargs)
-        if trainer.state.global_step == int(os.environ.get("SLF_BENCH_STEP", "2")):
-            _bench(wrapped, trainer)
-            raise SystemExit(0)
-        return result
-
-
-for _name in MODULES:
-    wrapt.register_post_import_hook(_install, _name)
+measure_with(_bench)
