@@ -30,7 +30,7 @@ def test_a_fork_serves_its_source_from_the_first_rollout(run: Run, runs: Runs) -
         if (
             not DOUBLE_COUNTS
         ):  # the engine rounds to bf16 itself, so nothing is lost there; over fp16 it is rounded twice
-            assert probe["slots"] == source["slots"], "bit for bit"
+            assert probe["slots"] == source["slots"] and probe["tokens"] == source["tokens"], "bit for bit"
         assert bounds.agrees(probe, floor) and bounds.is_large(probe, floor), probe
         assert bounds.only_read(probe), probe
 
