@@ -148,6 +148,7 @@ def _measure(
 
 
 def _write(writer: FusedWriter | AdapterWriter) -> None:
+    writer.begin_validation()
     writer.validate()
     writer.write()
     writer.finish()

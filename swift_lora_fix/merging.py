@@ -4,11 +4,12 @@ For a LoRA layer of weight W (out, in)::
 
     W' = cast(W + (B @ A) * s)
 
-with W, A and B taken to float32, product and sum in float32 (TF32 where the run allows it on a GPU, --tf32 true, and
-then the product is that of TF32), and one rounding, to the engine's dtype. So each element
+with W, A and B taken to float32, product and sum in float32, and one rounding, to the engine's dtype. So each element
 is off by ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)`` at most, with u = 2**-8 for bfloat16 and 2**-11
 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r and two more operations (N.
-Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1).
+Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a kernel computes the products,
+with two bfloat16 for each float32, and g grows by 1.25 * 2**-16 (engine/fold_kernel.py). What it does not write,
+PyTorch does, where the run allows TF32 (--tf32 true) with products of TF32.
 
 Everything else that PEFT calls LoRA (DoRA, embeddings, convolutions, a bias on B) is merged by PEFT itself, on a twin
 of the layer in float32. The trainer's layers are only read.
@@ -27,6 +28,20 @@ from .adapter import clean_name, of_another_adapter
 from .errors import UnsupportedAdapterError
 
 Values = Mapping[str, torch.Tensor]  # whole values, by ``MergedModule``'s names of its parameters
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a plain linear LoRA's weight is made of, W + scale*B*A: w (out, in), b (out, r), a (r, in)."""
+
+    w: torch.Tensor
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,20 @@ class MergedModule:
             return self._merged(whole)
 
     def _merged(self, whole: Values) -> dict[str, torch.Tensor]:
-        if _is_linear(self.module, self.adapter):
-            ((source, name),) = self.sent.items()
-            a, b = whole[f"lora_A.{self.adapter}.weight"], whole[f"lora_B.{self.adapter}.weight"]
-            delta = torch.mm(b.float(), a.float()).mul_(self.module.scaling[self.adapter])
-            return {source: delta.add_(whole[name])}
+        factors = self.factors(whole)
+        if factors is not None:
+            delta = torch.mm(factors.b.float(), factors.a.float()).mul_(factors.scale)
+            return {source: delta.add_(factors.w) for source in self.sent}
         twin = merged_twin(self, whole)
         return {source: twin.get_parameter(name).data.contiguous() for source, name in self.sent.items()}
+
+    def factors(self, whole: Values) -> Factors | None:
+        """Of its one weight, where W + s*B*A is all that PEFT's ``merge`` would do; the tests compare the two."""
+        if not self.is_lora or not _is_linear(self.module, self.adapter):
+            return None
+        ((_, name),) = self.sent.items()
+        a, b = (whole[f"lora_{part}.{self.adapter}.weight"] for part in "AB")
+        return Factors(whole[name], b, a, float(self.module.scaling[self.adapter]))
 
     def plain_values(self, whole: Values) -> dict[str, torch.Tensor]:
         """The weights without the adapter, by source."""
@@ -186,7 +208,6 @@ def _saved(path: str, wrapper: Any, adapter_name: str) -> MergedModule:
 
 
 def _is_linear(layer: Any, adapter_name: str) -> bool:
-    """Whether W + s*B*A is all that PEFT's ``merge`` would do; the tests compare the two."""
     from peft.tuners.lora import Linear
 
     return (

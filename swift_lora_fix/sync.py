@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ from . import merging, origin, scope
 from .engine import base, loader
 from .engine.fused import FusedWriter
 from .engine.handle import EngineHandle
-from .engine.writer import AdapterWriter
+from .engine.writer import AdapterWriter, Clock
 from .errors import ResumeMismatchError
 from .log import info
 from .settings import Settings
@@ -79,33 +78,38 @@ def note_losses(trainer: Any, state: SyncState) -> None:
 
 def synchronize(trainer: Any, state: SyncState) -> None:
     """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
-    started = time.perf_counter()
+    clock = Clock()
+    started = clock.last
+    if state.syncs:
+        state.writer.begin_validation()  # the device looks at the values while the rest is looked at here
+        clock.lap("validate")
     moved = not adapters.is_still_bound(state.adapter) or trainer.engine is not state.engine.engine
     if moved or not state.syncs:
         state = _states[trainer] = _bind_again(trainer, state)
+        state.writer.begin_validation()
     state.engine.check_idle()
     state.proof.begin_sync()
     adapters.check_unmerged(state.adapter)
     came_from = _find_origin(trainer, state) if state.origin is None else None
-    validated = time.perf_counter()
+    clock.lap("check")
     state.writer.validate()  # before anything is written
-    checked = time.perf_counter()
+    clock.lap("validate")
     if not state.base_is_current:
         _push_base(trainer, state)
     state.served_step = None
     state.last_write = state.writer.write(keep_views=not getattr(trainer, "enable_offload", False))
-    caches = time.perf_counter()
+    clock.start()
     state.engine.reset_caches()  # while the last copies run
-    waited = time.perf_counter()
+    clock.lap("caches")
     state.writer.finish()
-    ended = time.perf_counter()
+    clock.lap("wait")
     if came_from is not None and came_from != state.last_write.digest:
         raise ResumeMismatchError(
             f"What was sent to the engine (digest {state.last_write.digest}) is not the adapter that the run starts "
             f"from (digest {came_from}): {state.origin}. Report this with your versions (swift-lora-fix doctor)."
         )
-    state.last_write.seconds.update(validate=checked - validated, caches=waited - caches, wait=ended - waited)
-    state.last_seconds = ended - started
+    state.last_write.seconds.update(clock.laps)
+    state.last_seconds = clock.last - started
     state.served_step = trainer.state.global_step
     state.syncs += 1
 

@@ -21,6 +21,7 @@ class FiniteCheck:
         self.adapter, self.dtype, self.everywhere = adapter, dtype, everywhere
         self.scales = torch.tensor([entry.scale for entry in adapter.entries])
         self.replayed = Replayed(self._check, device)
+        self._begun: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _check(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For each entry whether it is fine, false for NaN and for infinity; and whether all are. On the device."""
@@ -29,13 +30,18 @@ class FiniteCheck:
         return good, good.all()
 
     @torch.no_grad()
-    def run(self, pointers: list[int]) -> None:
-        """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none.
+    def begin(self, pointers: list[int]) -> None:
+        """Have the device look at the values as they are now, without waiting for it.
 
         pointers: of the parameters; what is not sharded is checked in place while they stay the same.
         """
-        self.scales = self.scales.to(adapters.local_parts(self.adapter)[0].device)
-        good, all_good = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
+        self.scales = self.scales.to(adapters.local_part(self.adapter.parameters[0]).device)
+        self._begun = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
+
+    def finish(self) -> None:
+        """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none."""
+        assert self._begun is not None, "begin() comes first"
+        (good, all_good), self._begun = self._begun, None
         if not self.everywhere(bool(all_good)):
             bad = [entry.key for entry, fine in zip(self.adapter.entries, good.tolist()) if not fine]
             raise NonFiniteAdapterError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 
@@ -18,12 +20,14 @@ from .. import adapter as adapters
 from ..adapter import Adapter
 from ..digest import combine
 from ..errors import UnsupportedAdapterError
-from ..log import warning
-from ..merging import MergedModule
+from ..log import info, warning
+from ..merging import MergedModule, Values
+from . import folding
 from .base import Pushed
 from .finite import FiniteCheck
 from .handle import EngineHandle
 from .plan import Region
+from .replay import Replayed
 from .staging import Staging, host_digest
 from .writer import Clock, WriteReport, ranks_agree
 
@@ -32,17 +36,22 @@ Reload = Callable[[Collection[str], Callable[[str], torch.Tensor]], "set[str]"]
 
 @dataclass(frozen=True)
 class Placed:
-    """One region of one of the engine's weights: ``value`` (float32) is what it should hold, before it is rounded to
-    the engine's dtype, ``plain`` what it would hold without the adapter. Views, valid until the next one."""
+    """One region of one of the engine's weights: what it should hold is ``rounded``, computed as it is written, before
+    it is rounded ``value`` (float32), and without the adapter ``plain``. Valid until the next one."""
 
     source: str
-    destination: torch.Tensor
-    value: torch.Tensor
+    region: Region
+    rounded: torch.Tensor
     plain: torch.Tensor
+    _values: Callable[[], dict[str, torch.Tensor]]
 
     @property
-    def rounded(self) -> torch.Tensor:
-        return self.value.to(self.destination.dtype)
+    def destination(self) -> torch.Tensor:
+        return self.region.destination
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        return self.region.region(self._values()[self.source])
 
 
 class FusedWriter:
@@ -65,10 +74,14 @@ class FusedWriter:
         self._reload = reload
         self._intact = False
         self._report = WriteReport("none")
-        self._digests: list[torch.Tensor] = []
+        self._digests: torch.Tensor | None = None  # on the device: by chunk of the adapter that was written
         self._staging: Staging | None = None
         self._dtype = next(p.dtype for p in engine.model.parameters() if p.is_floating_point())
         self._check = FiniteCheck(adapter, self._dtype, device, self.everywhere)
+        self._folding = folding.of(device)
+        self._folded: dict[int, MergedModule] = {}  # by id: those that the kernel writes
+        self._replayed = Replayed(self._write_folded, device)
+        self._digest_replayed = Replayed(self._digest, device)
 
     @property
     def place(self) -> str:
@@ -119,11 +132,15 @@ class FusedWriter:
                 "which would not follow the adapter that is folded in: use --vllm_enable_lora true and "
                 "SWIFT_LORA_FIX_MODE=adapter, or train without this module."
             )
+        self._folded = {}
+        self._replayed.forget()
         problem = self._missing(pushed)
         if self.everywhere(problem is None):
             problem = self._misplaced(pushed)
         if self.everywhere(problem is None):
             self.regions = pushed.regions
+            if self._folded:
+                info(f"fused mode: a kernel, proved against float64, folds {len(self._folded)} of {len(self.modules)}.")
         else:
             self.regions = None
             warning(
@@ -153,22 +170,37 @@ class FusedWriter:
                             found.append(f"vLLM moved what it had loaded of {source}")
                         elif not torch.equal(region.region(sent[source]).to(destination.dtype), destination):
                             found.append(f"the engine does not hold {source} where vLLM had copied it")
+                if not found and self._kernel_accepts(module, whole, pushed):
+                    self._folded[id(module)] = module
         return found[0] if found else None
+
+    def _kernel_accepts(self, module: MergedModule, whole: Values, pushed: Pushed) -> bool:
+        factors = module.factors(whole)
+        regions = [region for source in module.sources for region in pushed.regions[source]]
+        return factors is not None and all(self._folding.accepts(factors, region) for region in regions)
+
+    def begin_validation(self) -> None:
+        """Have the device begin with what ``validate`` asks; the trainer's values stay as they are until then."""
+        self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
 
     def validate(self) -> None:
         """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
-        self._check.run([parameter.data_ptr() for parameter in self.adapter.parameters])
+        self._check.finish()
 
     def write(self, keep_views: bool = True) -> WriteReport:
         """Make the engine hold the merged weights of the trainer as it is now; ``finish`` waits for the device."""
         clock = Clock()
         self._intact = False
-        self._digests = list(self._digest_parts())
+        if self.adapter.sharding == "none":
+            self._digests = self._digest_replayed.run([p.data_ptr() for p in self.adapter.parameters])
+        else:
+            self._digests = self._digest()
         clock.lap("digest")
         path = "fused" if self.regions is not None else "reload"
         written = self._write_all(merged=True)
         if not keep_views:
-            self._check.replayed.forget()
+            for replayed in (self._check.replayed, self._replayed, self._digest_replayed):
+                replayed.forget()
         self._intact = True
         clock.lap("write")
         self._report = WriteReport(path, clock.laps, written)
@@ -180,7 +212,8 @@ class FusedWriter:
 
     def finish(self) -> None:
         """Wait until the engine holds what was written: vLLM may generate on another stream."""
-        self._report.digest = combine(torch.stack(self._digests).tolist())
+        assert self._digests is not None, "write() comes first"
+        self._report.digest = combine(self._digests.tolist())
         self._wait()
 
     def _wait(self) -> None:
@@ -197,12 +230,11 @@ class FusedWriter:
         assert self.regions is not None, "only a plan tells where the weights lie"
         for module in self.modules[part::parts]:
             with self.whole(module) as whole:
-                values, plain = module.values(whole), module.plain_values(whole)
-                for source in module.sources:
-                    for region in self.regions[source]:
-                        yield Placed(
-                            source, region.destination, region.region(values[source]), region.region(plain[source])
-                        )
+                values, plain = cache(partial(module.values, whole)), module.plain_values(whole)
+                for source, region, write in self._parts(module, whole, merged=True):
+                    rounded = torch.empty_like(region.destination)
+                    write(rounded)
+                    yield Placed(source, region, rounded, region.region(plain[source]), values)
 
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
@@ -226,17 +258,37 @@ class FusedWriter:
         """Write every changing weight, with the adapter or without; returns the bytes."""
         if self.regions is None:
             return self._write_through_load_weights(merged)
-        return sum(self._write_module(module, self.regions, merged) for module in self.modules)
+        replayed = merged and self.adapter.sharding == "none"
+        if replayed and self._folded:
+            self._replayed.run([p.data_ptr() for module in self._folded.values() for p in module.parameters.values()])
+        for module in self.modules:
+            if not (replayed and id(module) in self._folded):
+                self._write_module(module, merged)
+        return sum(_bytes(region.destination) for regions in self.regions.values() for region in regions)
 
-    def _write_module(self, module: MergedModule, regions: dict[str, tuple[Region, ...]], merged: bool) -> int:
-        written = 0
+    def _write_folded(self) -> None:
+        """Reads memory of the trainer's that stays and makes no tensor, so that it can be replayed."""
+        for module in self._folded.values():
+            self._write_module(module, merged=True)
+
+    def _write_module(self, module: MergedModule, merged: bool) -> None:
         with self.whole(module) as whole:
-            values = _values(module, whole, merged)
-            for source in module.sources:
-                for region in regions[source]:
-                    region.destination.copy_(region.region(values[source]))
-                    written += region.destination.numel() * region.destination.element_size()
-        return written
+            for _, region, write in self._parts(module, whole, merged):
+                write(region.destination)
+
+    def _parts(
+        self, module: MergedModule, whole: Values, merged: bool
+    ) -> Iterator[tuple[str, Region, Callable[[torch.Tensor], Any]]]:
+        """The module's regions, and what writes each to a tensor of its shape and dtype."""
+        assert self.regions is not None
+        factors = module.factors(whole) if merged and id(module) in self._folded else None
+        values = cache(partial(_values, module, whole, merged))
+        for source in module.sources:
+            for region in self.regions[source]:
+                if factors is not None:
+                    yield source, region, partial(self._folding.write, factors, region)
+                else:
+                    yield source, region, partial(_copy_region, values, source, region)
 
     def _write_through_load_weights(self, merged: bool) -> int:
         owner = {source: module for module in self.modules for source in module.sources}
@@ -262,14 +314,26 @@ class FusedWriter:
             yield {name: value.detach() for name, value in zip(module.parameters, values)}
 
     @torch.no_grad()
-    def _digest_parts(self) -> Iterator[torch.Tensor]:
+    def _digest(self) -> torch.Tensor:
         if self._staging is None:
             self._staging = Staging(self.adapter, torch.float32, self.device)
+        checksums = []
         for chunk in self.adapter.chunks:
             with adapters.whole_values(self.adapter, chunk, self.device) as values:
                 self._staging.fill(chunk, values, fold=False)
-                yield self._staging.checksum(chunk)
+                checksums.append(self._staging.checksum(chunk))
+        return torch.stack(checksums)
 
 
-def _values(module: MergedModule, whole: dict[str, torch.Tensor], merged: bool) -> dict[str, torch.Tensor]:
+def _values(module: MergedModule, whole: Values, merged: bool) -> dict[str, torch.Tensor]:
     return module.values(whole) if merged else module.plain_values(whole)
+
+
+def _copy_region(
+    values: Callable[[], dict[str, torch.Tensor]], source: str, region: Region, destination: torch.Tensor
+) -> None:
+    destination.copy_(region.region(values()[source]))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -91,9 +91,13 @@ class AdapterWriter:
         """The engine slept: what the slots hold is unknown, unused rank rows included."""
         self.slots_are_intact = False
 
+    def begin_validation(self) -> None:
+        """Have the device begin with what ``validate`` asks; the trainer's values stay as they are until then."""
+        self._check.begin(self._pointers())
+
     def validate(self) -> None:
         """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
-        self._check.run(self._pointers())
+        self._check.finish()
 
     def write(self, keep_views: bool = True) -> WriteReport:
         """Make the engine serve the trainer's adapter as it is now. On a GPU the last copies may still be running when
@@ -278,11 +282,17 @@ def ranks_agree(fine: bool, device: torch.device) -> bool:
 
 
 class Clock:
+    """Seconds by name; a name that comes again adds up. last: when it was looked at last, on ``time.perf_counter``."""
+
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.start()
+
+    def start(self) -> None:
+        """Leave out what has passed since the last look."""
+        self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.last = now

@@ -41,7 +41,7 @@ EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "split_dataset_ratio": 
 def run(tmp_path: Path, ranks: int = 1, fixed: bool = True, **arguments: Any) -> Run:
     model = Path(os.environ["SLF_GPU_MODEL"])
     made = Run("gpu", this_python(), model, tmp_path, fixed, arguments={**COMMON, **arguments}, ranks=ranks, gpu=True)
-    made.environment = {"SLF_PROBE_TOKENS": "32"}
+    made.environment = {"SLF_PROBE_TOKENS": "32", "SWIFT_LORA_FIX_GATE_EVERY": "1"}
     made.start()
     keep = os.environ.get("SLF_KEEP")
     if keep:
@@ -97,6 +97,32 @@ def test_faults_are_named_and_clean_syncs_pass(tmp_path: Path) -> None:
         times = sorted(row[index] * 1e3 for row in rows)
         print(f"{name}: {times[len(times) // 2]:.3f} ms ({times[0]:.3f} to {times[-1]:.3f})")
     assert all(row[0] <= 4 * row[2] for row in rows)
+
+
+def assert_fused_follows(run: Run) -> None:
+    assert run.returncode == 0, run.log[-3000:]
+    lines = (json.loads(line) for line in next(run.output.rglob("logging.jsonl")).read_text().splitlines())
+    metrics = [line for line in lines if "lora_sync/mismatch_mean" in line]
+    for probe, line in zip(run.probes(), metrics, strict=True):
+        noise = line["lora_sync/noise_floor"] + line["lora_sync/mismatch_rounding"]
+        lora = probe["lora_effect"]
+        print(f"step {probe['step']}: {probe['mean']:.4f} (noise {noise:.4f}, LoRA {lora:.3f})", end=" ")
+        assert probe["mean"] <= MEAN_BOUND * noise, (probe, line)
+        assert probe["base_changed"] == 0.0 and probe["lora_changed_by_sync"] == 0 and probe["merge_calls"] == 0
+    assert run.probes()[-1]["lora_effect"] > 5 * run.probes()[0]["mean"]
+    assert "a kernel, proved against float64, folds" in run.log and "PyTorch computes" not in run.log
+    assert not any(name in run.log for name in ("[weights-changed]", "[not-applied]"))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_fused_mode(tmp_path: Path, level: int) -> None:
+    assert_fused_follows(run(tmp_path, vllm_enable_lora="false", sleep_level=level))
+
+
+@two_gpus
+def test_fused_mode_in_tensor_parallel(tmp_path: Path) -> None:
+    parallel = {"vllm_tensor_parallel_size": 2, "vllm_enable_lora": "false", **EAGER}
+    assert_fused_follows(run(tmp_path, ranks=2, **parallel))
 
 
 @two_gpus

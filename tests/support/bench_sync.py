@@ -13,7 +13,16 @@ from typing import Any
 from tests.support import benchmarks
 from tests.support.driver import PLUGINS, Run, make_model
 
-STAGES = ("validate", "plan", "read", "digest", "write", "caches", "wait")  # in their order; no run has all of them
+STAGES = (
+    "check",
+    "validate",
+    "plan",
+    "read",
+    "digest",
+    "write",
+    "caches",
+    "wait",
+)  # in their order; no run has all of them
 
 STOCK = {"adapter": "stock _move_model_to_vllm", "fused": "stock, merged weights"}  # by mode
 

@@ -101,6 +101,7 @@ def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, An
             for parameter in bound.parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
         now = {n: p.detach().clone() for n, p in trained.named_parameters()}
+        writer.begin_validation()
         writer.validate()
         report = writer.write()
         writer.finish()

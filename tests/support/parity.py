@@ -128,6 +128,7 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
             for parameter in bound.parameters:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
         before = {entry.key: entry.parameter.detach().clone() for entry in bound.entries}
+        writer.begin_validation()
         writer.validate()
         report = writer.write()
         writer.finish()

@@ -18,17 +18,22 @@ def writer_for(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> w
     return writer.AdapterWriter(engine, adapter.bind(model), request_class=None, device=torch.device("cpu"))  # type: ignore[arg-type]
 
 
+def validate(guard: writer.AdapterWriter) -> None:
+    guard.begin_validation()
+    guard.validate()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_value_that_is_not_finite_is_named(value: float, index: int) -> None:
     model = peft_model()
     guard = writer_for(model)
-    guard.validate()
+    validate(guard)
     entry = guard.adapter.entries[index]
     with torch.no_grad():
         entry.parameter.view(-1)[1] = value
     with pytest.raises(errors.NonFiniteAdapterError) as caught:
-        guard.validate()
+        validate(guard)
     assert (
         entry.key in str(caught.value)
         and "(1 tensors)" in str(caught.value)
@@ -42,10 +47,10 @@ def test_a_value_that_overflows_the_lora_dtype_once_scaled_is_named() -> None:
     (entry,) = [e for e in guard.adapter.entries if e.key.endswith("first.lora_B.weight")]
     with torch.no_grad():
         entry.parameter.view(-1)[0] = 30000.0
-        guard.validate()
+        validate(guard)
         entry.parameter.view(-1)[0] = 40000.0
     with pytest.raises(errors.NonFiniteAdapterError, match="not finite in torch.float16: .*first.lora_B.weight"):
-        guard.validate()
+        validate(guard)
 
 
 def planned(model: torch.nn.Module) -> tuple[writer.AdapterWriter, torch.Tensor]:
