@@ -33,7 +33,8 @@ def test_the_kernel_is_proved_and_repeats_itself(rank: int, shape: tuple[int, in
     bound = folding.ROUNDING[engine] * normal + folding.LEFT_OUT * 1.7 * (b.double().abs() @ a.double().abs())
     assert bool(((region.destination.double() - exact).abs() <= bound).all())
     differing = float((region.destination != by_torch).float().mean())
-    assert differing < {torch.bfloat16: 2e-3, torch.float16: 2e-2}[engine], "rounded the other way, now and then"
+    share = {torch.bfloat16: 2e-3, torch.float16: 2e-2}[engine]
+    assert differing * w.numel() <= share * w.numel() + 1, "rounded the other way, now and then"
     again = torch.empty_like(region.destination)
     folds.write(made, region, again)
     assert torch.equal(again, region.destination), "what the audit computes is what was written"
