@@ -1,4 +1,4 @@
-"""Every real run is started once, three at a time, as soon as a selected test needs it; the tests wait for theirs."""
+"""Every real run is started once, some at a time, as soon as a selected test needs it; the tests wait for theirs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import PriorityQueue
 from typing import Any, Callable
 
 import pytest
@@ -26,12 +27,13 @@ LAST_STEP = 6
 
 
 class Runs:
-    """The runs of this environment. ``needs`` of a run is started before it."""
+    """The runs of this environment. One whose ``needs`` are not finished takes no place from another."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pool = ThreadPoolExecutor(max_workers=int(os.environ.get("SLF_PARALLEL_RUNS", "3")))
         self.futures: dict[str, Future[Run]] = {}
+        self.ready: PriorityQueue[tuple[int, str]] = PriorityQueue()
         self.model = make_model(this_python(), folder / "models")
 
     @property
@@ -40,16 +42,30 @@ class Runs:
 
     def start(self, name: str) -> Future[Run]:
         if name not in self.futures:
-            needs, build = SCENARIOS[name]
-            needed = [self.start(other) for other in needs]
+            needs, _ = SCENARIOS[name]
+            self.futures[name] = Future()
+            left = iter([self.start(other) for other in needs])
 
-            def go() -> Run:
-                for future in needed:
-                    future.result()
-                return build(self, name).start()
+            def submit_or_wait(_: object = None) -> None:
+                waited_for = next(left, None)
+                if waited_for is None:
+                    self.ready.put((list(SCENARIOS).index(name), name))
+                    self.pool.submit(self._run_first)
+                else:
+                    waited_for.add_done_callback(submit_or_wait)
 
-            self.futures[name] = self.pool.submit(go)
+            submit_or_wait()
         return self.futures[name]
+
+    def _run_first(self) -> None:
+        _, name = self.ready.get()
+        needs, build = SCENARIOS[name]
+        try:
+            for other in needs:
+                self.futures[other].result()
+            self.futures[name].set_result(build(self, name).start())
+        except BaseException as error:  # the test's to raise
+            self.futures[name].set_exception(error)
 
     def get(self, name: str) -> Run:
         return self.start(name).result()
@@ -209,29 +225,28 @@ def _verify(runs: Runs, name: str) -> Verification:
     return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
 
 
+# In the order in which they start: first what others need or what takes long.
 SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "train_fixed": ((), _train),
+    "fused_dora": ((), _fused("dora", resume=False)),
+    "fused_pissa": ((), _fused("pissa", resume=False)),
+    "faults": (("train_fixed",), _faults),
+    "verify": (("train_fixed",), _verify),
+    "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),
+    "fsdp2_fixed": ((), _sharded({}, fsdp="fsdp2")),
+    "ddp_fixed": ((), _ddp(True)),
+    "ddp_stock": ((), _ddp(False)),
+    "fused_auto": ((), _auto),
+    "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
+    "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
     "resume_fixed": (("train_fixed",), _resume(True)),
     "resume_stock": (("train_fixed",), _resume(False)),
     "adapters_fixed": (("train_fixed",), _adapters(True, move_model_batches=2)),
     "adapters_stock": (("train_fixed",), _adapters(False)),
-    "faults": (("train_fixed",), _faults),
     "fork_fixed": (("train_fixed",), _fork),
     "fork_emptied_fixed": (("train_fixed",), _emptied(True)),
     "fork_emptied_stock": (("train_fixed",), _emptied(False)),
-    "verify": (("train_fixed",), _verify),
-    "fused_dora": ((), _fused("dora", resume=False)),
-    "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
-    "fused_pissa": ((), _fused("pissa", resume=False)),
-    "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
-    "fused_auto": ((), _auto),
-    "ddp_fixed": ((), _ddp(True)),
-    "ddp_stock": ((), _ddp(False)),
-    "zero3_fixed": ((), _sharded({"DS_ACCELERATOR": "cpu"}, deepspeed="zero3")),
-    "fsdp2_fixed": ((), _sharded({}, fsdp="fsdp2")),
 }
-
-_runs: Runs | None = None
 
 
 def _needed(items: list[pytest.Item]) -> list[str]:

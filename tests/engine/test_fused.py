@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.driver import make_model, this_python
+from tests.support import forks
 
 from .test_parity import OLD_VLLM, SYNCS, run_cases
 
@@ -20,7 +20,7 @@ ENGINES = {"qwen2": ["patterns", "dora", "modules_to_save", "syncs"]} if OLD_VLL
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict]]:
     folder = tmp_path_factory.mktemp("fused")
-    models = {name: make_model(this_python(), folder, name) for name in ENGINES}
+    models = {name: forks.tiny_model(folder, name) for name in ENGINES}
     return {name: run_cases("tests.support.fused_parity", model, ENGINES[name]) for name, model in models.items()}
 
 

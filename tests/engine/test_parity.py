@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from swift_lora_fix import releases
-from tests.support.driver import REPOSITORY, make_model, this_python
+from tests.support import forks
 
 pytestmark = pytest.mark.e2e
 
@@ -44,19 +42,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dic
 
 def run_engine(name: str, folder: Path) -> dict[str, dict]:
     architecture, dtype, lora_dtype, cases = ENGINES[name]
-    model = make_model(this_python(), folder / name, architecture, dtype=dtype)
+    model = forks.tiny_model(folder / name, architecture, dtype)
     return run_cases("tests.support.parity", model, lora_dtype, cases)
 
 
 def run_cases(module: str, model: Path, *arguments: str | list[str]) -> dict[str, dict]:
     """The records of one engine's process, by case; the cases are the last argument."""
     cases = arguments[-1]
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(model), *map(str, arguments[:-1]), str(SYNCS), *cases],
-        cwd=REPOSITORY,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
+    done = forks.run(
+        module=module,
+        arguments=[str(model), *map(str, arguments[:-1]), str(SYNCS), *cases],
+        environment={**os.environ, "HF_HUB_OFFLINE": "1"},
         timeout=900,
     )
     lines = [line.split("PARITY ", 1)[1] for line in done.stdout.splitlines() if line.startswith("PARITY ")]

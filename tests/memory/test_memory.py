@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.driver import REPOSITORY, make_model, this_python
+from tests.support import forks
+from tests.support.driver import REPOSITORY
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +27,7 @@ if os.environ.get("SLF_TWO_WORKERS"):
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What was seen on each engine."""
-    model = make_model(this_python(), tmp_path_factory.mktemp("memory") / "qwen2", "qwen2")
+    model = forks.tiny_model(tmp_path_factory.mktemp("memory") / "qwen2")
     return {record["kind"]: record for kinds in PROCESSES for record in observe(kinds, model)}
 
 
@@ -36,13 +37,12 @@ def found(request: pytest.FixtureRequest, everything: dict[str, dict[str, Any]])
 
 
 def observe(kinds: str, model: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.memory", kinds, str(model), str(UPDATES)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    module, arguments = "tests.support.memory", [kinds, str(model), str(UPDATES)]
+    if kinds == "in-process":  # vLLM is there before this package; in the other processes after it
+        done = forks.run(module=module, arguments=arguments)
+    else:
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     lines = [line.split("MEMORY ", 1)[1] for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
     assert len(lines) == len(kinds.split(",")), done.stdout[-1500:] + done.stderr[-3000:]
     return [json.loads(line) for line in lines]

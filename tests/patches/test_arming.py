@@ -1,4 +1,7 @@
-"""Import, apply and remove in every order, each in a process of its own, against the installed ms-swift."""
+"""Import, apply and remove in every order, each in a process of its own, against the installed ms-swift.
+
+Those that import ms-swift begin with vLLM and torch imported (tests/support/forks.py), which costs most of the time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import textwrap
 import pytest
 
 from swift_lora_fix import releases
+from tests.support import forks
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
 assert FAMILY is not None, "the suite runs with a release of the table"
@@ -33,19 +37,26 @@ def is_patched(cls):
 
 
 def run(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)],
-        env={**os.environ, "VLLM_PLUGINS": "none", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return _output(forks.run(PREAMBLE + textwrap.dedent(script), environment=_environment(**environment)))
+
+
+def run_fresh(script: str) -> str:
+    """With nothing imported yet."""
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)]
+    return _output(subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300))
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "VLLM_PLUGINS": "none", **more}
+
+
+def _output(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
 def test_import_loads_nothing_heavy() -> None:
-    run("""
+    run_fresh("""
         import swift_lora_fix
         assert not {"torch", "vllm", "swift", "peft", "transformers"} & set(sys.modules)
         state = swift_lora_fix.status()
@@ -170,7 +181,7 @@ def test_off_keeps_everything_out() -> None:
 
 
 def test_megatron_is_refused_by_name_and_left_alone_otherwise() -> None:
-    output = run("""
+    output = run_fresh("""
         import types, wrapt, swift_lora_fix
         from swift_lora_fix import releases
         # Megatron itself needs a GPU stack: a stand-in module under its name is what the import hook sees

@@ -120,7 +120,7 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
     writer = AdapterWriter(handle, bound, request_class(), cpu)
     result: dict[str, Any] = {"differing": 0, "trainer_changed": 0}
     generator = torch.Generator().manual_seed(3)
-    compared = 5 if syncs > 10 else 1  # which of many are also loaded by vLLM; the read-back audit sees each
+    compared = 10 if syncs > 10 else 1  # which of many are also loaded by vLLM; the read-back audit sees each
     base = {n: p.detach().clone() for n, p in trained.named_parameters() if "lora_" not in n}
     rss = []
     for number in range(syncs):
@@ -132,12 +132,12 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
         writer.validate()
         report = writer.write()
         writer.finish()
-        written = slots(engine)
         rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         result["audited"] = result.get("audited", 0) + (audit.adapter(writer) is None)
         result["trainer_changed"] += sum(int((before[e.key] != e.parameter).sum()) for e in bound.entries)
-        if number % compared:
+        if number % compared and number != syncs - 1:
             continue
+        written = slots(engine)
         staged = loader.stage(bound, adapter.read_to_host(bound, cpu), handle.lora_dtype)
         loader.load(handle, bound, staged, writer.request_class)
         result["differing"] += differing(written, slots(engine))

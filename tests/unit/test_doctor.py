@@ -34,7 +34,10 @@ def broken(done: Any) -> dict[str, Any]:
     return report
 
 
-def test_this_environment_is_ready() -> None:
+def test_this_environment_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("swift", "vllm", "torch", "json", "inspect"):  # a clone of ms-swift, or a script with an unlucky name
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not me')")
+    monkeypatch.chdir(tmp_path)  # the working folder shadows nothing
     done = swift_lora_fix("doctor", "--json", SWIFT_LORA_FIX_ARMED="1")  # as a process that this package runs in has it
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)  # nothing else is on standard output
@@ -156,12 +159,3 @@ def test_invalid_settings(name: str, value: str) -> None:
     assert len(report["problems"]) == 1 and f"{name}={value!r}" in report["problems"][0]
     (variable,) = [variable for variable in report["environment"] if variable["name"] == name]
     assert variable["value"] == value and variable["problem"] == report["problems"][0]
-
-
-@once
-def test_the_working_folder_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clone of ms-swift, or a script with an unlucky name, beside which doctor is called."""
-    for name in ("swift", "vllm", "torch", "json", "inspect"):
-        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not me')")
-    monkeypatch.chdir(tmp_path)
-    assert swift_lora_fix("doctor").returncode == 0

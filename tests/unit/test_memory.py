@@ -10,9 +10,8 @@ import mmap
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from swift_lora_fix import errors
 from swift_lora_fix.memory import LoRATensorRequest, from_peft_model, from_safetensors, segment
 from swift_lora_fix.memory.loading import mark, unmark
 from swift_lora_fix.memory.request import PENDING, has_tensors
+from tests.support import forks
 from tests.support.peft_models import peft_model
 
 CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
@@ -155,7 +155,7 @@ def test_another_process_reads_what_was_written(written: segment.Segment, tensor
                 print(json.dumps({{name: file.get_tensor(name).float().tolist() for name in file.keys()}}))
     """
     shm = set(os.listdir("/dev/shm"))
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    done = forks.run(textwrap.dedent(script), timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {name: tensors[name].float().tolist() for name in tensors}
     assert set(os.listdir("/dev/shm")) <= shm
@@ -182,16 +182,19 @@ def test_a_sender_that_is_killed_leaves_nothing() -> None:
         time.sleep(60)
     """
     shm = set(os.listdir("/dev/shm"))
-    sender = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert sender.stdout is not None
-    said = (segment.Address.parse(line.strip()) for line in sender.stdout)  # vLLM 0.17 logs there as well
-    address = next(filter(None, said))
+    sender = forks.start(textwrap.dedent(script), environment=dict(os.environ))
+    said: list[segment.Address] = []
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.01)
+        lines = sender.stdout.splitlines(keepends=True)  # vLLM 0.17 logs there as well
+        said = [*filter(None, (segment.Address.parse(line.strip()) for line in lines if line.endswith("\n")))]
+    (address,) = said
     assert address.pid == sender.pid
     with segment.opened(address) as path:
         assert os.stat(path).st_size == address.size
-    sender.send_signal(signal.SIGKILL)
-    sender.wait()
-    sender.stdout.close()
+    os.kill(sender.pid, signal.SIGKILL)
+    assert sender.wait() == -signal.SIGKILL
     with pytest.raises(errors.SegmentError, match="has ended or released it"), segment.opened(address):
         pass
     assert set(os.listdir("/dev/shm")) <= shm
@@ -299,17 +302,8 @@ def test_an_address_as_path_never_leaves_vllm_unhooked() -> None:
 
 
 def run(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={
-            **{k: v for k, v in os.environ.items() if "SWIFT_LORA_FIX" not in k},
-            "VLLM_PLUGINS": "none",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    kept = {k: v for k, v in os.environ.items() if "SWIFT_LORA_FIX" not in k}
+    done = forks.run(textwrap.dedent(script), environment={**kept, "VLLM_PLUGINS": "none", **environment})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
