@@ -91,6 +91,10 @@ def arm() -> None:
             wrapt.register_post_import_hook(_on_rollout, name)
         for name in releases.megatron_modules():
             wrapt.register_post_import_hook(_on_megatron, name)
+        if Settings.from_environment().transport == "reload":
+            from .patches import server
+
+            server.arm()
 
 
 def apply(mode: str | None = None) -> Status:

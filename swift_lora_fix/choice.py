@@ -16,12 +16,14 @@ from typing import Any
 
 from . import scope, sync
 from .engine.fused import FusedWriter
+from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter
 from .errors import UnsupportedAdapterError
 from .log import info
 from .proof import audit
 from .proof.gate import Infer, altered, same_random_state
 from .proof.serving import Apart
+from .server.remote import RemoteWriter
 from .state import SyncState
 
 REPEATS = 3
@@ -124,6 +126,8 @@ def _measure(
     trainer: Any, state: SyncState, fused: FusedWriter, infer: Infer, requests: Sequence[Any], config: Any
 ) -> Measured:
     short = altered(config, max_tokens=min(TOKENS, int(config.max_tokens or TOKENS)), return_details=True)
+    here = state.writer
+    assert isinstance(state.engine, EngineHandle) and not isinstance(here, RemoteWriter)
     apart = Apart(state.engine, state.adapter)
     throughput: dict[str, list[float]] = {"adapter": [], "fused": []}
     with same_random_state(trainer.accelerator.device):
@@ -139,7 +143,7 @@ def _measure(
                     rates.append(rate)
     state.engine.reset_caches()
     try:
-        seconds = {"fused": _seconds(lambda: _write(fused)), "adapter": _seconds(lambda: _write(state.writer))}
+        seconds = {"fused": _seconds(lambda: _write(fused)), "adapter": _seconds(lambda: _write(here))}
     finally:
         fused.write_plain()
     costs = {name: Costs(seconds[name], statistics.median(rates)) for name, rates in throughput.items()}

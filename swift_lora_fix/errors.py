@@ -31,6 +31,19 @@ class UnsupportedTrainerError(SwiftLoraFixError, NotImplementedError):
     """The trainer is of a kind whose LoRA sync this package does not cover (Megatron)."""
 
 
+class RolloutServerError(SwiftLoraFixError, ConnectionError):
+    """A rollout server refused something, failed, or did not answer in time; the message has its own words.
+
+    status: of its answer, None where there was none or several servers failed.
+    """
+
+    status: int | None = None
+
+
+class BaseMismatchError(SwiftLoraFixError, ValueError):
+    """The trainer's base is not the one that a rollout server has read from its model folder."""
+
+
 class UnsupportedAdapterError(SwiftLoraFixError, ValueError):
     """The adapter has something that vLLM's LoRA cannot serve (DoRA, modules_to_save, a rank above the engine's)."""
 
@@ -89,3 +102,19 @@ class AdapterConflictError(SwiftLoraFixError, ValueError):
 
 class SegmentError(SwiftLoraFixError, OSError):
     """An adapter's bytes in shared memory are gone, truncated, changed or somebody else's, or there is no room."""
+
+
+class ProtocolError(SwiftLoraFixError, ValueError):
+    """Trainer and rollout server do not speak the same language: a field, a header or an answer is not understood."""
+
+
+class AccessError(SwiftLoraFixError, PermissionError):
+    """The rollout server may not do that for whoever asked: a wrong key, a path outside its root, a link."""
+
+
+class StagingError(SwiftLoraFixError, ValueError):
+    """An adapter is not one that a rollout server can serve; it keeps the policy that it has. ``status``: HTTP's."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status

@@ -32,9 +32,14 @@ def decide(trainer: Any) -> Scope:
         return _aside("rollouts do not use vLLM")
     if tuner != "lora":
         return _aside(f"the tuner is {tuner!r}, not 'lora'")
+    settings = Settings.from_environment()
+    asked = settings.mode
+    if trainer.vllm_mode == "server" and settings.transport == "reload":
+        return _for_servers(trainer, asked)
     if trainer.vllm_mode != "colocate":
-        return _aside(f"vllm_mode is {trainer.vllm_mode!r}, not 'colocate'")
-    asked = Settings.from_environment().mode
+        return _aside(
+            f"vllm_mode is {trainer.vllm_mode!r}, not 'colocate', and SWIFT_LORA_FIX_TRANSPORT is not 'reload'"
+        )
     if asked == "adapter" and not trainer.rollout_enable_lora:
         raise SettingsError(
             "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
@@ -55,6 +60,17 @@ def decide(trainer: Any) -> Scope:
     if asked == "fused":
         raise UnsupportedAdapterError(f"SWIFT_LORA_FIX_MODE='fused' cannot be had: {problem}.")
     return _aside(f"the fused mode cannot be had, {problem}")
+
+
+def _for_servers(trainer: Any, asked: str) -> Scope:
+    if asked not in ("", "adapter"):
+        raise SettingsError(f"SWIFT_LORA_FIX_MODE={asked!r} is for colocated engines: unset it for rollout servers.")
+    if not trainer.rollout_enable_lora:
+        raise SettingsError(
+            "SWIFT_LORA_FIX_TRANSPORT='reload' needs LoRA layers in the rollout servers: start `swift rollout` with "
+            "--vllm_enable_lora true."
+        )
+    return Scope(True, "armed, server mode: rollout servers load the adapter, and keep the base of their model folder.")
 
 
 def _can_be_apart(trainer: Any) -> bool:

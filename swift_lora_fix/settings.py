@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import SettingsError
 
@@ -14,6 +14,7 @@ _OFF = {"off", "0", "false", "no"}
 _WRITERS = {"direct", "loader"}
 _ON_MISMATCH = {"raise", "repair", "warn"}
 _MODES = {"", "adapter", "fused", "auto"}
+_TRANSPORTS = {"nccl", "reload"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Settings:
         the default; 0 switches the gate off, the audits stay).
     lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that may be lost
         to rounding before a warning says so, and before ``auto`` takes the other mode; 0.5 is the default.
+    transport: ``SWIFT_LORA_FIX_TRANSPORT``, of server mode: ``nccl`` (the default: ms-swift's own, which is left as it
+        is) or ``reload`` (the adapter goes over a folder or in the request body; set it for the servers as well).
+    server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds within which a rollout server must have answered a
+        call, retries included; 300 is the default.
+    api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
     """
 
     enabled: bool = True
@@ -41,6 +47,9 @@ class Settings:
     on_mismatch: str = "raise"
     gate_every: int = 50
     lost_share: float = 0.5
+    transport: str = "nccl"
+    server_deadline: int = 300
+    api_key: str = field(default="", repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -56,6 +65,9 @@ class Settings:
             on_mismatch=_choice(environment, "SWIFT_LORA_FIX_ON_MISMATCH", cls.on_mismatch, _ON_MISMATCH),
             gate_every=_count(environment, "SWIFT_LORA_FIX_GATE_EVERY", cls.gate_every),
             lost_share=_share(environment, "SWIFT_LORA_FIX_LOST_SHARE", cls.lost_share),
+            transport=_choice(environment, "SWIFT_LORA_FIX_TRANSPORT", cls.transport, _TRANSPORTS),
+            server_deadline=_count(environment, "SWIFT_LORA_FIX_SERVER_DEADLINE", cls.server_deadline),
+            api_key=environment.get("SWIFT_LORA_FIX_API_KEY", "").strip(),
         )
 
 

@@ -10,6 +10,7 @@ from .engine.base import BaseRecord
 from .engine.fused import FusedWriter
 from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter, WriteReport
+from .server.remote import RemoteEngine, RemoteWriter
 
 FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair pass the gate
 
@@ -46,9 +47,9 @@ class SyncState:
     """What the engine holds of one trainer. ``served_step`` is None while it does not hold the trainer's policy."""
 
     model: Any
-    engine: EngineHandle
+    engine: EngineHandle | RemoteEngine
     adapter: adapter.Adapter
-    writer: AdapterWriter | FusedWriter
+    writer: AdapterWriter | FusedWriter | RemoteWriter
     origin: origin.AdapterOrigin | None = None
     base_is_current: bool = False
     base_record: BaseRecord | None = None

@@ -15,6 +15,7 @@ from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter, Clock
 from .errors import ResumeMismatchError
 from .log import info
+from .server.remote import RemoteEngine, RemoteWriter
 from .settings import Settings
 from .state import SyncState
 
@@ -32,7 +33,8 @@ def begin(trainer: Any) -> None:
         state.auto = decision.is_open
         if decision.mode == "fused":
             trainer.engine.enable_lora = False  # ms-swift's engine then adds no LoRA request to rollouts
-        base.name_parameters(trainer)
+        if not state.engine.is_remote:
+            base.name_parameters(trainer)
         _states[trainer] = state
 
 
@@ -83,7 +85,7 @@ def synchronize(trainer: Any, state: SyncState) -> None:
     if state.syncs:
         state.writer.begin_validation()  # the device looks at the values while the rest is looked at here
         clock.lap("validate")
-    moved = not adapters.is_still_bound(state.adapter) or trainer.engine is not state.engine.engine
+    moved = not adapters.is_still_bound(state.adapter) or not _has_engine(trainer, state.engine)
     if moved or not state.syncs:
         state = _states[trainer] = _bind_again(trainer, state)
         state.writer.begin_validation()
@@ -159,6 +161,11 @@ def what_is_missing(state: SyncState) -> str | None:
 
 
 def _push_base(trainer: Any, state: SyncState) -> None:
+    if isinstance(state.writer, RemoteWriter):
+        state.writer.prove_base(state.model)
+        state.base_is_current = True
+        return
+    assert isinstance(state.engine, EngineHandle)
     pushed = base.push(trainer, state.engine, state.adapter, state.writer.changing)
     state.writer.accept_base(pushed)
     state.base_record, state.base_is_current = pushed.record, True
@@ -176,7 +183,11 @@ def _find_origin(trainer: Any, state: SyncState) -> str:
 def _bind(trainer: Any, mode: str) -> SyncState:
     """A fresh state around the trainer's model and engine as they are now."""
     model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
-    engine, adapter = EngineHandle(trainer.engine), adapters.bind(model, apart=mode == "adapter")
+    adapter = adapters.bind(model, apart=mode == "adapter")
+    if trainer.vllm_mode == "server":
+        servers = RemoteEngine(trainer)
+        return SyncState(model, servers, adapter, RemoteWriter(trainer, servers, adapter))
+    engine = EngineHandle(trainer.engine)
     writer: AdapterWriter | FusedWriter
     if mode == "adapter":
         loader.check_ranks(adapter, engine)
@@ -188,6 +199,12 @@ def _bind(trainer: Any, mode: str) -> SyncState:
     return SyncState(model, engine, adapter, writer)
 
 
+def _has_engine(trainer: Any, engine: EngineHandle | RemoteEngine) -> bool:
+    """Whether it is (still) the trainer's. Of rollout servers only the main rank has a client."""
+    now = getattr(trainer, "vllm_client" if engine.is_remote else "engine", None)
+    return engine.engine is None or now is engine.engine
+
+
 def _reload(trainer: Callable[[], Any], adapter: adapters.Adapter, *what: Any) -> set[str]:
     return base.reload(trainer(), adapter, *what)
 
@@ -196,7 +213,7 @@ def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
     state = _bind(trainer, old.mode)
     state.inherit(old)
-    engine_is_the_same = state.engine.engine is old.engine.engine
+    engine_is_the_same = _has_engine(trainer, old.engine)
     # in fused mode the places in the engine are learnt by the push
     state.base_is_current = old.mode == "adapter" and old.base_is_current and engine_is_the_same
     state.base_record = old.base_record if state.base_is_current else None

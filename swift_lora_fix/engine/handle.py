@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +23,15 @@ class EngineHandle:
     """``engine`` is ms-swift's ``GRPOVllmEngine`` with the executor in this process (colocate)."""
 
     engine: Any
+
+    is_remote: ClassVar[bool] = False
+
+    def make_ready(self) -> None:
+        """Before rollouts: what is in this process is there."""
+
+    def generate(self, infer: Callable[[], Any]) -> Any:
+        """Rollouts, by ms-swift's own way."""
+        return infer()
 
     @property
     def llm_engine(self) -> Any:

@@ -56,7 +56,7 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
         lora_name=ADAPTER_NAME,
         lora_int_id=ADAPTER_ID,
         lora_path=ADAPTER_PATH,
-        peft_config=_plain_config(adapter),
+        peft_config=plain_config(adapter),
         lora_tensors=staged,
     )
     if "load_inplace" in request_class.__struct_fields__:
@@ -82,7 +82,7 @@ def _check_served(engine: EngineHandle) -> None:
         )
 
 
-def _plain_config(adapter: Adapter) -> dict[str, Any]:
+def plain_config(adapter: Adapter) -> dict[str, Any]:
     """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (the scaling is already in B)."""
     config = dataclasses.asdict(adapter.config)
     config.update(

@@ -6,6 +6,7 @@ from typing import Any, Callable
 
 from .. import origin, sync
 from ..proof import guard
+from ..server.remote import authorize
 from .registry import Patch, PatchSet
 
 Args = tuple[Any, ...]
@@ -13,6 +14,7 @@ Kwargs = dict[str, Any]
 
 
 def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    authorize(getattr(trainer, "vllm_client", None))
     result = wrapped(*args, **kwargs)
     sync.begin(trainer)
     return result
@@ -21,6 +23,7 @@ def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwar
 def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     state = sync.state_of(trainer)
     if state is not None:
+        _wait_for_rollouts(trainer)  # a server that makes rollouts answers nothing else
         sync.note_losses(trainer, state)
     return wrapped(*args, **kwargs)
 
@@ -29,6 +32,7 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
     state = sync.state_to_sync(trainer)
     if state is None:
         return wrapped(*args, **kwargs)
+    _wait_for_rollouts(trainer)
     return sync.synchronize(trainer, state)
 
 
@@ -36,8 +40,20 @@ def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs:
     state = sync.state_of(trainer)
     if state is None:
         return wrapped(*args, **kwargs)
-    guard.before_rollout(trainer, state, wrapped, *_requests_and_config(*args, **kwargs))
-    return guard.tag(sync.state_of(trainer) or state, wrapped(*args, **kwargs))
+    engine = state.engine
+
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        return engine.generate(lambda: wrapped(*args, **kwargs))
+
+    engine.make_ready()
+    guard.before_rollout(trainer, state, infer, *_requests_and_config(*args, **kwargs))
+    return guard.tag(sync.state_of(trainer) or state, infer(*args, **kwargs))
+
+
+def _wait_for_rollouts(trainer: Any) -> None:
+    """With --async_generate, as ms-swift's ``_move_model_to_vllm`` or ``_fast_infer`` do, from release to release."""
+    if getattr(trainer.args, "async_generate", False):
+        trainer._wait_queue()
 
 
 def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:

@@ -193,9 +193,8 @@ class Gate:
 
 def prompts(trainer: Any, variant: int = 0) -> list[str]:
     """Fixed texts of more than one prefix-cache block, as far as the engine's and the template's lengths allow."""
-    engine = trainer.engine
-    block = getattr(engine.engine.vllm_config.cache_config, "block_size", None) or 16
-    limits = [engine.max_model_len, getattr(trainer.template, "max_length", None)]
+    block, limit = _lengths(trainer)
+    limits = [limit, getattr(trainer.template, "max_length", None)]
     room = min(int(limit) for limit in limits if limit) - 3 * NEW_TOKENS  # the chat template takes some
     tokenizer = trainer.template.tokenizer
     words = tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
@@ -203,6 +202,14 @@ def prompts(trainer: Any, variant: int = 0) -> list[str]:
     body = tokenizer.decode((words * (1 + length // len(words)))[:length])
     start = variant * 7
     return [f"{number + start} {opening} {body}" for number, opening in enumerate(OPENINGS)]
+
+
+def _lengths(trainer: Any) -> tuple[int, int | None]:
+    """Tokens of a prefix-cache block, and of the longest sequence that the engine takes."""
+    engine = getattr(trainer, "engine", None)
+    if engine is None:  # rollout servers; 128 is vLLM's largest default, of its CPU backend
+        return 128, getattr(trainer.args, "vllm_max_model_len", None)
+    return getattr(engine.engine.vllm_config.cache_config, "block_size", None) or 16, engine.max_model_len
 
 
 def ask(infer: Infer, like: Any, config: Any, texts: Sequence[str]) -> list[Answer]:

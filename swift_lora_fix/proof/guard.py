@@ -13,12 +13,13 @@ from ..engine.fused import FusedWriter
 from ..engine.writer import ranks_agree
 from ..errors import EngineStateError, PolicyMismatchError
 from ..log import info, warning
+from ..server.remote import RemoteEngine, RemoteWriter
 from ..settings import Settings
 from ..state import SyncState
 from . import audit
 from .findings import Finding
 from .gate import Gate, Infer
-from .serving import Apart, Fused
+from .serving import Apart, Fused, Served
 
 PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; that before the gate at all of them
 
@@ -80,9 +81,16 @@ class _Examination:
         in_background = threading.current_thread() is not threading.main_thread()
         # with --offload_model true the trainer's model is on the CPU while rollouts are made
         self.trainer_is_away = in_background or bool(getattr(trainer, "enable_offload", False))
+        ranks = trainer.accelerator.num_processes
+        # only the main rank asks rollout servers
+        self.is_alone = ranks == 1 or state.engine.is_remote
         # after a sync all ranks come here; later rollouts of a step may be some ranks' alone
-        first = not state.proof.examined or trainer.accelerator.num_processes == 1
-        self.is_together = first and not in_background
+        first = not state.proof.examined or self.is_alone
+        # alone, it could not gather what is sharded
+        self.is_together = first and not in_background and (ranks == 1 or not self._would_wait())
+
+    def _would_wait(self) -> bool:
+        return self.is_alone and self.state.adapter.sharding != "none"
 
     def run(self, missing: str | None) -> Finding | None:
         """The finding of this rank, or that another rank has one."""
@@ -109,6 +117,8 @@ class _Examination:
         if changed:
             return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
         writer = self.state.writer
+        if isinstance(writer, RemoteWriter):
+            return None  # each server has compared what it was sent, and says which policy made each rollout
         if isinstance(writer, FusedWriter):
             finding = self._audit_merged(writer, due)
         else:
@@ -163,7 +173,13 @@ class _Examination:
         proof = self.state.proof
         if proof.gate is None or proof.gate.adapter is not self.state.adapter:
             writer, engine = self.state.writer, self.state.engine
-            serving = Fused(engine, writer) if isinstance(writer, FusedWriter) else Apart(engine, self.state.adapter)
+            serving: Apart | Fused
+            if isinstance(engine, RemoteEngine):
+                serving = Served(engine, self.state.adapter)
+            elif isinstance(writer, FusedWriter):
+                serving = Fused(engine, writer)
+            else:
+                serving = Apart(engine, self.state.adapter)
             proof.gate = Gate(self.trainer, self.state.adapter, self.everywhere, serving)
         started = time.perf_counter()
         verdict, found = proof.gate.check(self.infer, self.requests, self.config)
@@ -177,7 +193,7 @@ class _Examination:
 
     def everywhere(self, fine: bool) -> bool:
         """Whether it is fine on all ranks that are here together."""
-        if self.trainer.accelerator.num_processes == 1 or not self.is_together:
+        if self.is_alone or not self.is_together:
             return fine
         return ranks_agree(fine, self.trainer.accelerator.device)
 

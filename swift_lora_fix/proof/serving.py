@@ -14,6 +14,7 @@ from ..adapter import Adapter
 from ..engine.fused import FusedWriter
 from ..engine.handle import EngineHandle
 from ..merging import MergedModule, twin_of
+from ..server.remote import RemoteEngine
 
 
 class Apart:
@@ -40,6 +41,18 @@ class Apart:
 
     def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+class Served(Apart):
+    """The same in rollout servers."""
+
+    def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
+        self._servers, self._adapter = engine, adapter
+
+    @contextlib.contextmanager
+    def engine_without_adapter(self) -> Iterator[None]:
+        with self._servers.plain():
+            yield
 
 
 class Fused:

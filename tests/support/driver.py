@@ -77,6 +77,8 @@ class Run:
         plugins += self.last_plugins
         command = [*launcher, f"{cli}/cli/rlhf.py", "--external_plugins", *map(str, plugins)]
         for name, value in {**self._defaults(Path(cli).parent), **self.arguments}.items():
+            if value is None:  # not even its default
+                continue
             command += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
         return command
 

@@ -8,15 +8,16 @@ differ from the start of the run); ``lora_changed_by_sync`` (LoRA entries that t
 ``lora_dtypes``; ``merge_calls``; ``shared_storage`` (trainer storages found in the engine); ``slots`` (digest of the
 engine's LoRA slots); ``loader_calls`` (how often vLLM was told to load an adapter); ``gathered`` (elements that the
 last sync gathered whole, under ZeRO-3 and FSDP2), ``lora_elements``, ``lora_persistent`` (those of them that ZeRO-3
-never parts), ``model_elements``. Under sharding, what is compared is what this rank holds.
+never parts), ``model_elements``, ``policies`` (digest of the policy that each rollout says made it). Under sharding,
+what is compared is what this rank holds. With rollout servers nobody sees their engines from here.
 It measures from outside and knows nothing of swift_lora_fix. Load it after the plugin under test, so that its wrappers
 are the outer ones.
 
 More environment variables: ``SLF_FREEZE=1`` keeps the learning rate at 0 whatever the checkpoint says;
 ``SLF_KILL_AT_STEP=N`` kills the process as it begins the rollout of step N. Just before that rollout,
 ``SLF_DROP_ADAPTER_AT_STEP=N`` removes every adapter from the engine, ``SLF_PLAIN_BASE_AT_STEP=N`` loads the trainer's
-plain base into it (fused mode), ``SLF_SET_AT_STEP=N:NAME=VALUE`` sets an environment variable. ``gradients`` digests
-the LoRA gradients of the last step.
+plain base into it (fused mode), ``SLF_SET_AT_STEP=N:NAME=VALUE`` sets an environment variable, and
+``SLF_RUN_AT_STEP=N:COMMAND`` runs a command. ``gradients`` digests the LoRA gradients of the last step.
 """
 
 import copy
@@ -25,6 +26,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import wrapt
@@ -68,7 +70,8 @@ class Recorder:
         self.new_objects = 0
         self.merge_calls = self.loader_calls = self.gathered = 0
         self._count_merges()
-        self._count_loader_calls(trainer.engine.engine)
+        if trainer.vllm_mode == "colocate":
+            self._count_loader_calls(trainer.engine.engine)
         self._count_gathers()
 
     @staticmethod
@@ -171,6 +174,8 @@ class Recorder:
 
     @staticmethod
     def slots(trainer):
+        if trainer.vllm_mode != "colocate":
+            return
         for module in trainer.engine.inner_model.modules():
             for name in ("lora_a_stacked", "lora_b_stacked"):
                 yield from getattr(module, name, ())
@@ -182,6 +187,8 @@ class Recorder:
         return digest.hexdigest()
 
     def shared_storage(self, trainer):
+        if trainer.vllm_mode != "colocate":
+            return 0
         engine = {p.untyped_storage().data_ptr() for p in trainer.engine.inner_model.state_dict().values()}
         engine |= {tensor.untyped_storage().data_ptr() for tensor in self.slots(trainer)}
         engine.discard(0)
@@ -232,6 +239,7 @@ def _probe(wrapped, trainer, infer_requests, request_config, kwargs):
         "gradients": recorder.gradients,
         "lora_sum": float(sum(t.double().sum() for t in recorder.lora().values())),
         "lora_norm": float(sum((t.float() ** 2).sum() for t in recorder.lora().values()) ** 0.5),
+        "policies": [getattr(output, "rollout_infos", {}).get("policy_digest") for output in outputs],
         "tokens": tokens,
         "margins": recorder.margins[: len(tokens)],
     }
@@ -275,6 +283,9 @@ def _install(module):
         when, _, what = os.environ.get("SLF_SET_AT_STEP", "").partition(":")
         if when == str(step):
             os.environ.update([what.split("=", 1)])
+        when, _, command = os.environ.get("SLF_RUN_AT_STEP", "").partition(":")
+        if when == str(step):
+            subprocess.run(command, shell=True, check=True)
         kwargs = dict(kwargs)
         requests = args[0] if args else kwargs.pop("infer_requests")
         config = args[1] if len(args) > 1 else kwargs.pop("request_config")

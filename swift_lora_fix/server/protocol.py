@@ -1,0 +1,138 @@
+"""What a trainer and a rollout server say to each other in the ``reload`` transport. Both sides import this module.
+
+All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP status and ``{"error": class, "message"}``.
+
+- ``GET status/``: `PROTOCOL`, releases, ``boot`` (new at each start of the server), what the engine takes, ``policy``
+  (or null) and whether rollouts are ``plain``.
+- ``GET base/``: ``{"sums": {name: [dtype, shape, checksum]}}`` of the model's files; dtype as in ``bfloat16``, names as
+  in the files.
+- ``POST stage/``: every worker reads and checks an adapter. JSON ``{"policy", "digest", "folder"}`` for a folder below
+  the server's root; or the safetensors bytes as ``application/octet-stream``, with ``{"policy", "digest", "config"}``
+  in `POLICY_HEADER`.
+- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once.
+- ``POST abort/`` ``{"policy"}``: what was staged is dropped.
+- ``POST serve/`` ``{"plain": bool}``: rollouts from the base alone, or with the adapter again.
+
+``POST /infer/`` is ms-swift's; with `POLICY_HEADER` it is refused where another policy than that is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import AccessError, ProtocolError, SettingsError
+
+PROTOCOL = 1
+PREFIX = "/swift_lora_fix"
+STATUS, BASE = f"{PREFIX}/status/", f"{PREFIX}/base/"
+STAGE, COMMIT, ABORT, SERVE = (f"{PREFIX}/{verb}/" for verb in ("stage", "commit", "abort", "serve"))
+POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
+BYTES = "application/octet-stream"
+
+# The files of an adapter's folder, as PEFT names them; B is PEFT's own, vLLM scales it by the config.
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+METHOD = "swift_lora_fix_command"  # within the server, what its workers are called by
+ROOT_VARIABLE, DEFAULT_ROOT = "SWIFT_LORA_FIX_ROOT", "/dev/shm/swift_lora_fix"
+LIMIT_VARIABLE, DEFAULT_LIMIT_MIB = "SWIFT_LORA_FIX_MAX_MIB", 8192
+
+_STATUSES = {ProtocolError: 400, AccessError: 403}
+_RUN = re.compile(r"[0-9a-f]{1,64}")
+_DIGEST = re.compile(r"[!-~]{1,128}")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which policy: ``version`` only grows within one trainer ``run`` (hexadecimal), ``digest`` is opaque here."""
+
+    version: int
+    step: int
+    digest: str
+    run: str
+
+    def __post_init__(self) -> None:
+        for name in ("version", "step"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 1 << 63:
+                raise ProtocolError(f"The policy's {name} is {value!r}: a whole number from 0 on is expected.")
+        for name, pattern, words in (
+            ("digest", _DIGEST, "1 to 128 printable ASCII characters without spaces"),
+            ("run", _RUN, "1 to 64 hexadecimal digits in lower case"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                raise ProtocolError(f"The policy's {name} is {value!r}: {words} are expected.")
+
+    def __str__(self) -> str:
+        return f"version {self.version} (step {self.step}, digest {self.digest}) of run {self.run}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Policy:
+        """Raises ProtocolError naming the field and its value."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping) or set(value) != set(names):
+            raise ProtocolError(f"The policy is {value!r}: an object with exactly {', '.join(names)} is expected.")
+        return cls(**value)
+
+
+def content_digest(config: bytes, weights: bytes | Iterable[bytes]) -> str:
+    """SHA-256 of an adapter's two files, in hexadecimal. ``weights`` may come in chunks."""
+    digest = content_hash(config)
+    for chunk in (weights,) if isinstance(weights, (bytes, bytearray, memoryview)) else weights:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_hash(config: bytes) -> hashlib._Hash:
+    """The hash of `content_digest` before the first byte of the weights. The length keeps the two files apart."""
+    return hashlib.sha256(len(config).to_bytes(8, "big") + config)
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """What counts as the config's bytes where it travels as JSON and not as a file."""
+    return json.dumps(config, sort_keys=True).encode()
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object. Raises ProtocolError naming ``what`` it was to be."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:  # undecodable bytes too
+        raise ProtocolError(f"{what} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{what} is {type(value).__name__} where a JSON object is expected.")
+    return value
+
+
+def http_status(error: Exception) -> int | None:
+    """What a refusal with this error is answered with; None where that depends on what was asked for."""
+    status: int | None = getattr(error, "status", None)
+    return status or next((s for kind, s in _STATUSES.items() if isinstance(error, kind)), None)
+
+
+def root_of(environment: Mapping[str, str] | None = None) -> str:
+    """The folder below which adapters are handed over, an absolute path. Raises SettingsError."""
+    environment = os.environ if environment is None else environment
+    root = environment.get(ROOT_VARIABLE, "").strip() or DEFAULT_ROOT
+    if not os.path.isabs(root):
+        raise SettingsError(f"{ROOT_VARIABLE}={root!r} is not understood: set it to an absolute path, or unset it.")
+    return os.path.normpath(root)
+
+
+def limit_of(environment: Mapping[str, str] | None = None) -> int:
+    """How many bytes an adapter's weights may have. Raises SettingsError."""
+    environment = os.environ if environment is None else environment
+    value = environment.get(LIMIT_VARIABLE, "").strip() or str(DEFAULT_LIMIT_MIB)
+    if not value.isdecimal() or not int(value):
+        raise SettingsError(f"{LIMIT_VARIABLE}={value!r} is not understood: set it to a number of MiB, or unset it.")
+    return int(value) << 20

@@ -1,0 +1,73 @@
+"""Trainer side: each policy as a PEFT folder below a root that the servers see, too. Whole or not there."""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..fork.atomic import all_or_nothing
+from .protocol import CONFIG, WEIGHTS, Policy, config_bytes, content_digest
+
+KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A policy in ``folder``. digest: of the two files' bytes."""
+
+    policy: Policy
+    folder: Path
+    digest: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / CONFIG).read_text()))
+
+    @property
+    def weights(self) -> bytes:
+        return (self.folder / WEIGHTS).read_bytes()
+
+
+class Store:
+    """The folders of one run below ``root``, which is made where it is missing, for this user alone."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        self.root, self.run = root, run
+        self._folders: list[Path] = []
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atexit.register(self.clear)
+
+    def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:
+        """Write a policy's CPU ``tensors`` by PEFT key. Raises AdapterFileError where that is not possible; nothing is
+        left of it then."""
+        from safetensors.torch import save_file
+
+        folder = self.root / f"{self.run}-v{policy.version}"
+        with all_or_nothing(folder) as temporary:
+            (temporary / CONFIG).write_bytes(config_bytes(json.loads(json.dumps(config, default=_plain))))
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
+        self._folders.append(folder)
+        while len(self._folders) > KEPT:
+            shutil.rmtree(self._folders.pop(0), ignore_errors=True)
+        digest = content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
+        return Stored(policy, folder, digest)
+
+    def clear(self) -> None:
+        """Remove what is left of this run, at its end."""
+        while self._folders:
+            shutil.rmtree(self._folders.pop(), ignore_errors=True)
+
+
+def _plain(value: Any) -> Any:
+    """What PEFT's config has beside JSON's own types: sets and enums."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, enum.Enum) else str(value)

@@ -1,0 +1,170 @@
+"""Real ``swift rlhf --vllm_mode server`` against two real ``swift rollout`` on loopback, on the CPU, without NCCL."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.support import bounds
+from tests.support.driver import Run, make_model, this_python
+from tests.support.rollout_server import RolloutServer, quiet_port
+
+pytestmark = pytest.mark.e2e
+
+SAVED, KILLED = 2, 3  # steps: a checkpoint; the rollout before which one server is killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return make_model(this_python(), folder / "models")
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
+    environment = {"SWIFT_LORA_FIX_ROOT": str(folder / "root")}
+    made = [RolloutServer(model, folder / name, environment=environment).start() for name in ("one", "two")]
+    try:
+        yield [server.wait() for server in made]
+    finally:
+        for server in made:
+            server.stop()
+
+
+def trainer(name: str, model: Path, folder: Path, servers: list[RolloutServer], **arguments: Any) -> Run:
+    run = Run(name, this_python(), model, folder / name, True)
+    run.arguments = {
+        "vllm_mode": "server",
+        "vllm_server_host": ["127.0.0.1"] * len(servers),
+        "vllm_server_port": [server.port for server in servers],
+        "vllm_server_group_port": [quiet_port() for _ in servers],
+        "vllm_server_timeout": 60,
+        **arguments,
+    }
+    for gone in ("vllm_enable_lora", "vllm_enforce_eager", "vllm_max_model_len"):
+        run.arguments.setdefault(gone, None)
+    run.environment = {
+        "SWIFT_LORA_FIX_TRANSPORT": "reload",
+        "SWIFT_LORA_FIX_ROOT": str(folder / "root"),
+        "SWIFT_LORA_FIX_GATE_EVERY": "1",
+    }
+    return run
+
+
+def restarting(server: RolloutServer, flag: Path) -> threading.Thread:
+    """Kills the server when the run makes ``flag``, and starts it again."""
+
+    def watch() -> None:
+        while not flag.exists():
+            time.sleep(0.05)
+        server.stop()
+        (flag.parent / "killed").touch()
+        server.start()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, folder: Path, servers: list[RolloutServer]) -> Run:
+    """Four steps; before the rollout of step KILLED the second server is killed, and started again."""
+    run = trainer("train", model, folder, servers)
+    flag = folder / "kill"
+    waits = f"while not os.path.exists({str(folder / 'killed')!r}): time.sleep(0.05)"
+    code = f"import os, time\nopen({str(flag)!r}, 'w').close()\n{waits}"
+    run.environment["SLF_RUN_AT_STEP"] = f"{KILLED}:{shlex.join([sys.executable, '-c', code])}"
+    restarting(servers[1], flag)
+    run.start()
+    servers[1].wait()
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(model: Path, folder: Path, servers: list[RolloutServer], trained: Run) -> Run:
+    checkpoint = trained.output / f"checkpoint-{SAVED}"
+    run = trainer("resumed", model, folder, servers, resume_from_checkpoint=checkpoint)
+    return run.start()
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run.output / "logging.jsonl").read_text().splitlines()]
+    return [line for line in lines if "lora_sync/seconds" in line]
+
+
+def assert_serves_the_trainer(run: Run) -> None:
+    assert run.returncode == 0, run.log[-4000:]
+    floor = metrics(run)[0]["lora_sync/noise_floor"]
+    assert 0 < floor < 0.05
+    for probe in run.probes():
+        assert probe["mean"] < bounds.MEAN_BOUND * floor, (probe, floor)
+        assert probe["base_changed"] == 0.0 and probe["lora_changed_by_sync"] == 0 and probe["merge_calls"] == 0
+        assert len(set(probe["policies"])) == 1 and probe["policies"][0], "every rollout says which policy made it"
+    digests = [probe["policies"][0] for probe in run.probes()]
+    assert len(set(digests)) == len(digests), "each step has a policy of its own"
+    assert run.probes()[-1]["lora_effect"] > 10 * floor, "the LoRA must be large enough to be missed"
+
+
+def test_both_servers_serve_the_trainers_policy_at_every_step(trained: Run) -> None:
+    assert_serves_the_trainer(trained)
+    assert [probe["step"] for probe in trained.probes()] == [0, 1, 2, 3]
+    assert "armed, server mode" in trained.log and trained.log.count("engine and trainer agree at step") == 4
+    assert "chain of custody" in trained.log and "2 rollout servers" in trained.log
+
+
+def test_a_killed_server_that_comes_back_gets_the_policy_again(trained: Run, servers: list[RolloutServer]) -> None:
+    assert f"rollout server {servers[1].url} does not serve the policy of step {KILLED}" in trained.log
+    assert f"sent the policy of step {KILLED} again to 1 rollout servers" in trained.log
+
+
+def test_no_nccl_is_opened(trained: Run, resumed: Run, servers: list[RolloutServer]) -> None:
+    for run in (trained, resumed):
+        assert "NCCL" not in run.log.replace("VLLM_DISABLE_PYNCCL", "")
+    for server in servers:
+        assert "update_" not in server.log and "init_communicator" not in server.log.split("Application startup")[0]
+
+
+def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: Run) -> None:
+    assert_serves_the_trainer(resumed)
+    first, before = resumed.probes()[0], trained.probes()[SAVED]
+    assert first["step"] == SAVED and first["policies"] == before["policies"], "the very policy, digest and all"
+    assert first["tokens"] == before["tokens"]
+
+
+def test_a_server_that_hangs_ends_the_run_with_its_name(
+    model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
+) -> None:
+    """And the other one keeps the policy that it has."""
+    run = trainer("hanging", model, folder, servers)
+    run.environment["SWIFT_LORA_FIX_SERVER_DEADLINE"] = "5"
+    flag = folder / "hang"
+    run.environment["SLF_RUN_AT_STEP"] = f"1:{shlex.join(['touch', str(flag)])}; sleep 1"
+
+    def hang() -> None:
+        while not flag.exists():
+            time.sleep(0.05)
+        servers[1].signal(signal.SIGSTOP)
+
+    threading.Thread(target=hang, daemon=True).start()
+    try:
+        run.start()
+    finally:
+        servers[1].signal(signal.SIGCONT)
+    assert run.returncode not in (0, None, -signal.SIGKILL)
+    assert f"{servers[1].url}" in run.log and "within 5 s" in run.log
+    served = requests.get(f"{servers[0].url}/swift_lora_fix/status/", timeout=10).json()["policy"]
+    assert served["step"] == 1, "nothing was half done"

@@ -1,0 +1,117 @@
+"""Starts a real ``swift rollout`` on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.support.driver import FIX, PLUGINS, this_python
+
+START_SECONDS = 300
+
+
+def quiet_port() -> int:
+    """A free one that no outgoing connection is given: ms-swift silently takes another port where one is in use."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+@dataclass
+class RolloutServer:
+    """``start`` it, and ``stop`` it with all its processes; ``start`` again is a restart on the same port."""
+
+    model: Path
+    folder: Path
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=quiet_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.txt").read_text(errors="replace")
+
+    def command(self) -> list[str]:
+        code = "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])"
+        cli = subprocess.check_output([str(this_python()), "-c", code], text=True).strip()
+        plugins = [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py", FIX]
+        command = [str(this_python()), f"{cli}/cli/rollout.py", "--external_plugins", *map(str, plugins)]
+        defaults = {
+            "model": self.model,
+            "model_type": "qwen2",
+            "template": "chatml",
+            "torch_dtype": "bfloat16",
+            "host": "127.0.0.1",
+            "port": self.port,
+            "vllm_enable_lora": "true",
+            "vllm_max_lora_rank": 16,
+            "vllm_enforce_eager": "true",
+            "vllm_max_model_len": 256,
+        }
+        for name, value in {**defaults, **self.arguments}.items():
+            command += [f"--{name}", str(value)]
+        return command
+
+    def start(self) -> RolloutServer:
+        """Returns at once."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_DISABLE_PYNCCL": "1",
+            "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "SWIFT_LORA_FIX_TRANSPORT": "reload",
+            **self.environment,
+        }
+        with open(self.folder / "server.txt", "ab") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self) -> RolloutServer:
+        """Until it answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process is not None and self.process.poll() is None, self.log[-4000:]
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{self.url}/health/", timeout=2).status_code == 200:
+                    return self
+            time.sleep(0.5)
+        raise AssertionError(f"no answer within {START_SECONDS} s\n{self.log[-4000:]}")
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()

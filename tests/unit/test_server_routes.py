@@ -1,0 +1,423 @@
+"""The routes of a rollout server, all workers or none: real files and a real stager, no processes, no vLLM engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from swift_lora_fix import errors
+from swift_lora_fix.engine.handle import ADAPTER_ID
+from swift_lora_fix.server import routes, worker
+from swift_lora_fix.server.protocol import BYTES, CONFIG, POLICY_HEADER, PREFIX, WEIGHTS, Policy, content_digest
+
+MODULE = "model.layers.0.self_attn.q_proj"
+CONFIGURATION = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
+KEY = {"Authorization": "Bearer sesame"}
+
+
+class FakeLLM:
+    """What a stager asks of vLLM. ``loads`` are the tensors it was given; ``fail`` is raised by the next loads."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(
+            lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16, max_cpu_loras=1),
+            parallel_config=SimpleNamespace(data_parallel_size=1),
+        )
+        self.unfinished = False
+        self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
+        self.loads: list[float] = []
+        self.fail: list[Exception] = []
+        self.resets = True
+
+    def add_lora(self, request: Any) -> bool:
+        assert request.lora_int_id == ADAPTER_ID and request.load_inplace
+        if self.fail:
+            raise self.fail.pop(0)
+        self.loads.append(request.content.tensors[f"base_model.model.{MODULE}.lora_A.weight"][0, 0].item())
+        return True
+
+    def reset_prefix_cache(self) -> bool:
+        return self.resets
+
+
+class FakeAsyncLLM(FakeLLM):
+    async def add_lora(self, request: Any) -> bool:  # type: ignore[override]
+        return super().add_lora(request)
+
+    async def reset_prefix_cache(self) -> bool:  # type: ignore[override]
+        return super().reset_prefix_cache()
+
+
+class FakeConnection:
+    """A worker in this process: what ``llm_worker`` does with an order."""
+
+    def __init__(self, model: Path) -> None:
+        self.engine = SimpleNamespace(engine=FakeLLM(), model_dir=str(model), enable_lora=True)
+        build = SimpleNamespace(vllm_use_async_engine=False)
+        worker.build_engine(lambda arguments: self.engine, build)
+        self.answers: list[Any] = []
+        self.orders: list[str] = []
+        self.is_gone = self.is_mute = False
+
+    @property
+    def llm(self) -> FakeLLM:
+        return self.engine.engine  # type: ignore[no-any-return]
+
+    @property
+    def stager(self) -> worker.Stager:
+        found = worker.stager_of(self.engine)
+        assert found is not None
+        return found
+
+    def send(self, order: dict[str, Any]) -> None:
+        if self.is_gone:
+            raise BrokenPipeError
+        assert order["type"] == "call" and not self.answers
+        self.orders.append(order["args"][0])
+        method = getattr(self.engine, order["method"])
+        self.answers.append(None if self.is_mute else method(*order["args"], **order["kwargs"]))
+
+    def recv(self) -> Any:
+        return self.answers.pop()
+
+
+class Server:
+    """What the routes see of ms-swift's ``SwiftRolloutDeploy``; ``folder`` has a model of one layer."""
+
+    def __init__(self, folder: Path, workers: int = 2, **arguments: Any) -> None:
+        self.root = folder / "root"
+        self.root.mkdir()
+        safetensors.torch.save_file({f"{MODULE}.weight": torch.zeros(6, 8)}, str(folder / "model.safetensors"))
+        defaults = dict(
+            api_key="sesame",
+            vllm_enable_lora=True,
+            vllm_max_lora_rank=4,
+            model="a-model",
+            model_dir=str(folder),
+            torch_dtype=torch.bfloat16,
+            host="127.0.0.1",
+            port=8000,
+        )
+        self.args = SimpleNamespace(**{**defaults, **arguments})
+        self.num_connections = workers
+        self.connections = [FakeConnection(folder) for _ in range(workers)]
+        self.app = FastAPI()
+        self.app.post("/infer/")(self.infer)
+        self.app.post("/update_named_param/")(self.infer)
+
+    async def infer(self) -> str:
+        return "rollouts"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
+    made = Server(tmp_path)
+    routes.install(made)
+    return made
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    with TestClient(server.app, headers=KEY) as made:
+        yield made
+
+
+def policy(version: int) -> Policy:
+    return Policy(version, 10 * version, f"digest-{version}", "ab")
+
+
+def adapter(server: Server, value: float, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """A folder whose A begins with ``value``."""
+    folder = server.root / f"adapter-{len(list(server.root.iterdir()))}"
+    folder.mkdir()
+    a = torch.full((2, 8), value)
+    tensors = {
+        f"base_model.model.{MODULE}.lora_A.weight": a,
+        f"base_model.model.{MODULE}.lora_B.weight": torch.ones(6, 2),
+    }
+    if change is not None:
+        change(tensors)
+    safetensors.torch.save_file(tensors, str(folder / WEIGHTS))
+    (folder / CONFIG).write_text(json.dumps(CONFIGURATION, sort_keys=True))
+    return folder
+
+
+def digest_of(folder: Path) -> str:
+    return content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
+
+
+def stage(client: TestClient, version: int, folder: Path) -> Any:
+    body = {"policy": policy(version).as_dict(), "digest": digest_of(folder), "folder": str(folder)}
+    return client.post(f"{PREFIX}/stage/", json=body)
+
+
+def commit(client: TestClient, version: int) -> Any:
+    return client.post(f"{PREFIX}/commit/", json={"policy": policy(version).as_dict()})
+
+
+def status(client: TestClient) -> dict[str, Any]:
+    return dict(client.get(f"{PREFIX}/status/").json())
+
+
+def refused(response: Any, code: int, kind: str, *phrases: str) -> None:
+    assert (response.status_code, response.json()["error"]) == (code, kind), response.text
+    assert all(phrase in response.json()["message"] for phrase in phrases), response.text
+
+
+@pytest.fixture
+def served(server: Server, client: TestClient) -> int:
+    """Version 1, whose A begins with 1, is what both workers serve."""
+    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
+    assert commit(client, 1).status_code == 200
+    return 1
+
+
+# ---- the way it goes -----------------------------------------------------------------------------------------------
+
+
+def test_all_workers_serve_what_was_staged(server: Server, client: TestClient, served: int) -> None:
+    assert [c.llm.loads for c in server.connections] == [[1.0], [1.0]]
+    assert status(client)["policy"] == policy(1).as_dict() and status(client)["workers"] == 2
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    assert [c.llm.loads for c in server.connections] == [[1.0], [1.0]], "staging touches no engine"
+    assert commit(client, 2).status_code == commit(client, 2).status_code == 200
+    assert [c.llm.loads for c in server.connections] == [[1.0, 2.0]] * 2, "the second commit loads nothing"
+    assert [c.stager.served().infos()["policy_version"] for c in server.connections] == [2, 2]
+
+
+def test_bytes_in_the_body(server: Server, client: TestClient) -> None:
+    folder = adapter(server, 3.0)
+    about = {"policy": policy(1).as_dict(), "digest": digest_of(folder), "config": CONFIGURATION}
+    headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps(about)}
+    body = (folder / WEIGHTS).read_bytes()
+    wrong = {**headers, POLICY_HEADER: json.dumps({**about, "digest": "0" * 64})}
+    refused(client.post(f"{PREFIX}/stage/", content=body, headers=wrong), 422, "StagingError", "truncated")
+    assert [c.orders for c in server.connections] == [[], []], "another digest is not shown to the workers"
+    assert client.post(f"{PREFIX}/stage/", content=body, headers=headers).status_code == 200
+    assert commit(client, 1).status_code == 200
+    assert [c.llm.loads for c in server.connections] == [[3.0], [3.0]]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large(client: TestClient, announced: bool) -> None:
+    body = b"\0" * ((1 << 20) + 1)
+    about = {"policy": policy(1).as_dict(), "digest": "0" * 64, "config": CONFIGURATION}
+    headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps(about)}
+    content: Any = body if announced else iter([body[:1000], body[1000:]])
+    refused(client.post(f"{PREFIX}/stage/", content=content, headers=headers), 413, "StagingError", "MAX_MIB")
+
+
+def test_a_folder_outside_the_root(server: Server, client: TestClient, served: int) -> None:
+    body = {"policy": policy(2).as_dict(), "digest": "0" * 64, "folder": str(server.root.parent)}
+    refused(client.post(f"{PREFIX}/stage/", json=body), 403, "AccessError", "not right below this server's root")
+    body["folder"] = str(server.root / "absent")
+    refused(client.post(f"{PREFIX}/stage/", json=body), 404, "StagingError", "cannot be opened on the server")
+
+
+# ---- one of the workers fails --------------------------------------------------------------------------------------
+
+
+def test_one_worker_that_cannot_stage(server: Server, client: TestClient, served: int) -> None:
+    server.connections[1].llm.vllm_config.lora_config.max_lora_rank = 1
+    refused(stage(client, 2, adapter(server, 2.0)), 422, "StagingError", "has rank 2, this server has room for 1")
+    assert [c.stager.pending for c in server.connections] == [None, None]
+    refused(commit(client, 2), 409, "StagingError", "nothing is staged")
+    assert status(client)["policy"] == policy(1).as_dict()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_worker_that_cannot_commit(server: Server, client: TestClient, served: int, failing: int) -> None:
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    server.connections[failing].llm.fail = [errors.UnsupportedAdapterError("vLLM says no.")]
+    refused(commit(client, 2), 500, "UnsupportedAdapterError", "vLLM says no.", "Every worker serves version 1 ")
+    assert [c.llm.loads[-1] for c in server.connections] == [1.0, 1.0], "each has the previous policy again"
+    assert [c.stager.served().infos()["policy_version"] for c in server.connections] == [1, 1]
+    assert status(client)["policy"] == policy(1).as_dict()
+    assert client.post("/infer/", headers={POLICY_HEADER: json.dumps(policy(1).as_dict())}).status_code == 200
+    assert stage(client, 3, adapter(server, 3.0)).status_code == commit(client, 3).status_code == 200
+
+
+def test_a_cache_that_is_not_reset(server: Server, client: TestClient, served: int) -> None:
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    answers = iter([False, True])
+    server.connections[1].llm.reset_prefix_cache = lambda: next(answers)  # type: ignore[method-assign]
+    refused(commit(client, 2), 500, "CacheResetError", "reset_prefix_cache()", "Every worker serves version 1 ")
+
+
+def test_requests_that_are_not_finished(server: Server, client: TestClient, served: int) -> None:
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    server.connections[0].llm.unfinished = True
+    refused(commit(client, 2), 500, "EngineStateError", "unfinished requests", "serves version 1 ")
+    refused(client.post(f"{PREFIX}/serve/", json={"plain": True}), 500, "EngineStateError", "unfinished requests")
+    assert status(client)["plain"] is False and [c.stager.plain for c in server.connections] == [False, False]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_worker_that_cannot_go_back(server: Server, client: TestClient, served: int, failing: int) -> None:
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    server.connections[failing].llm.fail = [ValueError("out of memory"), ValueError("still out of memory")]
+    refused(commit(client, 2), 500, "EngineStateError", "out of memory", "still out of memory", "serves nothing")
+    assert status(client)["policy"] is None
+    refused(client.post("/infer/"), 503, "EngineStateError")
+    for connection in server.connections:
+        with pytest.raises(errors.EngineStateError, match="No policy was committed"):
+            connection.stager.served()
+    assert stage(client, 2, adapter(server, 2.0)).status_code == commit(client, 2).status_code == 200
+
+
+def test_the_first_policy_fails(server: Server, client: TestClient) -> None:
+    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
+    server.connections[1].llm.fail = [ValueError("no")]
+    refused(commit(client, 1), 500, "ValueError", "Every worker serves nothing, as before")
+    assert status(client)["policy"] is None
+    refused(client.post("/infer/"), 503, "EngineStateError")
+
+
+def test_workers_that_ended_or_do_not_know_us(server: Server, client: TestClient, served: int) -> None:
+    folder = adapter(server, 2.0)
+    server.connections[0].is_mute = True
+    refused(stage(client, 2, folder), 500, "EngineStateError", "Worker 0", "its log says why")
+    server.connections[0].is_mute = False
+    assert stage(client, 2, folder).status_code == 200
+    server.connections[1].is_gone = True
+    refused(commit(client, 2), 500, "EngineStateError", "Worker 1 of this rollout server has ended", "serves nothing")
+    assert status(client)["policy"] is None
+
+
+# ---- who may ask, and for what -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "sesame"}, {"Authorization": "Bearer sesam"}])
+def test_the_key(server: Server, header: dict[str, str]) -> None:
+    with TestClient(server.app, headers=header) as client:
+        for verb in ("stage", "commit", "abort", "serve"):
+            refused(client.post(f"{PREFIX}/{verb}/", json={}), 401, "AccessError", "SWIFT_LORA_FIX_API_KEY")
+        for verb in ("status", "base"):
+            refused(client.get(f"{PREFIX}/{verb}/"), 401, "AccessError", "Bearer")
+
+
+def test_the_base(server: Server, client: TestClient) -> None:
+    first = client.get(f"{PREFIX}/base/").json()
+    assert first == {"sums": {f"{MODULE}.weight": ["bfloat16", [6, 8], 0]}}
+    Path(server.args.model_dir, "model.safetensors").unlink()
+    assert client.get(f"{PREFIX}/base/").json() == first, "computed once"
+
+
+def test_plain(server: Server, client: TestClient, served: int) -> None:
+    expected = {POLICY_HEADER: json.dumps(policy(1).as_dict())}
+    assert client.post(f"{PREFIX}/serve/", json={"plain": True}).status_code == 200
+    assert [c.engine.enable_lora for c in server.connections] == [False, False]
+    assert [c.stager.served().request for c in server.connections] == [None, None]
+    assert client.post("/infer/").status_code == 200
+    refused(client.post("/infer/", headers=expected), 409, "PolicyMismatchError", "the plain base")
+    assert commit(client, 1).status_code == 200, "repeated"
+    assert [c.engine.enable_lora for c in server.connections] == [True, True]
+    assert client.post("/infer/", headers=expected).status_code == 200
+
+
+def test_nccl_routes_are_refused(client: TestClient) -> None:
+    refused(client.post("/update_named_param/"), 409, "ProtocolError", "SWIFT_LORA_FIX_TRANSPORT=reload")
+
+
+def test_a_server_without_lora_does_not_start(tmp_path: Path) -> None:
+    server = Server(tmp_path, vllm_enable_lora=False)
+    with pytest.raises(errors.SettingsError, match="--vllm_enable_lora true"):
+        routes.install(server)
+
+
+@pytest.mark.parametrize(
+    "arguments, phrase",
+    [
+        ({"host": "0.0.0.0", "api_key": None}, "without --api_key"),
+        ({"host": "::", "api_key": None}, "without --api_key"),
+        ({"host": "127.0.0.1", "api_key": None}, ""),
+        ({"host": "0.0.0.0"}, "ignores it for its own"),
+    ],
+)
+def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: Any, phrase: str) -> None:
+    logging.getLogger("swift").propagate = True
+    with caplog.at_level(logging.WARNING, "swift.lora_fix"):
+        routes.install(Server(tmp_path, **arguments))
+    assert phrase in caplog.text if phrase else not caplog.text
+
+
+# ---- in the worker -------------------------------------------------------------------------------------------------
+
+
+async def _async_rollouts() -> list[Any]:
+    return [SimpleNamespace(rollout_infos={"num_turns": 2})]
+
+
+def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
+    import asyncio
+
+    engine = SimpleNamespace(engine=FakeAsyncLLM(), model_dir=server.args.model_dir, enable_lora=True)
+    worker.build_engine(lambda arguments: engine, SimpleNamespace(vllm_use_async_engine=True))
+    scheduler = SimpleNamespace(infer_engine=engine, async_infer=_async_rollouts)
+    worker.tag_scheduler(scheduler)
+    folder, command = adapter(server, 4.0), getattr(engine, routes.METHOD)
+    source = routes.Source(digest_of(folder), folder=str(folder))
+
+    async def everything() -> list[Any]:
+        with pytest.raises(errors.EngineStateError):
+            await scheduler.async_infer()
+        for name, arguments in (("stage", {"source": source}), ("commit", {})):
+            answer = await command(name, policy=policy(1).as_dict(), **arguments)
+            assert "error" not in answer, answer
+        return list(await scheduler.async_infer())
+
+    (output,) = asyncio.run(everything())
+    assert engine.engine.loads == [4.0]
+    assert output.rollout_infos == {"num_turns": 2, **{f"policy_{k}": v for k, v in policy(1).as_dict().items()}}
+
+
+@pytest.mark.parametrize(
+    "kwargs, load_format, inner",
+    [
+        ({"load_format": "dummy", "engine_kwargs": {"a": 1}}, "auto", {"a": 1}),
+        ({"engine_kwargs": {"load_format": "dummy"}}, "auto", {}),  # 3.10
+        ({"load_format": "safetensors"}, "safetensors", {}),
+        ({}, "auto", {}),
+    ],
+)
+def test_the_base_comes_from_the_files(kwargs: dict[str, Any], load_format: str, inner: dict[str, Any]) -> None:
+    assert worker.load_base_from_files(kwargs) is kwargs, "only where a server is built"
+    token = worker._building.set(True)
+    try:
+        assert worker.load_base_from_files(kwargs) == {"load_format": load_format, "engine_kwargs": inner}
+    finally:
+        worker._building.reset(token)
+
+
+def test_modules_that_the_files_do_not_name_are_left_to_vllm() -> None:
+    base = {"model.layers.0.self_attn.q_proj.weight": _header(6, 8)}
+
+    def pair(module: str) -> dict[str, torch.Tensor]:
+        return {
+            f"base_model.model.{module}.lora_A.weight": torch.zeros(2, 8),
+            f"base_model.model.{module}.lora_B.weight": torch.zeros(6, 2),
+        }
+
+    worker.check_shapes(pair("language_model.layers.0.self_attn.q_proj"), base)  # named otherwise altogether
+    worker.check_shapes({**pair(MODULE), **pair("model.layers.0.mlp.experts.base_layer")}, base)
+    for unknown in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.nope"):
+        with pytest.raises(errors.StagingError, match=f"no module '{unknown}'"):
+            worker.check_shapes({**pair(MODULE), **pair(unknown)}, base)
+
+
+def _header(*shape: int) -> Any:
+    from swift_lora_fix.adapter_files import TensorHeader
+
+    return TensorHeader(shape, "BF16")

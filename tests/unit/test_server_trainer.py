@@ -1,0 +1,299 @@
+"""The trainer's side of server mode, with scripted servers over HTTP; real `swift rollout`s are in tests/server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from swift_lora_fix import adapter, errors
+from swift_lora_fix.digest import checksum
+from swift_lora_fix.server import remote
+from swift_lora_fix.server.client import Servers
+from swift_lora_fix.server.protocol import POLICY_HEADER, PREFIX
+from tests.support.peft_models import peft_model
+
+
+class Scripted:
+    """One server: keeps what it is told, and answers ``faults[route]`` (status, body, headers) once each, first."""
+
+    def __init__(self, sums: dict[str, Any]) -> None:
+        self.policy: Any = None
+        self.staged: Any = None
+        self.plain, self.boot, self.sums = False, "first", sums
+        self.calls: list[tuple[str, Any]] = []
+        self.faults: dict[str, list[Any]] = {}
+        self.headers: list[dict[str, str]] = []
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                route = self.path.removeprefix(PREFIX).strip("/")
+                inline = self.headers.get("Content-Type") == "application/octet-stream"
+                content = json.loads(self.headers[POLICY_HEADER] if inline else body or b"{}")
+                script.headers.append(dict(self.headers))
+                status, answer, more = script.answer(route, content, len(body) if inline else None)
+                text = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
+                self.send_response(status)
+                for name, value in {**more, "Content-Length": str(len(text))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = _answer  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def answer(self, route: str, content: Any, size: int | None) -> tuple[int, Any, dict[str, str]]:
+        self.calls.append((route, content if size is None else {**content, "size": size}))
+        if self.faults.get(route):
+            fault = self.faults[route].pop(0)
+            if callable(fault):
+                fault = fault()
+            if fault is not None:
+                return fault
+        if route == "stage":
+            self.staged = content["policy"]
+        elif route == "commit":
+            if self.staged != content["policy"]:
+                return 409, {"message": "not staged"}, {}
+            self.policy = self.staged
+        elif route == "serve":
+            self.plain = content["plain"]
+        elif route == "base":
+            return 200, {"sums": self.sums}, {}
+        about = {"protocol": 1, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": "bfloat16", "boot": self.boot}
+        return 200, {**about, "policy": self.policy, "plain": self.plain}, {}
+
+    def routes(self) -> list[str]:
+        return [route for route, _ in self.calls if route != "status"]
+
+
+@pytest.fixture
+def model() -> Any:
+    return peft_model()
+
+
+@pytest.fixture
+def scripts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scripted]]:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "3")
+    frozen = adapter.frozen_parameters(model)
+    sums = {name: ["float32", list(p.shape), int(checksum(p.detach()))] for name, p in frozen}
+    made = [Scripted(sums), Scripted(sums)]
+    yield made
+    for script in made:
+        script.http.shutdown()
+        script.http.server_close()
+
+
+class Trainer(SimpleNamespace):
+    """A namespace that can be referred to weakly."""
+
+
+def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
+    sessions = [SimpleNamespace(headers={}) for _ in scripts]
+    return Trainer(
+        model=model,
+        vllm_client=SimpleNamespace(base_urls=[script.url for script in scripts], sessions=sessions),
+        accelerator=SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu")),
+        state=SimpleNamespace(global_step=0),
+    )
+
+
+def writer_for(model: Any, scripts: list[Scripted]) -> tuple[Any, remote.RemoteWriter]:
+    trainer = trainer_for(model, scripts)
+    return trainer, remote.RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model))
+
+
+def send(writer: remote.RemoteWriter) -> str:
+    writer.begin_validation()
+    writer.validate()
+    return writer.write().digest
+
+
+def change(model: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.5)
+
+
+def test_every_server_stages_before_any_switches(model: Any, scripts: list[Scripted], tmp_path: Path) -> None:
+    trainer, writer = writer_for(model, scripts)
+    trainer.state.global_step = 7
+    digest = send(writer)
+    for script in scripts:
+        assert script.routes() == ["stage", "commit"]
+        assert script.policy == {"version": 1, "step": 7, "digest": digest, "run": script.policy["run"]}
+        assert Path(script.calls[1][1]["folder"]).parent == tmp_path / "root"
+    assert writer.is_current()
+    assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
+    assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
+    change(model)
+    assert send(writer) != digest and scripts[0].policy["version"] == 2
+
+
+def test_old_folders_are_pruned_and_the_last_are_gone_at_the_end(
+    model: Any, scripts: list[Scripted], tmp_path: Path
+) -> None:
+    trainer, writer = writer_for(model, scripts)
+    for trainer.state.global_step in range(5):
+        change(model)
+        send(writer)
+    names = sorted(path.name.split("-")[1] for path in (tmp_path / "root").iterdir())
+    assert names == ["v3", "v4", "v5"]
+    writer._store.clear()
+    assert not list((tmp_path / "root").iterdir())
+
+
+def test_a_server_that_cannot_stage_leaves_all_with_the_previous_policy(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    first = send(writer)
+    change(model)
+    scripts[1].faults["stage"] = [(422, {"error": "StagingError", "message": "worker 0: NaN in q_proj"}, {})]
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*422: worker 0: NaN in q_proj"):
+        send(writer)
+    assert [script.policy["digest"] for script in scripts] == [first, first]
+    assert all(script.routes()[-1] == "abort" for script in scripts) and writer.is_current()
+
+
+def test_where_one_server_fails_to_switch_all_go_back(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    first = send(writer)
+    change(model)
+    scripts[0].faults["commit"] = [(500, {"message": "out of memory"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="out of memory"):
+        send(writer)
+    assert [script.policy["digest"] for script in scripts] == [first, first]
+    assert [script.policy["version"] for script in scripts] == [3, 3] and writer.is_current()
+
+
+def test_a_server_without_the_folder_gets_the_bytes(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[1].faults["stage"] = [(404, {"message": "no such folder"}, {})]
+    send(writer)
+    change(model)
+    send(writer)
+    sizes = [[content.get("size") for route, content in script.calls if route == "stage"] for script in scripts]
+    assert sizes[0] == [None, None] and sizes[1][0] is None and sizes[1][1] == sizes[1][2] > 500
+    inline = next(content for route, content in scripts[1].calls if content.get("size"))
+    assert inline["config"]["r"] == writer.adapter.max_rank and inline["config"]["lora_alpha"] == inline["config"]["r"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(model: Any, scripts: list[Scripted], status: int) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[0].faults["stage"] = [(status, {"detail": "starting"}, {"Retry-After": "1"})]
+    started = time.monotonic()
+    send(writer)
+    assert time.monotonic() - started >= 1 and writer.is_current()
+
+
+def test_a_server_that_hangs_is_named_within_the_deadline(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[1].faults["stage"] = [lambda: time.sleep(4)]
+    started = time.monotonic()
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*within 3 s.*SERVER_DEADLINE.*ReadTimeout"):
+        send(writer)
+    assert time.monotonic() - started < 10 and all(script.policy is None for script in scripts)
+
+
+def test_values_that_are_not_finite_are_not_sent(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    with torch.no_grad():
+        writer.adapter.parameters[0][0, 0] = float("nan")
+    with pytest.raises(errors.NonFiniteAdapterError):
+        send(writer)
+    assert scripts[0].routes() == []
+
+
+def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    digest = send(writer)
+    engine = writer.engine
+    answers = [SimpleNamespace(rollout_infos={"policy_digest": digest, "policy_step": 0})]
+    tries: list[int] = []
+
+    def infer() -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            scripts[1].policy, scripts[1].boot = None, "second"
+            raise RuntimeError("Multiple errors: [ConnectionError()]")
+        return answers
+
+    assert engine.generate(infer) is answers and len(tries) == 2
+    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == ["stage", "commit"] * 2
+    assert scripts[0].routes() == ["stage", "commit"], "the other one kept it"
+    with pytest.raises(RuntimeError, match="out of memory"):  # nobody lost anything: it is not ours to repeat
+        engine.generate(lambda: exec("raise RuntimeError('out of memory')"))
+
+
+def test_a_rollout_of_another_policy_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    digest = send(writer)
+    for infos in ({}, {"policy_digest": "other", "policy_step": 3}):
+        outputs = [SimpleNamespace(rollout_infos={"policy_digest": digest}), SimpleNamespace(rollout_infos=infos)]
+        with pytest.raises(errors.PolicyMismatchError, match=f"policy {infos.get('policy_digest')}.*asked for was"):
+            writer.engine.generate(lambda outputs=outputs: outputs)
+
+
+def test_the_plain_base_is_asked_for_and_given_back(model: Any, scripts: list[Scripted]) -> None:
+    trainer, writer = writer_for(model, scripts)
+    send(writer)
+    with pytest.raises(ZeroDivisionError), writer.engine.plain():
+        assert all(script.plain for script in scripts)
+        assert POLICY_HEADER not in trainer.vllm_client.sessions[0].headers
+        raise ZeroDivisionError
+    assert not any(script.plain for script in scripts) and writer.is_current()
+    assert POLICY_HEADER in trainer.vllm_client.sessions[0].headers
+
+
+def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    writer.prove_base(model)
+    with torch.no_grad():
+        model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
+    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[0].url} in 1 of .*first.base_layer.weight.*PiSSA"):
+        writer.prove_base(model)
+
+
+def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
+    scripts[1].answer = lambda *_: (200, {"protocol": 1, "enable_lora": False}, {})  # type: ignore[method-assign]
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} has no LoRA layers.*--vllm_enable_lora"):
+        writer_for(model, scripts)
+    scripts[1].answer = lambda *_: (404, b"Not Found", {})  # type: ignore[method-assign]
+    with pytest.raises(errors.RolloutServerError, match="404: Not Found"):
+        writer_for(model, scripts)
+
+
+def test_the_key_goes_with_every_call(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_API_KEY", "secret")
+    trainer, writer = writer_for(model, scripts)
+    remote.authorize(trainer.vllm_client)
+    send(writer)
+    assert {headers["Authorization"] for script in scripts for headers in script.headers} == {"Bearer secret"}
+    assert trainer.vllm_client.sessions[0].headers["Authorization"] == "Bearer secret"
+
+
+def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+    servers = Servers(["http://127.0.0.1:9"], deadline=1)
+    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):
+        servers.get(0, "status")
