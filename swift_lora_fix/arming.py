@@ -94,7 +94,8 @@ def arm() -> None:
         if Settings.from_environment().transport == "reload":
             from .patches import server
 
-            server.arm()
+            for name in server.modules():
+                wrapt.register_post_import_hook(_on_server, name)
 
 
 def apply(mode: str | None = None) -> Status:
@@ -138,7 +139,7 @@ def remove() -> Status:
 
     Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
     """
-    applied = [patch_set for patch_set in _patch_sets() if patch_set.is_applied]
+    applied = [patch_set for patch_set in (*_patch_sets(), *_server_sets()) if patch_set.is_applied]
     for patch_set in applied:
         patch_set.check_removable()
     for patch_set in applied:
@@ -166,7 +167,9 @@ def status() -> Status:
         vllm=releases.installed_vllm(),
         defects=tuple(defect.key for defect in family.defects) if family else (),
         patches={
-            f"{s.name}: {p.target}": "applied" if s.is_applied else "not applied" for s in sets for p in s.patches
+            f"{s.name}: {p.target}": "applied" if s.is_applied else "not applied"
+            for s in (*sets, *_server_sets())
+            for p in s.patches
         },
         run=_run(),
     )
@@ -246,6 +249,14 @@ def _on_megatron(module: ModuleType) -> None:
     warning(f"stepping aside: {module.__name__} is a Megatron trainer, whose LoRA sync is its own.")
 
 
+def _on_server(module: ModuleType) -> None:
+    """Whoever asks for this transport by name must not get another one: what is missing is raised out of the import."""
+    if _arming.armed:
+        from .patches import server
+
+        server.of(module).apply(module)
+
+
 def _refuse_megatron(name: str) -> None:
     raise UnsupportedTrainerError(
         f"{name} is loaded: Megatron trainers sync weights in their own way, which swift_lora_fix does not cover. "
@@ -277,6 +288,15 @@ def _patch_sets(load: bool = False) -> tuple[PatchSet, ...]:
     from .patches import swift
 
     return swift.PEFT, swift.ROLLOUT
+
+
+def _server_sets() -> tuple[PatchSet, ...]:
+    """Those of the rollout server, where this process may be one."""
+    if f"{__package__}.patches.server" not in sys.modules:
+        return ()
+    from .patches import server
+
+    return server.SERVER, server.ENGINE
 
 
 def _run() -> dict[str, Any] | None:

@@ -69,6 +69,7 @@ VLLM_VARIABLES = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "tensor parallel was tested with 0 only",
     "CUDA_VISIBLE_DEVICES": "",
 }
+SECRETS = {"SWIFT_LORA_FIX_API_KEY"}
 UNKNOWN_SETTING = "not a setting of swift_lora_fix"
 _NUMBERS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLREDUCE_USE_SYMM_MEM")
 
@@ -333,7 +334,8 @@ def _variables(environment: Mapping[str, str]) -> Iterator[Variable]:
     known = _known_settings()
     for name in known:
         value = environment.get(name)
-        yield Variable(name, value, None if value is None else _problem_of_setting(name, value), "")
+        problem = None if value is None else _problem_of_setting(name, value)
+        yield Variable(name, "(hidden)" if value and name in SECRETS else value, problem, "")
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in {*known, *INTERNAL}:
             yield Variable(name, environment[name], None, UNKNOWN_SETTING)

@@ -227,7 +227,7 @@ SERVER_SWALLOWS = Defect(
     title="the rollout server hides failed updates",
     symptom="In server mode a failed weight update is only logged by the server; training goes on with a stale policy.",
     evidence="llm_worker catches every exception of a command and answers None",
-    remedy="nothing yet: server mode keeps the behaviour of ms-swift",
+    remedy="with SWIFT_LORA_FIX_TRANSPORT=reload the trainer stops with the server's own words; over NCCL, nothing yet",
     gone_when="llm_worker reports the failure of a command to its caller",
     mended=False,
 )

@@ -39,6 +39,9 @@ class Settings:
     server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds within which a rollout server must have answered a
         call, retries included; 300 is the default.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
+    root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path; the
+        same on both sides, where both see it. ``/dev/shm/swift_lora_fix`` is the default.
+    max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: a rollout server takes no adapter of more MiB; 8192 is the default.
     """
 
     enabled: bool = True
@@ -50,6 +53,8 @@ class Settings:
     transport: str = "nccl"
     server_deadline: int = 300
     api_key: str = field(default="", repr=False)
+    root: str = "/dev/shm/swift_lora_fix"
+    max_mib: int = 8192
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -66,8 +71,10 @@ class Settings:
             gate_every=_count(environment, "SWIFT_LORA_FIX_GATE_EVERY", cls.gate_every),
             lost_share=_share(environment, "SWIFT_LORA_FIX_LOST_SHARE", cls.lost_share),
             transport=_choice(environment, "SWIFT_LORA_FIX_TRANSPORT", cls.transport, _TRANSPORTS),
-            server_deadline=_count(environment, "SWIFT_LORA_FIX_SERVER_DEADLINE", cls.server_deadline),
+            server_deadline=_count(environment, "SWIFT_LORA_FIX_SERVER_DEADLINE", cls.server_deadline, least=1),
             api_key=environment.get("SWIFT_LORA_FIX_API_KEY", "").strip(),
+            root=_folder(environment, "SWIFT_LORA_FIX_ROOT", cls.root),
+            max_mib=_count(environment, "SWIFT_LORA_FIX_MAX_MIB", cls.max_mib, least=1),
         )
 
 
@@ -79,11 +86,19 @@ def _choice(environment: Mapping[str, str], name: str, default: str, allowed: se
     return value
 
 
-def _count(environment: Mapping[str, str], name: str, default: int) -> int:
+def _count(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     value = environment.get(name, "").strip() or str(default)
-    if not value.isdecimal():
-        raise SettingsError(f"{name}={value!r} is not understood: set it to a whole number from 0 on, or unset it.")
+    if not value.isdecimal() or int(value) < least:
+        words = f"set it to a whole number from {least} on, or unset it"
+        raise SettingsError(f"{name}={value!r} is not understood: {words}.")
     return int(value)
+
+
+def _folder(environment: Mapping[str, str], name: str, default: str) -> str:
+    value = environment.get(name, "").strip() or default
+    if not os.path.isabs(value):
+        raise SettingsError(f"{name}={value!r} is not understood: set it to an absolute path, or unset it.")
+    return os.path.normpath(value)
 
 
 def _share(environment: Mapping[str, str], name: str, default: float) -> float:

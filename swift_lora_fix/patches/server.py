@@ -5,9 +5,8 @@ Its modules are imported by the hooks: FastAPI and vLLM are loaded only where a 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Callable
-
-import wrapt
 
 from .. import releases
 from .registry import Patch, PatchSet
@@ -128,12 +127,12 @@ ENGINE = PatchSet(
 )
 
 
-def arm() -> None:
-    """Let the patches go in as soon as the modules of the rollout server are loaded (now, if they already are).
+def of(module: ModuleType) -> PatchSet:
+    """Which of them is for a module of ms-swift's."""
+    return SERVER if hasattr(module, "SwiftRolloutDeploy") else ENGINE
 
-    ContractError, out of the import, where a module is not what the patches know: who asks for this transport by name
-    must not get another one.
-    """
-    for layout in dict.fromkeys(family.layout for family in releases.FAMILIES):
-        wrapt.register_post_import_hook(SERVER.apply, layout.server_module)
-        wrapt.register_post_import_hook(ENGINE.apply, layout.engine_module)
+
+def modules() -> tuple[str, ...]:
+    """Where they go in, on any release."""
+    layouts = dict.fromkeys(family.layout for family in releases.FAMILIES)
+    return tuple(name for layout in layouts for name in (layout.server_module, layout.engine_module))

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import AccessError, ProtocolError, SettingsError
+from ..errors import AccessError, ProtocolError
+from ..settings import Settings
 
 PROTOCOL = 1
 PREFIX = "/swift_lora_fix"
@@ -39,9 +39,9 @@ BYTES = "application/octet-stream"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+ROOT_VARIABLE, LIMIT_VARIABLE = "SWIFT_LORA_FIX_ROOT", "SWIFT_LORA_FIX_MAX_MIB"  # see Settings
+
 METHOD = "swift_lora_fix_command"  # within the server, what its workers are called by
-ROOT_VARIABLE, DEFAULT_ROOT = "SWIFT_LORA_FIX_ROOT", "/dev/shm/swift_lora_fix"
-LIMIT_VARIABLE, DEFAULT_LIMIT_MIB = "SWIFT_LORA_FIX_MAX_MIB", 8192
 
 _STATUSES = {ProtocolError: 400, AccessError: 403}
 _RUN = re.compile(r"[0-9a-f]{1,64}")
@@ -122,17 +122,9 @@ def http_status(error: Exception) -> int | None:
 
 def root_of(environment: Mapping[str, str] | None = None) -> str:
     """The folder below which adapters are handed over, an absolute path. Raises SettingsError."""
-    environment = os.environ if environment is None else environment
-    root = environment.get(ROOT_VARIABLE, "").strip() or DEFAULT_ROOT
-    if not os.path.isabs(root):
-        raise SettingsError(f"{ROOT_VARIABLE}={root!r} is not understood: set it to an absolute path, or unset it.")
-    return os.path.normpath(root)
+    return Settings.from_environment(environment).root
 
 
 def limit_of(environment: Mapping[str, str] | None = None) -> int:
     """How many bytes an adapter's weights may have. Raises SettingsError."""
-    environment = os.environ if environment is None else environment
-    value = environment.get(LIMIT_VARIABLE, "").strip() or str(DEFAULT_LIMIT_MIB)
-    if not value.isdecimal() or not int(value):
-        raise SettingsError(f"{LIMIT_VARIABLE}={value!r} is not understood: set it to a number of MiB, or unset it.")
-    return int(value) << 20
+    return Settings.from_environment(environment).max_mib << 20

@@ -7,6 +7,7 @@ talks to servers (ms-swift gives only that one a client); the others learn how i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import uuid
@@ -57,6 +58,8 @@ class RemoteEngine:
         self._restore: Callable[[], None] = lambda: None
         self._inlined: set[int] = set()  # servers that do not see our folders
         if self.engine is not None:
+            # no communicator was opened, and a server that hangs would keep the process from ending
+            atexit.unregister(self.engine.close_communicator)
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.statuses = self._ask()
             self._check_fit(self.statuses)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from swift_lora_fix import diagnosis, releases
+from swift_lora_fix.settings import Settings
 from tests.support.environments import Environment, swift_lora_fix
 
 SWIFT = releases.installed_swift() or "0"
@@ -159,3 +160,9 @@ def test_invalid_settings(name: str, value: str) -> None:
     assert len(report["problems"]) == 1 and f"{name}={value!r}" in report["problems"][0]
     (variable,) = [variable for variable in report["environment"] if variable["name"] == name]
     assert variable["value"] == value and variable["problem"] == report["problems"][0]
+
+
+def test_a_key_is_not_shown() -> None:
+    variables = {v.name: v.value for v in diagnosis._variables({"SWIFT_LORA_FIX_API_KEY": "very-secret"})}
+    assert variables["SWIFT_LORA_FIX_API_KEY"] == "(hidden)"
+    assert "very-secret" not in repr(Settings.from_environment({"SWIFT_LORA_FIX_API_KEY": "very-secret"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -421,3 +422,27 @@ def _header(*shape: int) -> Any:
     from swift_lora_fix.adapter_files import TensorHeader
 
     return TensorHeader(shape, "BF16")
+
+
+def listening() -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio and uvicorn do
+    made.bind(("127.0.0.1", 0))
+    made.listen()
+    return made
+
+
+def test_a_server_that_restarts_keeps_its_port(caplog: pytest.LogCaptureFixture) -> None:
+    """A connection of the server before lingers: ms-swift then takes the next port, uvicorn would not have to."""
+    with listening() as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), before.accept()[0]:
+            pass  # the side that closes first waits a minute (TIME_WAIT)
+        args = SimpleNamespace(host="127.0.0.1", port=port + 1)
+        routes._keep_port(args, ["rollout.py", "--port", str(port)])
+        assert args.port == port + 1 and f"port {port} is taken" in caplog.text, "somebody listens"
+    routes._keep_port(args, ["rollout.py", "--port", str(port)])
+    assert args.port == port
+    args.port = 8001
+    routes._keep_port(args, ["rollout.py", "--port", "0"])
+    assert args.port == 8001, "any port was asked for"

@@ -112,7 +112,9 @@ def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
     sessions = [SimpleNamespace(headers={}) for _ in scripts]
     return Trainer(
         model=model,
-        vllm_client=SimpleNamespace(base_urls=[script.url for script in scripts], sessions=sessions),
+        vllm_client=SimpleNamespace(
+            base_urls=[script.url for script in scripts], sessions=sessions, close_communicator=lambda: None
+        ),
         accelerator=SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu")),
         state=SimpleNamespace(global_step=0),
     )

@@ -1,0 +1,17 @@
+"""Two real servers and a trainer take 10 GB: one environment at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alone() -> Iterator[None]:
+    with open(Path(tempfile.gettempdir()) / "swift-lora-fix-server-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
