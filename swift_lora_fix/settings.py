@@ -40,7 +40,7 @@ class Settings:
         call, retries included; 300 is the default.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
     root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path; the
-        same on both sides, where both see it. ``/dev/shm/swift_lora_fix`` is the default.
+        same on both sides, where both see it. ``/dev/shm/swift_lora_fix-UID`` is the default.
     max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: a rollout server takes no adapter of more MiB; 8192 is the default.
     """
 
@@ -53,7 +53,7 @@ class Settings:
     transport: str = "nccl"
     server_deadline: int = 300
     api_key: str = field(default="", repr=False)
-    root: str = "/dev/shm/swift_lora_fix"
+    root: str = f"/dev/shm/swift_lora_fix-{os.geteuid()}"
     max_mib: int = 8192
 
     @classmethod

@@ -26,8 +26,9 @@ class EngineHandle:
 
     is_remote: ClassVar[bool] = False
 
-    def make_ready(self) -> None:
-        """Before rollouts: what is in this process is there."""
+    def make_ready(self) -> bool:
+        """Before rollouts: whether something had to be brought back. What is in this process is there."""
+        return False
 
     def generate(self, infer: Callable[[], Any]) -> Any:
         """Rollouts, by ms-swift's own way."""

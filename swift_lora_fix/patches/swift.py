@@ -22,8 +22,8 @@ def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwar
 
 def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     state = sync.state_of(trainer)
-    if state is not None:
-        _wait_for_rollouts(trainer)  # a server that makes rollouts answers nothing else
+    # with --async_generate servers are at work, and answer nothing else: they are asked just before the next rollout
+    if state is not None and not getattr(trainer.args, "async_generate", False):
         sync.note_losses(trainer, state)
     return wrapped(*args, **kwargs)
 
@@ -32,28 +32,29 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
     state = sync.state_to_sync(trainer)
     if state is None:
         return wrapped(*args, **kwargs)
-    _wait_for_rollouts(trainer)
+    if getattr(trainer.args, "async_generate", False) and not _skips_async_check(*args, **kwargs):
+        trainer._wait_queue()  # as ms-swift's own does
     return sync.synchronize(trainer, state)
+
+
+def _skips_async_check(skip_async_check: bool = False) -> bool:
+    return skip_async_check
 
 
 def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     state = sync.state_of(trainer)
     if state is None:
         return wrapped(*args, **kwargs)
-    engine = state.engine
 
     def infer(*args: Any, **kwargs: Any) -> Any:
+        engine = (sync.state_of(trainer) or state).engine  # a repair may have made another one
         return engine.generate(lambda: wrapped(*args, **kwargs))
 
-    engine.make_ready()
+    if state.engine.make_ready():
+        state.proof.note_disturbance()
+        state.proof.examined = False
     guard.before_rollout(trainer, state, infer, *_requests_and_config(*args, **kwargs))
     return guard.tag(sync.state_of(trainer) or state, infer(*args, **kwargs))
-
-
-def _wait_for_rollouts(trainer: Any) -> None:
-    """With --async_generate, as ms-swift's ``_move_model_to_vllm`` or ``_fast_infer`` do, from release to release."""
-    if getattr(trainer.args, "async_generate", False):
-        trainer._wait_queue()
 
 
 def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:

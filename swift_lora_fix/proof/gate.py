@@ -164,8 +164,8 @@ class Gate:
         self, infer: Infer, requests: Sequence[Any], config: Any, texts: Sequence[str]
     ) -> tuple[Verdict, list[Answer]]:
         assert self.floor is not None
-        answers = ask(infer, requests[0], config, texts)
-        held = self._score(answers, contextlib.nullcontext())
+        answers = ask(infer, requests[0], config, [*texts] * self.serving.copies)
+        answers, held = self._worst(answers, self._score(answers, contextlib.nullcontext()))
         base = self._score(answers, self.serving.trainer_without_adapter())
         double = self._score(answers, adapters.scaled(self.adapter, 2.0))
         rounding = 0.0
@@ -176,8 +176,18 @@ class Gate:
 
     def _measure_floor(self, infer: Infer, requests: Sequence[Any], config: Any) -> Distance:
         with self.serving.engine_without_adapter():
-            answers = ask(infer, requests[0], config, prompts(self.trainer))
-        return distance_of(answers, self._score(answers, self.serving.trainer_without_adapter()))
+            answers = ask(infer, requests[0], config, prompts(self.trainer) * self.serving.copies)
+        return distance_of(*self._worst(answers, self._score(answers, self.serving.trainer_without_adapter())))
+
+    def _worst(
+        self, answers: Sequence[Answer], scores: Sequence[list[float]]
+    ) -> tuple[list[Answer], list[list[float]]]:
+        """Of several engines' answers to the same prompts, one engine's after the other's, those furthest off."""
+        size = len(answers) // self.serving.copies
+        parts = [slice(start, start + size) for start in range(0, len(answers), size)]
+        gaps = [distance_of(answers[part], scores[part]).mean for part in parts]
+        worst = parts[max(range(len(parts)), key=lambda index: math.inf if math.isnan(gaps[index]) else gaps[index])]
+        return list(answers[worst]), list(scores[worst])
 
     def _score(self, answers: Sequence[Answer], how: contextlib.AbstractContextManager[None]) -> list[list[float]]:
         """The trainer's logprobs of the answers' tokens, with its model as ``how`` makes it."""
@@ -195,7 +205,7 @@ def prompts(trainer: Any, variant: int = 0) -> list[str]:
     """Fixed texts of more than one prefix-cache block, as far as the engine's and the template's lengths allow."""
     block, limit = _lengths(trainer)
     limits = [limit, getattr(trainer.template, "max_length", None)]
-    room = min(int(limit) for limit in limits if limit) - 3 * NEW_TOKENS  # the chat template takes some
+    room = min((int(limit) for limit in limits if limit), default=1024) - 3 * NEW_TOKENS  # the chat template takes some
     tokenizer = trainer.template.tokenizer
     words = tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
     length = max(8, min(block + 8, room))

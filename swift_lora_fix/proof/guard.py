@@ -36,7 +36,8 @@ def before_rollout(trainer: Any, state: SyncState, infer: Infer, requests: Seque
         return
     settings = Settings.from_environment()
     examination = _Examination(trainer, state, infer, requests, config, settings)
-    repairs = settings.on_mismatch == "repair" and not examination.trainer_is_away and examination.is_together
+    # all ranks repair together; of rollout servers only the main one is here
+    repairs = settings.on_mismatch == "repair" and not examination.trainer_is_away and examination.all_are_here
     if missing is not None and not (repairs and state.served_step is not None):
         raise EngineStateError(
             f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
@@ -88,6 +89,7 @@ class _Examination:
         first = not state.proof.examined or self.is_alone
         # alone, it could not gather what is sharded
         self.is_together = first and not in_background and (ranks == 1 or not self._would_wait())
+        self.all_are_here = self.is_together and (ranks == 1 or not self.is_alone)
 
     def _would_wait(self) -> bool:
         return self.is_alone and self.state.adapter.sharding != "none"

@@ -18,9 +18,12 @@ from ..server.remote import RemoteEngine
 
 
 class Apart:
-    """Base and adapter apart, in vLLM's LoRA layers. Nothing is rounded that the trainer does not round too."""
+    """Base and adapter apart, in vLLM's LoRA layers. Nothing is rounded that the trainer does not round too.
 
-    rounds = False
+    copies: how often a probe is asked, so that each engine gets all of it.
+    """
+
+    rounds, copies = False, 1
 
     def __init__(self, engine: EngineHandle, adapter: Adapter) -> None:
         self._engine, self._adapter = engine, adapter
@@ -48,6 +51,8 @@ class Served(Apart):
 
     def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
         self._servers, self._adapter = engine, adapter
+        # ms-swift's client gives each server its share of the requests, one after the other
+        self.copies = len(engine.servers.urls) if engine.servers is not None else 1
 
     @contextlib.contextmanager
     def engine_without_adapter(self) -> Iterator[None]:
@@ -57,6 +62,8 @@ class Served(Apart):
 
 class Fused:
     """The adapter folded into the engine's weights, which are rounded once more than the trainer's."""
+
+    copies = 1
 
     def __init__(self, engine: EngineHandle, writer: FusedWriter) -> None:
         self._engine, self._writer = engine, writer

@@ -1,7 +1,10 @@
 """The ``reload`` transport of server mode: ``swift rollout`` takes each policy's adapter from a folder, or over HTTP.
 
-On the server, in the order of the data::
+In the order of the data, first the trainer, then each server::
 
+    remote.py    what a sync, the gate and a rollout ask of an engine, answered by servers: all of them switch, or none
+    store.py     each policy as a PEFT folder below the root
+    client.py    the calls: deadlines, retries, and errors that name the server
     protocol.py  the routes, what a policy is, and the digest that both sides compute
     routes.py    in the process of the web server: the routes, who may call them, all workers or none
     files.py     the only way in to the adapter's bytes: below the root, no links, limited

@@ -39,7 +39,11 @@ from .client import Servers
 from .protocol import BYTES, POLICY_HEADER, PROTOCOL, Policy, root_of
 from .store import Store, Stored
 
+ABORT_SECONDS = 10.0  # a server that hangs has cost its deadline already
 MISSING = 404  # what a server answers that does not see our folders
+
+
+Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
 
 
 class RemoteEngine:
@@ -53,7 +57,7 @@ class RemoteEngine:
         self.engine = getattr(trainer, "vllm_client", None) if trainer.accelerator.is_main_process else None
         self.servers: Servers | None = None
         self.policy: Policy | None = None  # what all of them serve
-        self._is_plain = False
+        self._is_plain = self._has_restored = False
         self._boots: list[str] = []
         self._restore: Callable[[], None] = lambda: None
         self._inlined: set[int] = set()  # servers that do not see our folders
@@ -61,8 +65,7 @@ class RemoteEngine:
             # no communicator was opened, and a server that hangs would keep the process from ending
             atexit.unregister(self.engine.close_communicator)
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
-            self.statuses = self._ask()
-            self._check_fit(self.statuses)
+            self.check_fit()
 
     @property
     def lora_dtype(self) -> torch.dtype | None:
@@ -89,9 +92,11 @@ class RemoteEngine:
         assert self.servers is not None
         return self.servers.each(lambda index: self.servers.get(index, "status"))  # type: ignore[union-attr]
 
-    def _check_fit(self, statuses: list[dict[str, Any]]) -> None:
+    def check_fit(self) -> None:
+        """Raise RolloutServerError where one cannot take policies from this trainer."""
         assert self.servers is not None
-        for url, status in zip(self.servers.urls, statuses):
+        self.statuses = self._ask()
+        for url, status in zip(self.servers.urls, self.statuses):
             if status.get("protocol") != PROTOCOL:
                 raise RolloutServerError(
                     f"Rollout server {url} speaks protocol {status.get('protocol')!r} of swift_lora_fix, this trainer "
@@ -121,7 +126,7 @@ class RemoteEngine:
             self.servers.each(lambda index: self._stage(index, stored) if index in chosen else None)
         except BaseException:
             with contextlib.suppress(RolloutServerError):
-                self._post("abort", chosen, {"policy": stored.policy.as_dict()})
+                self._post("abort", chosen, {"policy": stored.policy.as_dict()}, ABORT_SECONDS)
             raise
         self.policy = None  # from here on they may differ
         self._post("commit", chosen, {"policy": stored.policy.as_dict()})
@@ -130,10 +135,10 @@ class RemoteEngine:
         self.policy = stored.policy
         self._announce(stored.policy)
 
-    def _post(self, route: str, chosen: Any, content: dict[str, Any]) -> None:
+    def _post(self, route: str, chosen: Any, content: dict[str, Any], deadline: float | None = None) -> None:
         servers = self.servers
         assert servers is not None
-        servers.each(lambda index: servers.post(index, route, json=content) if index in chosen else None)
+        servers.each(lambda index: servers.post(index, route, deadline, json=content) if index in chosen else None)
 
     def _stage(self, index: int, stored: Stored) -> None:
         """By its folder where the server sees that, else in the body of the request."""
@@ -174,19 +179,28 @@ class RemoteEngine:
             yield
         finally:
             self._is_plain = False
-            self._post("serve", chosen, {"plain": False})
-            self._announce(self.policy)
+            try:
+                self._post("serve", chosen, {"plain": False})
+            finally:
+                self._announce(self.policy)
 
-    def make_ready(self) -> None:
-        """Before rollouts: servers that lost the policy get it again. Raises RolloutServerError for one that does not
-        come back within the deadline."""
+    def make_ready(self) -> bool:
+        """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
+        one that does not come back within the deadline."""
+        restored, self._has_restored = self._has_restored, False
         if self.lost():
             self._restore()
+            restored = True
+        return restored
 
     def generate(self, infer: Callable[[], Any]) -> Any:
         """Rollouts, each of the policy that was asked for. Servers that restart meanwhile are waited for, sent the
         policy again, and asked once more. Raises PolicyMismatchError for a rollout of another policy."""
-        policy = None if self._is_plain else self.policy
+        policy, plain = self.policy, self._is_plain
+        if policy is None:
+            raise EngineStateError(
+                "The rollout servers may serve different policies: nothing is generated until a sync."
+            )
         try:
             outputs = infer()
         except (RuntimeError, OSError) as error:  # ms-swift's client makes one RuntimeError of all that went wrong
@@ -195,7 +209,9 @@ class RemoteEngine:
             outputs = infer()
         for output in outputs:
             infos = getattr(output, "rollout_infos", None) or {}
-            if policy is not None and infos.get("policy_digest") != policy.digest:
+            if plain and not infos.get("policy_plain"):
+                raise PolicyMismatchError("A rollout server made a rollout by an adapter while the base was asked for.")
+            if not plain and infos.get("policy_digest") != policy.digest:
                 raise PolicyMismatchError(
                     f"A rollout was made by policy {infos.get('policy_digest')} of step {infos.get('policy_step')}, "
                     f"asked for was {policy.digest} of step {policy.step}. Nothing of this batch was used."
@@ -211,6 +227,7 @@ class RemoteEngine:
             self._restore()
         except RolloutServerError as gone:
             raise gone from error
+        self._has_restored = True
         return True
 
 
@@ -228,6 +245,7 @@ class RemoteWriter:
         self._report = WriteReport("none")
         self._stored: Stored | None = None
         self._version = 0
+        self._sums: Sums = {}
         self._run = uuid.uuid4().hex[:16]
         self._check = FiniteCheck(adapter, self._dtype, self.device, self.everywhere)
         if engine.servers is not None:
@@ -273,12 +291,12 @@ class RemoteWriter:
 
         All ranks together. Raises BaseMismatchError where one differs: servers keep the base of their folder.
         """
-        sums = _sums(model, self.adapter, self.device)
-        problem = self._on_main(lambda: self._compare(sums))
+        self._sums = _sums(model, self.adapter, self.device)
+        problem = self._on_main(lambda: self._compare(self._sums))
         if problem is not None:
             raise problem
 
-    def _compare(self, sums: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> None:
+    def _compare(self, sums: Sums) -> None:
         servers = self.engine.servers
         assert servers is not None
         for url, answer in zip(servers.urls, servers.each(lambda index: servers.get(index, "base"))):
@@ -360,7 +378,14 @@ class RemoteWriter:
         lost = self.engine.lost()
         if self._stored is None:
             raise EngineStateError("A rollout server restarted before the first policy was sent.")
-        self.engine.switch(self._stored, lost)
+        self.engine.check_fit()  # it may be another server by now
+        if self._sums:
+            self._compare(self._sums)
+        try:
+            self.engine.switch(self._stored, lost)
+        except RolloutServerError:
+            self.engine.policy = self._stored.policy  # which the others serve, and this one shall
+            raise
         info(f"sent the policy of step {self._stored.policy.step} again to {len(lost)} rollout servers.")
 
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
@@ -379,9 +404,7 @@ class RemoteWriter:
         return problem
 
 
-def _sums(
-    model: torch.nn.Module, adapter: Adapter, device: torch.device
-) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:
     """Dtype, whole shape and checksum of each frozen parameter; gathered one at a time where they are sharded."""
     found = {}
     for name, parameter in adapters.frozen_parameters(model):

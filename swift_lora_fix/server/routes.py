@@ -40,7 +40,6 @@ from .protocol import (
 )
 
 JSON_LIMIT = 1 << 20
-DEFAULT_PORT = 8000  # ms-swift's DeployArguments.port
 DRAIN_LIMIT = 256 << 20
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _INFER = "/infer"
@@ -81,7 +80,9 @@ def install(server: Any) -> None:
 def _keep_port(args: Any, command: Sequence[str]) -> None:
     """Have a server that restarts be where its trainer looks for it: ms-swift silently takes the next port while
     connections of the server before linger (``find_free_port`` binds without SO_REUSEADDR, uvicorn with it)."""
-    asked = next((value for name, value in zip(command, command[1:]) if name == "--port"), str(DEFAULT_PORT))
+    given = [value for name, value in zip(command, command[1:]) if name == "--port"]
+    given += [word.removeprefix("--port=") for word in command if word.startswith("--port=")]
+    asked = given[-1] if given else ""
     if not asked.isdecimal() or int(asked) in (0, args.port):
         return
     with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
@@ -259,6 +260,7 @@ class Reload:
         before = self.policy and self.policy.as_dict()
         answers = self._ask("restore", policy=policy.as_dict())
         if not _failures(answers) and all(answer["serves"] == before for answer in answers):
+            self._ask("serve", plain=self.plain)  # those that committed left that
             return f" Every worker serves {self.policy or 'nothing'}, as before."
         self._ask("drop")
         self.policy = None

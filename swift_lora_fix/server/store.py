@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import enum
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
+from ..errors import SettingsError
 from ..fork.atomic import all_or_nothing
+from ..settings import Settings
 from .protocol import CONFIG, WEIGHTS, Policy, config_bytes, content_digest
 
 KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
@@ -43,6 +46,8 @@ class Store:
         self.root, self.run = root, run
         self._folders: list[Path] = []
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.stat().st_uid != os.geteuid() and str(root) == Settings.root:
+            raise SettingsError(f"{root} belongs to somebody else: set SWIFT_LORA_FIX_ROOT to a folder of your own.")
         atexit.register(self.clear)
 
     def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:

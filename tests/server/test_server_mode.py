@@ -135,7 +135,9 @@ def test_no_nccl_is_opened(trained: Run, resumed: Run, servers: list[RolloutServ
     for run in (trained, resumed):
         assert "NCCL" not in run.log.replace("VLLM_DISABLE_PYNCCL", "")
     for server in servers:
-        assert "update_" not in server.log and "init_communicator" not in server.log.split("Application startup")[0]
+        assert "POST /update_" not in server.log and "GET /get_world_size/" in server.log, (
+            "and was told of nobody there"
+        )
 
 
 def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: Run) -> None:
@@ -143,6 +145,18 @@ def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: R
     first, before = resumed.probes()[0], trained.probes()[SAVED]
     assert first["step"] == SAVED and first["policies"] == before["policies"], "the very policy, digest and all"
     assert first["tokens"] == before["tokens"]
+
+
+def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[RolloutServer], resumed: Run) -> None:
+    """--async_generate: the policy waits for the rollouts under way, and the first sync for none."""
+    run = trainer("background", model, folder, servers, async_generate="true", max_steps=3)
+    run.probe = False  # it would compare with a trainer that has gone on meanwhile
+    run.start()
+    assert run.returncode == 0, run.log[-4000:]
+    synced = metrics(run)
+    assert len(synced) >= 2 and "does not serve" not in run.log
+    status = requests.get(f"{servers[0].url}/swift_lora_fix/status/", timeout=10).json()
+    assert status["policy"]["run"] not in str(resumed.probes()) and status["policy"]["step"] >= 2
 
 
 def test_a_server_that_hangs_ends_the_run_with_its_name(
@@ -167,4 +181,4 @@ def test_a_server_that_hangs_ends_the_run_with_its_name(
     assert run.returncode not in (0, None, -signal.SIGKILL)
     assert f"{servers[1].url}" in run.log and "within 5 s" in run.log
     served = requests.get(f"{servers[0].url}/swift_lora_fix/status/", timeout=10).json()["policy"]
-    assert served["step"] == 1, "nothing was half done"
+    assert served["step"] == 1 and served["digest"] not in str(run.probes()), "its rollout was never made"

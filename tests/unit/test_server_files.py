@@ -105,7 +105,10 @@ def test_what_is_no_object(text: Any, phrase: str) -> None:
 
 
 def test_settings() -> None:
-    assert root_of({}) == "/dev/shm/swift_lora_fix" and root_of({"SWIFT_LORA_FIX_ROOT": "/a//b/../c/"}) == "/a/c"
+    assert (
+        root_of({}) == f"/dev/shm/swift_lora_fix-{os.geteuid()}"
+        and root_of({"SWIFT_LORA_FIX_ROOT": "/a//b/../c/"}) == "/a/c"
+    )
     assert limit_of({}) == 8 << 30 and limit_of({"SWIFT_LORA_FIX_MAX_MIB": "3"}) == 3 << 20
     with pytest.raises(errors.SettingsError, match="SWIFT_LORA_FIX_ROOT='here'"):
         root_of({"SWIFT_LORA_FIX_ROOT": "here"})

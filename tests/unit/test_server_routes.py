@@ -443,6 +443,9 @@ def test_a_server_that_restarts_keeps_its_port(caplog: pytest.LogCaptureFixture)
         assert args.port == port + 1 and f"port {port} is taken" in caplog.text, "somebody listens"
     routes._keep_port(args, ["rollout.py", "--port", str(port)])
     assert args.port == port
-    args.port = 8001
-    routes._keep_port(args, ["rollout.py", "--port", "0"])
-    assert args.port == 8001, "any port was asked for"
+    for command in (["--port", "0"], [], ["--host", "8000"], ["--port=8001"]):
+        args.port = 8001
+        routes._keep_port(args, ["rollout.py", *command])
+        assert args.port == 8001, command
+    routes._keep_port(args, ["rollout.py", f"--port={port}"])
+    assert args.port == port

@@ -178,7 +178,7 @@ def test_a_server_that_cannot_stage_leaves_all_with_the_previous_policy(model: A
 
 
 def test_where_one_server_fails_to_switch_all_go_back(model: Any, scripts: list[Scripted]) -> None:
-    _, writer = writer_for(model, scripts)
+    trainer, writer = writer_for(model, scripts)
     first = send(writer)
     change(model)
     scripts[0].faults["commit"] = [(500, {"message": "out of memory"}, {})]
@@ -186,6 +186,7 @@ def test_where_one_server_fails_to_switch_all_go_back(model: Any, scripts: list[
         send(writer)
     assert [script.policy["digest"] for script in scripts] == [first, first]
     assert [script.policy["version"] for script in scripts] == [3, 3] and writer.is_current()
+    assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [3, 3]
 
 
 def test_a_server_without_the_folder_gets_the_bytes(model: Any, scripts: list[Scripted]) -> None:
@@ -257,15 +258,51 @@ def test_a_rollout_of_another_policy_is_refused(model: Any, scripts: list[Script
             writer.engine.generate(lambda outputs=outputs: outputs)
 
 
+def test_a_server_that_cannot_be_given_the_policy_again_stays_lost(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].faults["stage"] = [(422, {"message": "no memory"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="no memory"):
+        writer.engine.make_ready()
+    assert not writer.is_current() and writer.engine.make_ready() and writer.is_current()
+    assert not writer.engine.make_ready() and kept
+
+
+def test_a_server_that_comes_back_with_another_base_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    writer.prove_base(model)
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].sums = {name: [dtype, shape, total + 1] for name, (dtype, shape, total) in scripts[1].sums.items()}
+    with pytest.raises(errors.BaseMismatchError, match=scripts[1].url):
+        writer.engine.make_ready()
+    assert scripts[1].policy is None and kept
+
+
+def test_nothing_is_generated_while_servers_may_differ(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    with pytest.raises(errors.EngineStateError, match="may serve different policies"):
+        writer.engine.generate(list)
+    assert kept
+
+
 def test_the_plain_base_is_asked_for_and_given_back(model: Any, scripts: list[Scripted]) -> None:
     trainer, writer = writer_for(model, scripts)
     send(writer)
     with pytest.raises(ZeroDivisionError), writer.engine.plain():
         assert all(script.plain for script in scripts)
         assert POLICY_HEADER not in trainer.vllm_client.sessions[0].headers
+        plain = [SimpleNamespace(rollout_infos={"policy_plain": True})]
+        assert writer.engine.generate(lambda: plain) is plain
+        with pytest.raises(errors.PolicyMismatchError, match="while the base was asked for"):
+            writer.engine.generate(lambda: [SimpleNamespace(rollout_infos={"policy_digest": "x"})])
         raise ZeroDivisionError
     assert not any(script.plain for script in scripts) and writer.is_current()
-    assert POLICY_HEADER in trainer.vllm_client.sessions[0].headers
+    scripts[0].faults["serve"] = [None, (500, {"message": "worker 0 ended"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="worker 0 ended"), writer.engine.plain():
+        pass
+    assert POLICY_HEADER in trainer.vllm_client.sessions[0].headers, "the server refuses what it was not asked for"
 
 
 def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scripted]) -> None:
