@@ -38,6 +38,8 @@ class Settings:
         is) or ``reload`` (the adapter goes over a folder or in the request body; set it for the servers as well).
     server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds within which a rollout server must have answered a
         call, retries included; 300 is the default.
+    rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one call for rollouts may take; 3600 is the
+        default. A server that makes rollouts answers nothing else, so whether it hangs is not to be seen earlier.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
     root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path; the
         same on both sides, where both see it. ``/dev/shm/swift_lora_fix-UID`` is the default.
@@ -52,6 +54,7 @@ class Settings:
     lost_share: float = 0.5
     transport: str = "nccl"
     server_deadline: int = 300
+    rollout_deadline: int = 3600
     api_key: str = field(default="", repr=False)
     root: str = f"/dev/shm/swift_lora_fix-{os.geteuid()}"
     max_mib: int = 8192
@@ -72,6 +75,7 @@ class Settings:
             lost_share=_share(environment, "SWIFT_LORA_FIX_LOST_SHARE", cls.lost_share),
             transport=_choice(environment, "SWIFT_LORA_FIX_TRANSPORT", cls.transport, _TRANSPORTS),
             server_deadline=_count(environment, "SWIFT_LORA_FIX_SERVER_DEADLINE", cls.server_deadline, least=1),
+            rollout_deadline=_count(environment, "SWIFT_LORA_FIX_ROLLOUT_DEADLINE", cls.rollout_deadline, least=1),
             api_key=environment.get("SWIFT_LORA_FIX_API_KEY", "").strip(),
             root=_folder(environment, "SWIFT_LORA_FIX_ROOT", cls.root),
             max_mib=_count(environment, "SWIFT_LORA_FIX_MAX_MIB", cls.max_mib, least=1),

@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 from .. import origin, sync
 from ..proof import guard
-from ..server.remote import authorize
+from ..server.remote import prepare_client
 from .registry import Patch, PatchSet
 
 Args = tuple[Any, ...]
@@ -14,7 +14,7 @@ Kwargs = dict[str, Any]
 
 
 def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    authorize(getattr(trainer, "vllm_client", None))
+    prepare_client(getattr(trainer, "vllm_client", None))
     result = wrapped(*args, **kwargs)
     sync.begin(trainer)
     return result

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import requests
+import requests.adapters
 
 from ..errors import RolloutServerError
 from ..log import info
@@ -73,6 +74,17 @@ class Servers:
                 failure.status = response.status_code
                 raise failure
             return _json(url, response)
+
+
+class Patient(requests.adapters.HTTPAdapter):
+    """Of a session whose calls name no timeout: ``seconds`` to answer, once connected."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def send(self, request: Any, stream: Any = False, timeout: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().send(request, stream, timeout or (CONNECT_SECONDS, self.seconds), *args, **kwargs)
 
 
 class _Patience:

@@ -35,7 +35,7 @@ from ..errors import (
 )
 from ..log import info, warning
 from ..settings import Settings
-from .client import Servers
+from .client import Patient, Servers
 from .protocol import BYTES, POLICY_HEADER, PROTOCOL, Policy, root_of
 from .store import Store, Stored
 
@@ -413,8 +413,14 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
     return found
 
 
-def authorize(client: Any) -> None:
-    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY; None is no client."""
-    key = Settings.from_environment().api_key
-    for session in client.sessions if client is not None and key else ():
-        session.headers["Authorization"] = f"Bearer {key}"
+def prepare_client(client: Any) -> None:
+    """Have ms-swift's ``VLLMClient``, which knows no key and waits for ever, send that of SWIFT_LORA_FIX_API_KEY and
+    give a rollout up after SWIFT_LORA_FIX_ROLLOUT_DEADLINE. Before it asks servers anything; None is no client."""
+    settings = Settings.from_environment()
+    if client is None or settings.transport != "reload":
+        return
+    for session in client.sessions:
+        if settings.api_key:
+            session.headers["Authorization"] = f"Bearer {settings.api_key}"
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Patient(settings.rollout_deadline))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 import torch
 
 from swift_lora_fix import adapter, errors
@@ -326,10 +327,23 @@ def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]
 def test_the_key_goes_with_every_call(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_API_KEY", "secret")
     trainer, writer = writer_for(model, scripts)
-    remote.authorize(trainer.vllm_client)
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    trainer.vllm_client.sessions = [requests.Session() for _ in scripts]
+    remote.prepare_client(trainer.vllm_client)
     send(writer)
     assert {headers["Authorization"] for script in scripts for headers in script.headers} == {"Bearer secret"}
     assert trainer.vllm_client.sessions[0].headers["Authorization"] == "Bearer secret"
+
+
+def test_a_server_that_hangs_in_a_rollout_is_given_up(scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ms-swift's client names no timeout."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROLLOUT_DEADLINE", "1")
+    client = SimpleNamespace(sessions=[requests.Session()])
+    remote.prepare_client(client)
+    scripts[0].faults["infer"] = [lambda: time.sleep(3)]
+    with pytest.raises(requests.ReadTimeout, match="read timeout=1"):
+        client.sessions[0].post(f"{scripts[0].url}/infer/", json={})
 
 
 def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
