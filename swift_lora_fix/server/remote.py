@@ -62,8 +62,7 @@ class RemoteEngine:
         self._restore: Callable[[], None] = lambda: None
         self._inlined: set[int] = set()  # servers that do not see our folders
         if self.engine is not None:
-            # no communicator was opened, and a server that hangs would keep the process from ending
-            atexit.unregister(self.engine.close_communicator)
+            _drop_communicators(self.engine)
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.check_fit()
 
@@ -411,6 +410,18 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
         with adapters.whole([parameter], adapter.sharding, device) as (value,):
             found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
     return found
+
+
+def _drop_communicators(client: Any) -> None:
+    """Of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to each server as
+    the process ends, and wait for one that hangs; and of vLLM 0.17's group, Python closes the socket that the store
+    goes on listening on, which ends the process with SIGABRT."""
+    atexit.unregister(client.close_communicator)
+    for communicator in client.pynccl_comms:
+        listening = getattr(communicator.group, "socket", None)
+        if listening is not None:
+            listening.detach()  # the store closes it
+    client.pynccl_comms.clear()
 
 
 def prepare_client(client: Any) -> None:

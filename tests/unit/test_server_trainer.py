@@ -114,7 +114,10 @@ def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
     return Trainer(
         model=model,
         vllm_client=SimpleNamespace(
-            base_urls=[script.url for script in scripts], sessions=sessions, close_communicator=lambda: None
+            base_urls=[script.url for script in scripts],
+            sessions=sessions,
+            close_communicator=lambda: None,
+            pynccl_comms=[],
         ),
         accelerator=SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu")),
         state=SimpleNamespace(global_step=0),
