@@ -233,7 +233,7 @@ def updates(engine: Engine, config: Any, tensors: Any, count: int, found: dict[s
     for adapter in (10, 11, 20, 21, 22, 23, 31):
         engine.wait(engine.engine.remove_lora(adapter))
     pids = family()
-    before, memory, latest = shm.abandoned(), [], tensors
+    before, memory, latest = shm.names(), [], tensors
     start = time.perf_counter()
     for step in range(count):
         latest = {name: tensor + 0.02 * torch.randn(tensor.shape) for name, tensor in tensors.items()}
@@ -243,7 +243,7 @@ def updates(engine: Engine, config: Any, tensors: Any, count: int, found: dict[s
     found["update_seconds"] = (time.perf_counter() - start) / count
     found["path"] = [type(writer).__name__ for writer in sending.ledger_of(engine.engine).writers.values()]
     found["growth_mib"] = max(memory[-5:]) - max(memory[len(memory) // 4 : len(memory) // 4 + 5])
-    found["new_in_shm"] = sorted(shm.abandoned() - before)
+    found["new_in_shm"] = sorted(shm.names() - before)
     request = LoRATensorRequest("policy", 40, config, latest)
     served = engine.generate(_as_loaded(engine, request))
     found["updated"] = served == engine.generate(LoRATensorRequest("sent", 41, config, latest))
@@ -264,7 +264,7 @@ def killed(engine: Engine, config: Any, tensors: Any, found: dict[str, Any]) -> 
     others = [pid for pid in family() if pid != os.getpid()]
     for pid in others:
         os.kill(pid, signal.SIGSTOP)
-    before = shm.abandoned()
+    before = shm.names()
     request = LoRATensorRequest("late", 50, config, tensors)
     # vLLM's own call never returns when its engine dies meanwhile (SyncMPClient.call_utility), so not in this thread
     threading.Thread(target=refusal, args=(engine, request, "add"), daemon=True).start()
@@ -278,7 +278,7 @@ def killed(engine: Engine, config: Any, tensors: Any, found: dict[str, Any]) -> 
     time.sleep(1.0)
     found["dead"] = refusal(engine, LoRATensorRequest("later", 51, config, tensors), "add")
     found["open_dead"] = segments_open()  # of the call that vLLM leaves hanging
-    found["new_in_shm_dead"] = sorted(shm.abandoned() - before)
+    found["new_in_shm_dead"] = sorted(shm.names() - before)
 
 
 def cancelled(engine: Engine, config: Any, tensors: Any, found: dict[str, Any]) -> None:

@@ -154,11 +154,11 @@ def test_another_process_reads_what_was_written(written: segment.Segment, tensor
             with safetensors.safe_open(path, "pt") as file:
                 print(json.dumps({{name: file.get_tensor(name).float().tolist() for name in file.keys()}}))
     """
-    before = shm.abandoned()
+    before = shm.names()
     done = forks.run(textwrap.dedent(script), timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {name: tensors[name].float().tolist() for name in tensors}
-    assert shm.abandoned() <= before
+    assert shm.names() <= before
 
 
 def test_what_is_released_is_gone(written: segment.Segment) -> None:
@@ -181,7 +181,7 @@ def test_a_sender_that_is_killed_leaves_nothing() -> None:
         print(made.address, flush=True)
         time.sleep(60)
     """
-    before = shm.abandoned()
+    before = shm.names()
     sender = forks.start(textwrap.dedent(script), environment=dict(os.environ))
     said: list[segment.Address] = []
     deadline = time.monotonic() + 60
@@ -197,7 +197,7 @@ def test_a_sender_that_is_killed_leaves_nothing() -> None:
     assert sender.wait() == -signal.SIGKILL
     with pytest.raises(errors.SegmentError, match="has ended or released it"), segment.opened(address):
         pass
-    assert shm.abandoned() <= before
+    assert shm.names() <= before
 
 
 def test_it_is_sealed(written: segment.Segment) -> None:
