@@ -120,6 +120,11 @@ class _Examination:
             return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
         writer = self.state.writer
         if isinstance(writer, RemoteWriter):
+            if self._would_wait() and not self.state.audit_is_said:
+                self.state.audit_is_said = True
+                info(
+                    "rollout servers and a sharded trainer: without the agreement gate, which all ranks would have to make."
+                )
             return None  # each server has compared what it was sent, and says which policy made each rollout
         if isinstance(writer, FusedWriter):
             finding = self._audit_merged(writer, due)
