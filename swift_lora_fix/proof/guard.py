@@ -122,9 +122,7 @@ class _Examination:
         if isinstance(writer, RemoteWriter):
             if self._would_wait() and not self.state.audit_is_said:
                 self.state.audit_is_said = True
-                info(
-                    "rollout servers and a sharded trainer: without the agreement gate, which all ranks would have to make."
-                )
+                info("rollout servers and a sharded trainer: no agreement gate, which all ranks would have to make.")
             return None  # each server has compared what it was sent, and says which policy made each rollout
         if isinstance(writer, FusedWriter):
             finding = self._audit_merged(writer, due)
