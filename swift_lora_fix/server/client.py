@@ -32,10 +32,11 @@ class Servers:
         self.urls, self.deadline = tuple(url.rstrip("/") for url in urls), deadline
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def each(self, call: Callable[[int], Answer]) -> list[Answer]:
-        """``call`` with each server's index, all at once. Raises RolloutServerError with what each failing one said."""
+    def each(self, call: Callable[[int], Answer], only: Sequence[int] | None = None) -> list[Answer]:
+        """``call`` with the index of each server, or of ``only`` some, all at once. Raises RolloutServerError with what
+        each failing one said."""
         with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
-            futures = [pool.submit(call, index) for index in range(len(self.urls))]
+            futures = [pool.submit(call, index) for index in (range(len(self.urls)) if only is None else only)]
         failed = [error for error in (future.exception() for future in futures) if error is not None]
         ours = [error for error in failed if isinstance(error, RolloutServerError)]
         if len(ours) < len(failed):

@@ -59,7 +59,7 @@ class RemoteEngine:
         self.policy: Policy | None = None  # what all of them serve
         self._is_plain = self._has_restored = False
         self._boots: list[str] = []
-        self._restore: Callable[[], None] = lambda: None
+        self._restore: Callable[[list[int]], None] = lambda lost: None
         self._inlined: set[int] = set()  # servers that do not see our folders
         if self.engine is not None:
             _drop_communicators(self.engine)
@@ -83,8 +83,8 @@ class RemoteEngine:
     def reset_caches(self) -> None:
         """Servers do that when they switch."""
 
-    def on_restart(self, restore: Callable[[], None]) -> None:
-        """``restore`` sends the policy to the servers that lost it; from the main rank alone."""
+    def on_restart(self, restore: Callable[[list[int]], None]) -> None:
+        """``restore`` sends the policy to these servers, which lost it; from the main rank alone."""
         self._restore = restore
 
     def _ask(self) -> list[dict[str, Any]]:
@@ -119,25 +119,26 @@ class RemoteEngine:
     def switch(self, stored: Stored, only: list[int] | None = None) -> None:
         """Have all servers (or ``only`` some) serve a policy. Raises RolloutServerError with the failing servers' own
         messages: then all of them serve what they served before, unless the message says otherwise."""
-        assert self.servers is not None and self.engine is not None
-        chosen = range(len(self.servers.urls)) if only is None else only
+        assert self.servers is not None
         try:
-            self.servers.each(lambda index: self._stage(index, stored) if index in chosen else None)
+            self.servers.each(lambda index: self._stage(index, stored), only)
         except BaseException:
             with contextlib.suppress(RolloutServerError):
-                self._post("abort", chosen, {"policy": stored.policy.as_dict()}, ABORT_SECONDS)
+                self._post("abort", {"policy": stored.policy.as_dict()}, only, ABORT_SECONDS)
             raise
         self.policy = None  # from here on they may differ
-        self._post("commit", chosen, {"policy": stored.policy.as_dict()})
+        self._post("commit", {"policy": stored.policy.as_dict()}, only)
         self.statuses = self._ask()
         self._boots = [status["boot"] for status in self.statuses]
         self.policy = stored.policy
         self._announce(stored.policy)
 
-    def _post(self, route: str, chosen: Any, content: dict[str, Any], deadline: float | None = None) -> None:
+    def _post(
+        self, route: str, content: dict[str, Any], only: list[int] | None = None, deadline: float | None = None
+    ) -> None:
         servers = self.servers
         assert servers is not None
-        servers.each(lambda index: servers.post(index, route, deadline, json=content) if index in chosen else None)
+        servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
 
     def _stage(self, index: int, stored: Stored) -> None:
         """By its folder where the server sees that, else in the body of the request."""
@@ -169,17 +170,15 @@ class RemoteEngine:
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
         """The servers without the adapter, for the gate."""
-        assert self.servers is not None
-        chosen = range(len(self.servers.urls))
         self._announce(None)
         self._is_plain = True
         try:
-            self._post("serve", chosen, {"plain": True})
+            self._post("serve", {"plain": True})
             yield
         finally:
             self._is_plain = False
             try:
-                self._post("serve", chosen, {"plain": False})
+                self._post("serve", {"plain": False})
             finally:
                 self._announce(self.policy)
 
@@ -187,8 +186,9 @@ class RemoteEngine:
         """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
         one that does not come back within the deadline."""
         restored, self._has_restored = self._has_restored, False
-        if self.lost():
-            self._restore()
+        lost = self.lost()
+        if lost:
+            self._restore(lost)
             restored = True
         return restored
 
@@ -221,9 +221,10 @@ class RemoteEngine:
         """Whether servers lost the policy, and have it again now."""
         warning(f"a rollout failed: {str(error)[:500]}; looking after the rollout servers.")
         try:
-            if self._is_plain or not self.lost():
+            lost = [] if self._is_plain else self.lost()
+            if not lost:
                 return False
-            self._restore()
+            self._restore(lost)
         except RolloutServerError as gone:
             raise gone from error
         self._has_restored = True
@@ -254,7 +255,7 @@ class RemoteWriter:
                     f"Adapter {adapter.name!r} has rank {adapter.max_rank}, a rollout server has room for "
                     f"{engine.max_lora_rank}: start it with --vllm_max_lora_rank {adapter.max_rank}."
                 )
-        engine.on_restart(self._send_to_lost)
+        engine.on_restart(self._send_to)
 
     @property
     def place(self) -> str:
@@ -373,8 +374,7 @@ class RemoteWriter:
         self._stored = again
         info(f"the rollout servers serve the previous policy, of step {previous.policy.step}.")
 
-    def _send_to_lost(self) -> None:
-        lost = self.engine.lost()
+    def _send_to(self, lost: list[int]) -> None:
         if self._stored is None:
             raise EngineStateError("A rollout server restarted before the first policy was sent.")
         self.engine.check_fit()  # it may be another server by now

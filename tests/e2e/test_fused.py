@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 import pytest
 
@@ -26,24 +25,19 @@ def fused(suffix: str):  # type: ignore[no-untyped-def]
     return pytest.mark.parametrize("name", runs)
 
 
-def metrics(run: Run) -> list[dict]:
-    lines = [json.loads(line) for line in (run.output / "logging.jsonl").read_text().splitlines()]
-    return [line for line in lines if "lora_sync/seconds" in line]
-
-
 @fused("")
 def test_the_engine_agrees_at_every_step(run: Run, name: str) -> None:
     assert run.returncode == 0, run.log[-3000:]
     assert "armed, fused mode" in run.log and "trainer = engine's weights, folded in at 15 proved places" in run.log
     assert [probe["step"] for probe in run.probes()] == [0, 1, 2]
-    for probe, line in zip(run.probes(), metrics(run), strict=True):
+    for probe, line in zip(run.probes(), run.metrics(), strict=True):
         noise = line["lora_sync/noise_floor"] + line["lora_sync/mismatch_rounding"]
         assert probe["mean"] < 2 * noise and line["lora_sync/mismatch_mean"] < 2 * noise, (probe, line)
         assert noise < 0.05 and line["lora_sync/mismatch_rounding"] > 0, "as quiet as bf16 rounding is"
         assert f"engine and trainer agree at step {probe['step']}" in run.log
     assert bounds.is_large(run.probes()[2], run.probes()[0] | {"mean": 0.005}), "a missing adapter would be noticed"
-    assert metrics(run)[2]["lora_sync/distinguishable"] == 1
-    assert 0 < metrics(run)[2]["lora_sync/lost_share"] < 0.2
+    assert run.metrics()[2]["lora_sync/distinguishable"] == 1
+    assert 0 < run.metrics()[2]["lora_sync/lost_share"] < 0.2
 
 
 @fused("")
@@ -90,6 +84,6 @@ def test_auto_measures_takes_the_fused_mode_and_gives_it_up_again(run: Run) -> N
     places = ["engine's LoRA slots", "engine's weights, folded in", "engine's LoRA slots"]
     said = [line for line in run.log.splitlines() if "chain of custody" in line]
     assert len(said) == 3 and all(place in line for place, line in zip(places, said))
-    for probe, line in zip(run.probes(), metrics(run), strict=True):
+    for probe, line in zip(run.probes(), run.metrics(), strict=True):
         assert probe["mean"] < 3 * line["lora_sync/noise_floor"], probe
         assert probe["base_changed"] == probe["lora_changed_by_sync"] == probe["merge_calls"] == 0

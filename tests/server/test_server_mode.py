@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -101,14 +100,9 @@ def resumed(model: Path, folder: Path, servers: list[RolloutServer], trained: Ru
     return run.start()
 
 
-def metrics(run: Run) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run.output / "logging.jsonl").read_text().splitlines()]
-    return [line for line in lines if "lora_sync/seconds" in line]
-
-
 def assert_serves_the_trainer(run: Run) -> None:
     assert run.returncode == 0, run.log[-4000:]
-    floor = metrics(run)[0]["lora_sync/noise_floor"]
+    floor = run.metrics()[0]["lora_sync/noise_floor"]
     assert 0 < floor < 0.05
     for probe in run.probes():
         assert probe["mean"] < bounds.MEAN_BOUND * floor, (probe, floor)
@@ -153,7 +147,7 @@ def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[Rol
     run.probe = False  # it would compare with a trainer that has gone on meanwhile
     run.start()
     assert run.returncode == 0, run.log[-4000:]
-    synced = metrics(run)
+    synced = run.metrics()
     assert len(synced) >= 2 and "does not serve" not in run.log
     status = requests.get(f"{servers[0].url}/swift_lora_fix/status/", timeout=10).json()
     assert status["policy"]["run"] not in str(resumed.probes()) and status["policy"]["step"] >= 2

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PLUGINS = Path(__file__).resolve().parent / "plugins"
 REPOSITORY = PLUGINS.parents[2]
@@ -54,15 +54,13 @@ class Run:
         path = self.folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """What ms-swift logged, a record a step that synced."""
+        lines = [json.loads(line) for line in (self.output / "logging.jsonl").read_text().splitlines()]
+        return [line for line in lines if "lora_sync/seconds" in line]
+
     def command(self) -> list[str]:
-        cli = subprocess.check_output(
-            [
-                str(self.python),
-                "-c",
-                "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])",
-            ],
-            text=True,
-        ).strip()
+        cli = swift_folder(self.python)
         launcher = [str(self.python)]
         if self.ranks > 1:
             launcher += [
@@ -75,8 +73,8 @@ class Run:
         plugins += [*self.plugins, *([FIX] if self.fixed else []), PLUGINS / "slf_rewards.py"]
         plugins += [PLUGINS / "slf_probe.py"] if self.probe else []
         plugins += self.last_plugins
-        command = [*launcher, f"{cli}/cli/rlhf.py", "--external_plugins", *map(str, plugins)]
-        for name, value in {**self._defaults(Path(cli).parent), **self.arguments}.items():
+        command = [*launcher, str(cli / "cli" / "rlhf.py"), "--external_plugins", *map(str, plugins)]
+        for name, value in {**self._defaults(cli.parent), **self.arguments}.items():
             if value is None:  # not even its default
                 continue
             command += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
@@ -86,27 +84,14 @@ class Run:
         """Run it to its end; the exit status is in ``returncode``, never raised."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {
-            **os.environ,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if self.ranks > 1 else {}),  # vLLM 0.11 does not know it
-            "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "SLF_PROBE_FILE": str(self.folder / "probe.jsonl"),
             **self.environment,
         }
         with open(self.folder / "log.txt", "w") as log:
-            process = subprocess.Popen(
-                self.command(),
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+            process = launch(self.command(), environment, self.folder, log)
             try:
                 self.returncode = process.wait(TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
@@ -158,6 +143,31 @@ class Run:
             "add_version": "false",
             "dataloader_num_workers": 0,
         }
+
+
+def swift_folder(python: Path) -> Path:
+    """Where ms-swift is installed for this Python."""
+    code = "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])"
+    return Path(subprocess.check_output([str(python), "-c", code], text=True).strip())
+
+
+def launch(command: list[str], environment: dict[str, str], folder: Path, log: IO[Any]) -> subprocess.Popen[bytes]:
+    """Start a command of ms-swift's on the CPU, in a session of its own; ``environment`` comes on top."""
+    everywhere = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **everywhere, **environment},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        cwd=folder,
+        start_new_session=True,
+    )
 
 
 def free_port() -> int:

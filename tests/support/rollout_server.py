@@ -15,7 +15,7 @@ from typing import Any
 
 import requests
 
-from tests.support.driver import FIX, PLUGINS, this_python
+from tests.support.driver import FIX, PLUGINS, launch, swift_folder, this_python
 
 START_SECONDS = 300
 
@@ -49,10 +49,9 @@ class RolloutServer:
         return (self.folder / "server.txt").read_text(errors="replace")
 
     def command(self) -> list[str]:
-        code = "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])"
-        cli = subprocess.check_output([str(this_python()), "-c", code], text=True).strip()
+        script = swift_folder(this_python()) / "cli" / "rollout.py"
         plugins = [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py", FIX]
-        command = [str(this_python()), f"{cli}/cli/rollout.py", "--external_plugins", *map(str, plugins)]
+        command = [str(this_python()), str(script), "--external_plugins", *map(str, plugins)]
         defaults = {
             "model": self.model,
             "model_type": "qwen2",
@@ -73,26 +72,13 @@ class RolloutServer:
         """Returns at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {
-            **os.environ,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_DISABLE_PYNCCL": "1",
-            "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             "SWIFT_LORA_FIX_TRANSPORT": "reload",
             **self.environment,
         }
         with open(self.folder / "server.txt", "ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+            self.process = launch(self.command(), environment, self.folder, log)
         return self
 
     def wait(self) -> RolloutServer:
