@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +120,19 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     return Adapter(
         adapter_name, tuple(entries), config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
     )
+
+
+def of_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Adapter:
+    """An adapter that an engine received: ``tensors`` by PEFT key, in the trainer's order and chunks, with the scaling
+    in B already. config: PEFT's, as in ``adapter_config.json``."""
+    entries = []
+    for key, tensor in tensors.items():
+        is_b = "lora_B" in key or "lora_embedding_B" in key
+        rank = int(tensor.shape[1] if is_b else tensor.shape[0])
+        parameter: Any = tensor  # whoever reads an adapter reads values alone
+        entries.append(AdapterEntry(key, parameter, 1.0, rank, {key: tensor}, key, None))
+    parameters = tuple(entry.parameter for entry in entries)
+    return Adapter(name, tuple(entries), config, "none", (), tuple(_chunks(entries)), parameters)
 
 
 def _sharding(parameters: Sequence[torch.nn.Parameter]) -> Literal["none", "zero3", "fsdp2"]:

@@ -91,11 +91,8 @@ def arm() -> None:
             wrapt.register_post_import_hook(_on_rollout, name)
         for name in releases.megatron_modules():
             wrapt.register_post_import_hook(_on_megatron, name)
-        if Settings.from_environment().transport == "reload":
-            from .patches import server
-
-            for name in server.modules():
-                wrapt.register_post_import_hook(_on_server, name)
+        for name in releases.server_modules():
+            wrapt.register_post_import_hook(_on_server, name)
 
 
 def apply(mode: str | None = None) -> Status:
@@ -250,11 +247,17 @@ def _on_megatron(module: ModuleType) -> None:
 
 
 def _on_server(module: ModuleType) -> None:
-    """Whoever asks for this transport by name must not get another one: what is missing is raised out of the import."""
-    if _arming.armed:
-        from .patches import server
+    """Whoever asks for a transport by name must not get another one: what is missing is raised out of the import."""
+    if not _arming.armed:
+        return
+    from .patches import server
 
-        server.of(module).apply(module)
+    try:
+        server.SERVER.apply(module)
+    except SwiftLoraFixError as error:
+        if Settings.from_environment().transport:
+            raise
+        warning(f"stepping aside, ms-swift's rollout server runs as it is: {error}")
 
 
 def _refuse_megatron(name: str) -> None:

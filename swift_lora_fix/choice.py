@@ -23,7 +23,7 @@ from .log import info
 from .proof import audit
 from .proof.gate import Infer, altered, same_random_state
 from .proof.serving import Apart
-from .server.remote import RemoteWriter
+from .server.writer import RemoteWriter
 from .state import SyncState
 
 REPEATS = 3

@@ -34,7 +34,7 @@ class UnsupportedTrainerError(SwiftLoraFixError, NotImplementedError):
 class RolloutServerError(SwiftLoraFixError, ConnectionError):
     """A rollout server refused something, failed, or did not answer in time; the message has its own words.
 
-    status: of its answer, None where there was none or several servers failed.
+    status: of its answer, None where there was none or several servers gave different ones.
     """
 
     status: int | None = None

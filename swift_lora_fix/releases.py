@@ -227,7 +227,7 @@ SERVER_SWALLOWS = Defect(
     title="the rollout server hides failed updates",
     symptom="In server mode a failed weight update is only logged by the server; training goes on with a stale policy.",
     evidence="llm_worker catches every exception of a command and answers None",
-    remedy="with SWIFT_LORA_FIX_TRANSPORT=reload the trainer stops with the server's own words; over NCCL, nothing yet",
+    remedy="with the plugin on both sides the trainer stops with the server's own words",
     gone_when="llm_worker reports the failure of a command to its caller",
     mended=False,
 )
@@ -344,6 +344,16 @@ def family_of(version: str) -> Family | None:
 def rollout_modules() -> tuple[str, ...]:
     """Every module that has held the rollout class, newest first."""
     return tuple(dict.fromkeys(f.layout.rollout_module for f in reversed(FAMILIES)))
+
+
+def server_modules() -> tuple[str, ...]:
+    """Every module that has held the rollout server, newest first."""
+    return tuple(dict.fromkeys(f.layout.server_module for f in reversed(FAMILIES)))
+
+
+def engine_modules() -> tuple[str, ...]:
+    """Every module that has held its engine, newest first."""
+    return tuple(dict.fromkeys(f.layout.engine_module for f in reversed(FAMILIES)))
 
 
 def megatron_modules() -> tuple[str, ...]:

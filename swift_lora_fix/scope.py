@@ -9,6 +9,7 @@ from typing import Any, Literal
 from . import adapter, merging
 from .adapter import DEFAULT_ADAPTER
 from .errors import SettingsError, UnsupportedAdapterError, UnsupportedTrainerError
+from .server import remote
 from .settings import Settings
 
 
@@ -34,12 +35,10 @@ def decide(trainer: Any) -> Scope:
         return _aside(f"the tuner is {tuner!r}, not 'lora'")
     settings = Settings.from_environment()
     asked = settings.mode
-    if trainer.vllm_mode == "server" and settings.transport == "reload":
-        return _for_servers(trainer, asked)
+    if trainer.vllm_mode == "server":
+        return _for_servers(trainer, settings)
     if trainer.vllm_mode != "colocate":
-        return _aside(
-            f"vllm_mode is {trainer.vllm_mode!r}, not 'colocate', and SWIFT_LORA_FIX_TRANSPORT is not 'reload'"
-        )
+        return _aside(f"vllm_mode is {trainer.vllm_mode!r}, neither 'colocate' nor 'server'")
     if asked == "adapter" and not trainer.rollout_enable_lora:
         raise SettingsError(
             "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
@@ -62,14 +61,19 @@ def decide(trainer: Any) -> Scope:
     return _aside(f"the fused mode cannot be had, {problem}")
 
 
-def _for_servers(trainer: Any, asked: str) -> Scope:
-    if asked not in ("", "adapter"):
-        raise SettingsError(f"SWIFT_LORA_FIX_MODE={asked!r} is for colocated engines: unset it for rollout servers.")
-    if not trainer.rollout_enable_lora:
+def _for_servers(trainer: Any, settings: Settings) -> Scope:
+    if settings.mode not in ("", "adapter"):
         raise SettingsError(
-            "SWIFT_LORA_FIX_TRANSPORT='reload' needs LoRA layers in the rollout servers: start `swift rollout` with "
-            "--vllm_enable_lora true."
+            f"SWIFT_LORA_FIX_MODE={settings.mode!r} is for colocated engines: unset it for rollout servers."
         )
+    if trainer.rollout_enable_lora:
+        problem = None if settings.transport else remote.why_not(trainer)  # by name: what is missing raises later
+    else:
+        problem = "the rollout servers have no LoRA layers: start `swift rollout` with --vllm_enable_lora true"
+    if problem is not None:
+        if settings.transport:
+            raise SettingsError(f"SWIFT_LORA_FIX_TRANSPORT={settings.transport!r} cannot be had: {problem}.")
+        return _aside(problem)
     return Scope(True, "armed, server mode: rollout servers load the adapter, and keep the base of their model folder.")
 
 

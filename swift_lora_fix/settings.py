@@ -14,7 +14,7 @@ _OFF = {"off", "0", "false", "no"}
 _WRITERS = {"direct", "loader"}
 _ON_MISMATCH = {"raise", "repair", "warn"}
 _MODES = {"", "adapter", "fused", "auto"}
-_TRANSPORTS = {"nccl", "reload"}
+_TRANSPORTS = {"", "nccl", "reload"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Settings:
         the default; 0 switches the gate off, the audits stay).
     lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that may be lost
         to rounding before a warning says so, and before ``auto`` takes the other mode; 0.5 is the default.
-    transport: ``SWIFT_LORA_FIX_TRANSPORT``, of server mode: ``nccl`` (the default: ms-swift's own, which is left as it
-        is) or ``reload`` (the adapter goes over a folder or in the request body; set it for the servers as well).
+    transport: ``SWIFT_LORA_FIX_TRANSPORT``, of server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
+        connection), ``reload`` (over a folder or in the request body, and no NCCL is opened; set it for the servers as
+        well). Not set: NCCL where it works, else a folder or the request body.
     server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds within which a rollout server must have answered a
         call, retries included; 300 is the default.
     rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one call for rollouts may take; 3600 is the
@@ -52,7 +53,7 @@ class Settings:
     on_mismatch: str = "raise"
     gate_every: int = 50
     lost_share: float = 0.5
-    transport: str = "nccl"
+    transport: str = ""
     server_deadline: int = 300
     rollout_deadline: int = 3600
     api_key: str = field(default="", repr=False)

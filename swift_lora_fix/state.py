@@ -10,7 +10,8 @@ from .engine.base import BaseRecord
 from .engine.fused import FusedWriter
 from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter, WriteReport
-from .server.remote import RemoteEngine, RemoteWriter
+from .server.remote import RemoteEngine
+from .server.writer import RemoteWriter
 
 FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair pass the gate
 

@@ -15,7 +15,8 @@ from .engine.handle import EngineHandle
 from .engine.writer import AdapterWriter, Clock
 from .errors import ResumeMismatchError
 from .log import info
-from .server.remote import RemoteEngine, RemoteWriter
+from .server.remote import RemoteEngine
+from .server.writer import RemoteWriter
 from .settings import Settings
 from .state import SyncState
 
@@ -33,8 +34,7 @@ def begin(trainer: Any) -> None:
         state.auto = decision.is_open
         if decision.mode == "fused":
             trainer.engine.enable_lora = False  # ms-swift's engine then adds no LoRA request to rollouts
-        if not state.engine.is_remote:
-            base.name_parameters(trainer)
+        base.name_parameters(trainer)
         _states[trainer] = state
 
 

@@ -78,6 +78,11 @@ def reload(
     return sent
 
 
+def send(trainer: Any, adapter: Adapter) -> None:
+    """Send the trainer's unmerged base over ms-swift's own connections (server mode); the trainer is only read."""
+    _move(trainer, adapter, _Sources(trainer), lambda state_dict: state_dict)
+
+
 def _move(
     trainer: Any, adapter: Adapter, sources: _Sources, replace: Callable[[Mapping[str, torch.Tensor]], Any]
 ) -> None:

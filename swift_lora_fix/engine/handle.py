@@ -103,3 +103,24 @@ class EngineHandle:
                     f"vLLM's {name}() reported that it was not done, so rollouts could reuse values computed with the "
                     "previous policy. Usually a request is still running or a KV connector holds blocks."
                 )
+
+
+@dataclass(frozen=True)
+class WorkerHandle(EngineHandle):
+    """The same, seen from within one of vLLM's workers: ``engine`` is the worker."""
+
+    @property
+    def llm_engine(self) -> Any:
+        return self.engine  # it has vllm_config, add_lora, remove_lora, list_loras
+
+    @property
+    def executor(self) -> Any:
+        raise AssertionError("a worker has no executor")
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.engine.get_model()
+
+    @property
+    def manager(self) -> Any:
+        return self.engine.model_runner.lora_manager._adapter_manager

@@ -9,6 +9,7 @@ same bits where the scaling is a power of two, else up to one more rounding away
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def _check_served(engine: EngineHandle) -> None:
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:
     """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (the scaling is already in B)."""
-    config = dataclasses.asdict(adapter.config)
+    config = dict(adapter.config) if isinstance(adapter.config, Mapping) else dataclasses.asdict(adapter.config)
     config.update(
         r=adapter.max_rank,
         lora_alpha=adapter.max_rank,

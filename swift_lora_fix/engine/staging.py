@@ -1,4 +1,4 @@
-"""The one buffer that the adapter passes through: scaled and cast there as the engine will hold it, chunk by chunk.
+"""The buffer that the adapter passes through: scaled and cast there as the engine will hold it, chunk by chunk.
 
 From it the slots are written, by it they are checked: the checksum of what was staged against that of what is read.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -16,15 +17,24 @@ from .plan import Copy
 
 
 class Staging:
-    """Holds one chunk at a time, its entries one after the other, in ``dtype`` on ``device``."""
+    """Holds one chunk at a time, its entries one after the other, in ``dtype`` on ``device``.
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._buffer = torch.zeros(max(_padded(chunk) for chunk in adapter.chunks), dtype=dtype, device=device)
+    whole: holds all chunks, one after the other: ``buffer`` is then the whole adapter, (elements,).
+    """
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, device: torch.device, whole: bool = False) -> None:
+        self.adapter, self.dtype, self.device = adapter, dtype, device
+        sizes = [_padded(chunk) for chunk in adapter.chunks]
+        self._starts = dict(zip(map(id, adapter.chunks), accumulate(sizes, initial=0))) if whole else {}
+        self.buffer = torch.zeros(sum(sizes) if whole else max(sizes), dtype=dtype, device=device)
 
     def entries(self, chunk: Chunk) -> list[torch.Tensor]:
         """A view for each entry of the chunk, of its whole shape."""
-        return _laid_out(self._buffer, [entry.shape for entry in chunk.entries])
+        return _laid_out(self._part(chunk), _shapes(chunk))
+
+    def _part(self, chunk: Chunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        start = self._starts.get(id(chunk), 0)
+        return (self.buffer if buffer is None else buffer)[start : start + _padded(chunk)]
 
     def fill(self, chunk: Chunk, values: Sequence[torch.Tensor], fold: bool = True) -> list[torch.Tensor]:
         """Stage the chunk's whole ``values``: A cast, B times its scale in fp32 and then cast (``fold``), or both cast.
@@ -40,16 +50,27 @@ class Staging:
             wide = [values[i] if values[i].dtype == torch.float32 else values[i].float() for i in scaled]
             products = torch._foreach_mul(wide, [chunk.entries[i].scale for i in scaled])
             torch._foreach_copy_([views[i] for i in scaled], products)
-        self._pad(sum(view.numel() for view in views))
+        self._part(chunk)[sum(view.numel() for view in views) :] = 0
         return views
 
     def checksum(self, chunk: Chunk) -> torch.Tensor:
         """Of what ``fill`` staged of this chunk last."""
-        return checksum(self._buffer[: _padded(chunk)])
+        return checksum(self._part(chunk))
 
-    def _pad(self, end: int) -> None:
-        if end % 8:
-            self._buffer[end : _round_up(end)] = 0
+    def on_host(self) -> dict[str, torch.Tensor]:
+        """The whole adapter by PEFT key: views of one copy of ``buffer`` on the CPU."""
+        assert self._starts, "one chunk at a time"
+        buffer = self.buffer.to("cpu", copy=True)
+        return {
+            entry.key: view
+            for chunk in self.adapter.chunks
+            for entry, view in zip(chunk.entries, _laid_out(self._part(chunk, buffer), _shapes(chunk)))
+        }
+
+    def digest(self) -> str:
+        """The policy digest of all chunks; only where they are all held."""
+        assert self._starts, "one chunk at a time"
+        return combine(torch.stack([self.checksum(chunk) for chunk in self.adapter.chunks]).tolist())
 
 
 def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -98,6 +119,10 @@ def _laid_out(buffer: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.
         views.append(buffer[start:end].view(shape))
         start = end
     return views
+
+
+def _shapes(chunk: Chunk) -> list[torch.Size]:
+    return [entry.shape for entry in chunk.entries]
 
 
 def _padded(chunk: Chunk) -> int:

@@ -1,20 +1,23 @@
-"""The hooks into ms-swift's rollout server for the ``reload`` transport. No logic: ``swift_lora_fix.server`` has it.
+"""The hooks into ms-swift's rollout server. No logic: ``swift_lora_fix.server`` has it.
 
-Its modules are imported by the hooks: FastAPI and vLLM are loaded only where a server runs.
+Its modules are imported by the hooks: FastAPI and vLLM are loaded only where a server runs. The engine's hooks go in
+where a server makes one, so a colocated engine never has them.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import os
+import sys
 from typing import Any, Callable
 
 from .. import releases
+from ..vllm_plugin import PARENT_USES_MEMORY
 from .registry import Patch, PatchSet
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-_GONE = "ms-swift's server takes adapters without NCCL and says which policy a rollout came from"
+_GONE = "ms-swift's server takes a policy on all workers or none, and says which one a rollout came from"
 
 
 def _register_rl_rollout_app(wrapped: Callable[..., Any], server: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -24,16 +27,28 @@ def _register_rl_rollout_app(wrapped: Callable[..., Any], server: Any, args: Arg
     return wrapped(*args, **kwargs)
 
 
+def _takes_policies() -> bool:
+    """Whether the server of this worker has its routes (``routes.install`` says so in the environment)."""
+    return os.environ.get(PARENT_USES_MEMORY) == "1"
+
+
 def _get_infer_engine(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    if not _takes_policies():
+        return wrapped(*args, **kwargs)
+    for name in releases.engine_modules():
+        if name in sys.modules:
+            ENGINE.apply(sys.modules[name])
     from ..server import worker
 
     return worker.build_engine(wrapped, *args, **kwargs)
 
 
 def _get_rollout_engine_type(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    engine = wrapped(*args, **kwargs)
+    if not _takes_policies():
+        return engine
     from ..server import worker
 
-    engine = wrapped(*args, **kwargs)
     worker.tag_scheduler(engine)
     return engine
 
@@ -41,7 +56,7 @@ def _get_rollout_engine_type(wrapped: Callable[..., Any], instance: Any, args: A
 def _init(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) -> Any:
     from ..server import worker
 
-    return wrapped(*args, **worker.load_base_from_files(kwargs))
+    return wrapped(*args, **worker.engine_arguments(kwargs))
 
 
 def _infer(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -79,7 +94,7 @@ SERVER = PatchSet(
         Patch(
             "SwiftRolloutDeploy._register_rl_rollout_app",
             _register_rl_rollout_app,
-            why="adapters come over NCCL only, and a failing update is answered like one that worked",
+            why="a failing update is answered like one that worked, and rollouts do not say which policy made them",
             goes_when=_GONE,
         ),
         Patch(
@@ -125,14 +140,3 @@ ENGINE = PatchSet(
         ),
     ),
 )
-
-
-def of(module: ModuleType) -> PatchSet:
-    """Which of them is for a module of ms-swift's."""
-    return SERVER if hasattr(module, "SwiftRolloutDeploy") else ENGINE
-
-
-def modules() -> tuple[str, ...]:
-    """Where they go in, on any release."""
-    layouts = dict.fromkeys(family.layout for family in releases.FAMILIES)
-    return tuple(name for layout in layouts for name in (layout.server_module, layout.engine_module))

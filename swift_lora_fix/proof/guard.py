@@ -13,7 +13,8 @@ from ..engine.fused import FusedWriter
 from ..engine.writer import ranks_agree
 from ..errors import EngineStateError, PolicyMismatchError
 from ..log import info, warning
-from ..server.remote import RemoteEngine, RemoteWriter
+from ..server.remote import RemoteEngine
+from ..server.writer import RemoteWriter
 from ..settings import Settings
 from ..state import SyncState
 from . import audit

@@ -31,6 +31,7 @@ class Servers:
     def __init__(self, urls: Sequence[str], key: str = "", deadline: float = 300.0) -> None:
         self.urls, self.deadline = tuple(url.rstrip("/") for url in urls), deadline
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._sessions = [requests.Session() for _ in self.urls]  # a connection is kept from call to call
 
     def each(self, call: Callable[[int], Answer], only: Sequence[int] | None = None) -> list[Answer]:
         """``call`` with the index of each server, or of ``only`` some, all at once. Raises RolloutServerError with what
@@ -43,7 +44,7 @@ class Servers:
             raise next(error for error in failed if not isinstance(error, RolloutServerError))
         if ours:
             error = RolloutServerError("; ".join(map(str, ours)))
-            error.status = ours[0].status if len(ours) == 1 else None
+            error.status = ours[0].status if len({failure.status for failure in ours}) == 1 else None
             raise error
         return [future.result() for future in futures]
 
@@ -61,7 +62,8 @@ class Servers:
         while True:
             try:
                 # a read that takes as long as this is slow, not lost: the server answers when it is through
-                response = requests.request(method, url, timeout=(CONNECT_SECONDS, patience.left()), **content)
+                timeout = (CONNECT_SECONDS, patience.left())
+                response = self._sessions[index].request(method, url, timeout=timeout, **content)
             except (requests.ConnectionError, requests.Timeout) as error:
                 patience.wait(_reason(error))
                 continue

@@ -8,8 +8,13 @@ All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP stat
   in the files.
 - ``POST stage/``: every worker reads and checks an adapter. JSON ``{"policy", "digest", "folder"}`` for a folder below
   the server's root; or the safetensors bytes as ``application/octet-stream``, with ``{"policy", "digest", "config"}``
-  in `POLICY_HEADER`.
-- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once.
+  in `POLICY_HEADER`; or JSON ``{"policy", "layout"}`` (`Layout`, or the ``key`` of the last one, 410 where it is not):
+  its bytes come over NCCL, as ``receive/`` is asked. `NO_NCCL` where they cannot.
+- ``POST receive/`` ``{"policy"}``: every worker takes part in the broadcast of what was announced, and checks it.
+- ``POST find/`` ``{"policy"}``: what was sent under another version is staged as this one; 410 where it is gone.
+- ``POST pushed/``: after ms-swift's own push of the base. What went wrong in a worker, which ms-swift only logs.
+- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once. Answers
+  have ``boot``.
 - ``POST abort/`` ``{"policy"}``: what was staged is dropped.
 - ``POST serve/`` ``{"plain": bool}``: rollouts from the base alone, or with the adapter again.
 
@@ -18,20 +23,23 @@ All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP stat
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from ..errors import AccessError, ProtocolError
 from ..settings import Settings
 
-PROTOCOL = 1
+PROTOCOL = 2
 PREFIX = "/swift_lora_fix"
 STATUS, BASE = f"{PREFIX}/status/", f"{PREFIX}/base/"
 STAGE, COMMIT, ABORT, SERVE = (f"{PREFIX}/{verb}/" for verb in ("stage", "commit", "abort", "serve"))
+RECEIVE, FIND, PUSHED = (f"{PREFIX}/{verb}/" for verb in ("receive", "find", "pushed"))
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
 
@@ -41,7 +49,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 ROOT_VARIABLE, LIMIT_VARIABLE = "SWIFT_LORA_FIX_ROOT", "SWIFT_LORA_FIX_MAX_MIB"  # see Settings
 
+GONE = 410  # the server no longer has, or knows, what it is asked to use again
+NO_NCCL = 501  # HTTP's "not implemented": this server takes no adapter over NCCL, and says why
+
 METHOD = "swift_lora_fix_command"  # within the server, what its workers are called by
+RPC = "swift_lora_fix_receiver"  # within an engine, what vLLM's workers are called by (``collective_rpc``)
+EXTENSION = "swift_lora_fix.server.extension.RolloutWorkerExtension"  # in place of ms-swift's
+SWIFT_EXTENSION = "WeightSyncWorkerExtension"
 
 _STATUSES = {ProtocolError: 400, AccessError: 403}
 _RUN = re.compile(r"[0-9a-f]{1,64}")
@@ -85,6 +99,37 @@ class Policy:
         return cls(**value)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What one buffer holds. entries: (PEFT key, shape) in the order of the trainer's adapter; dtype: as in
+    ``bfloat16``; config: of the adapter, as in ``adapter_config.json``."""
+
+    dtype: str
+    entries: tuple[tuple[str, tuple[int, ...]], ...]
+    config: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Tells it from others, in hexadecimal."""
+        return hashlib.sha256(config_bytes(self.as_dict())).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        entries = [[key, list(shape)] for key, shape in self.entries]
+        return {"dtype": self.dtype, "entries": entries, "config": self.config}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Layout:
+        """Raises ProtocolError."""
+        try:
+            entries = tuple((str(key), tuple(int(size) for size in shape)) for key, shape in value["entries"])
+            made = cls(str(value["dtype"]), entries, dict(value["config"]))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ProtocolError(f"The layout is not understood: {type(error).__name__}: {error}.") from error
+        if any(size < 1 for _, shape in entries for size in shape):
+            raise ProtocolError("The layout has a shape with a size below 1.")
+        return made
+
+
 def content_digest(config: bytes, weights: bytes | Iterable[bytes]) -> str:
     """SHA-256 of an adapter's two files, in hexadecimal. ``weights`` may come in chunks."""
     digest = content_hash(config)
@@ -96,6 +141,18 @@ def content_digest(config: bytes, weights: bytes | Iterable[bytes]) -> str:
 def content_hash(config: bytes) -> hashlib._Hash:
     """The hash of `content_digest` before the first byte of the weights. The length keeps the two files apart."""
     return hashlib.sha256(len(config).to_bytes(8, "big") + config)
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of PEFT's as JSON can hold it."""
+    return dict(json.loads(json.dumps(config, default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    """What it has beside JSON's own types: sets and enums."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, enum.Enum) else str(value)
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:

@@ -7,43 +7,26 @@ talks to servers (ms-swift gives only that one a client); the others learn how i
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
-import uuid
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from .. import adapter as adapters
-from ..adapter import Adapter
-from ..digest import checksum
-from ..engine import loader
-from ..engine.finite import FiniteCheck
-from ..engine.staging import host_digest
-from ..engine.writer import Clock, WriteReport, ranks_agree
-from ..errors import (
-    BaseMismatchError,
-    EngineStateError,
-    PolicyMismatchError,
-    RolloutServerError,
-    UnsupportedAdapterError,
-)
+from ..engine.writer import Clock
+from ..errors import EngineStateError, PolicyMismatchError, RolloutServerError
 from ..log import info, warning
 from ..settings import Settings
 from .client import Patient, Servers
-from .protocol import BYTES, POLICY_HEADER, PROTOCOL, Policy, root_of
-from .store import Store, Stored
+from .nccl import Connections, drop
+from .parcel import Parcel
+from .protocol import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
+from .store import Stored
 
 ABORT_SECONDS = 10.0  # a server that hangs has cost its deadline already
 MISSING = 404  # what a server answers that does not see our folders
-
-
-Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
 
 
 class RemoteEngine:
@@ -57,12 +40,20 @@ class RemoteEngine:
         self.engine = getattr(trainer, "vllm_client", None) if trainer.accelerator.is_main_process else None
         self.servers: Servers | None = None
         self.policy: Policy | None = None  # what all of them serve
+        self.seconds: dict[str, float] = {}  # what the last switch took: ``stage`` and ``commit``
         self._is_plain = self._has_restored = False
-        self._boots: list[str] = []
+        self._boots: dict[int, str] = {}  # by server
         self._restore: Callable[[list[int]], None] = lambda lost: None
         self._inlined: set[int] = set()  # servers that do not see our folders
+        self._told: dict[int, str] = {}  # by server: the layout that it was told last
+        self._only_nccl = settings.transport == "nccl"
+        self.nccl: Connections | None = None
         if self.engine is not None:
-            _drop_communicators(self.engine)
+            if settings.transport == "reload":
+                drop(self.engine)
+            else:
+                self.nccl = Connections.of(self.engine)
+            _be_patient(self.engine, settings)
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.check_fit()
 
@@ -116,35 +107,98 @@ class RemoteEngine:
             warning(f"rollout server {self.servers.urls[index]} does not serve the policy of step {self.policy.step}.")
         return found
 
-    def switch(self, stored: Stored, only: list[int] | None = None) -> None:
+    @property
+    def reaches_all(self) -> bool:
+        """Whether NCCL is open to each of them, over which ms-swift can send a base."""
+        return self.nccl is not None and self.nccl.all_are_open()
+
+    def check_pushed(self) -> None:
+        """After ms-swift sent the base over NCCL. Raises RolloutServerError where a worker failed (it logs that)."""
+        self._post("pushed", {})
+
+    def renew(self, lost: list[int]) -> None:
+        """Open NCCL again to those of ``lost`` that restarted. Raises RolloutServerError for what cannot be served."""
+        before = self._boots
+        self.check_fit()  # it may be another server by now
+        for index in lost if self.nccl is not None else ():
+            if before[index] != self.statuses[index]["boot"]:
+                self.nccl.reopen(index)  # type: ignore[union-attr]
+                self._boots[index] = self.statuses[index]["boot"]
+
+    def switch(self, parcel: Parcel, only: list[int] | None = None) -> None:
         """Have all servers (or ``only`` some) serve a policy. Raises RolloutServerError with the failing servers' own
         messages: then all of them serve what they served before, unless the message says otherwise."""
         assert self.servers is not None
+        policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
         try:
-            self.servers.each(lambda index: self._stage(index, stored), only)
+            self.servers.each(lambda index: self._stage(index, parcel), only)
         except BaseException:
             with contextlib.suppress(RolloutServerError):
-                self._post("abort", {"policy": stored.policy.as_dict()}, only, ABORT_SECONDS)
+                self._post("abort", policy, only, ABORT_SECONDS)
             raise
+        clock.lap("stage")
         self.policy = None  # from here on they may differ
-        self._post("commit", {"policy": stored.policy.as_dict()}, only)
-        self.statuses = self._ask()
-        self._boots = [status["boot"] for status in self.statuses]
-        self.policy = stored.policy
-        self._announce(stored.policy)
+        answers = self._post("commit", policy, only)
+        for index, answer in zip(range(len(self.servers.urls)) if only is None else only, answers):
+            self._boots[index] = answer["boot"]
+        self.policy = parcel.policy
+        self._announce(parcel.policy)
+        clock.lap("commit")
+        self.seconds = clock.laps
 
     def _post(
         self, route: str, content: dict[str, Any], only: list[int] | None = None, deadline: float | None = None
-    ) -> None:
+    ) -> list[dict[str, Any]]:
         servers = self.servers
         assert servers is not None
-        servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
+        return servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
 
-    def _stage(self, index: int, stored: Stored) -> None:
-        """By its folder where the server sees that, else in the body of the request."""
+    def _stage(self, index: int, parcel: Parcel) -> None:
+        """Over NCCL where that is open; else by the folder where the server sees that, or in the request's body."""
+        assert self.servers is not None
+        policy = {"policy": parcel.policy.as_dict()}
+        if self.nccl is not None and self.nccl.is_open(index):
+            try:
+                if parcel.is_here:
+                    self._announce_to(index, parcel.layout, policy)
+                    self._send(index, parcel, policy)
+                else:
+                    self.servers.post(index, "find", json=policy)
+                return
+            except RolloutServerError as error:
+                if error.status != NO_NCCL or self._only_nccl:
+                    raise
+                self.nccl.close(index, str(error))
+        elif self._only_nccl:
+            raise RolloutServerError(
+                f"There is no NCCL connection to rollout server {self.servers.urls[index]}, which "
+                "SWIFT_LORA_FIX_TRANSPORT=nccl asks for: unset it, or use reload."
+            )
+        self._hand_over(index, parcel.policy, parcel.stored())
+
+    def _announce_to(self, index: int, layout: Layout, policy: dict[str, Any]) -> None:
+        """What is about to come; the whole layout only where the server was not told it before."""
+        assert self.servers is not None
+        if self._told.get(index) == layout.key:
+            try:
+                self.servers.post(index, "stage", json={**policy, "layout": layout.key})
+                return
+            except RolloutServerError as error:
+                if error.status != GONE:
+                    raise
+        self.servers.post(index, "stage", json={**policy, "layout": layout.as_dict()})
+        self._told[index] = layout.key
+
+    def _send(self, index: int, parcel: Parcel, policy: dict[str, Any]) -> None:
+        servers, nccl = self.servers, self.nccl
+        assert servers is not None and nccl is not None
+        ask = partial(servers.post, index, "receive", json=policy)
+        nccl.send(index, parcel.buffer, ask, servers.deadline)
+
+    def _hand_over(self, index: int, policy: Policy, stored: Stored) -> None:
         servers = self.servers
         assert servers is not None
-        about = {"policy": stored.policy.as_dict(), "digest": stored.digest}
+        about = {"policy": policy.as_dict(), "digest": stored.digest}
         if index not in self._inlined:
             try:
                 servers.post(index, "stage", json={**about, "folder": str(stored.folder)})
@@ -231,207 +285,37 @@ class RemoteEngine:
         return True
 
 
-class RemoteWriter:
-    """Sends one trainer's adapter to its servers, again and again. ``device`` is the trainer's."""
-
-    changing: frozenset[str] = frozenset()
-    plan = expected = None  # nobody here sees the servers' slots: they check what they load
-
-    def __init__(self, trainer: Any, engine: RemoteEngine, adapter: Adapter) -> None:
-        self.engine, self.adapter = engine, adapter
-        self.device, self.ranks = trainer.accelerator.device, int(trainer.accelerator.num_processes)
-        self._trainer = weakref.ref(trainer)
-        self._dtype = engine.lora_dtype or torch.bfloat16
-        self._report = WriteReport("none")
-        self._stored: Stored | None = None
-        self._version = 0
-        self._sums: Sums = {}
-        self._run = uuid.uuid4().hex[:16]
-        self._check = FiniteCheck(adapter, self._dtype, self.device, self.everywhere)
-        if engine.servers is not None:
-            self._store = Store(Path(root_of()), self._run)
-            if adapter.max_rank > engine.max_lora_rank:
-                raise UnsupportedAdapterError(
-                    f"Adapter {adapter.name!r} has rank {adapter.max_rank}, a rollout server has room for "
-                    f"{engine.max_lora_rank}: start it with --vllm_max_lora_rank {adapter.max_rank}."
-                )
-        engine.on_restart(self._send_to)
-
-    @property
-    def place(self) -> str:
-        """Where the adapter ends up, in words."""
-        return f"{len(self.engine.servers.urls) if self.engine.servers else 0} rollout servers"
-
-    def everywhere(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks: only the main one sees the servers."""
-        return fine if self.ranks == 1 else ranks_agree(fine, self.device)
-
-    def is_current(self) -> bool:
-        """Whether each server serves what was sent last. Asks them; True on the other ranks."""
-        return not self.engine.lost()
-
-    def what_is_missing(self) -> str | None:
-        """Servers refuse rollouts of a policy that they do not serve."""
-        return None
-
-    def accept(self) -> None:
-        """Nothing was looked at."""
-
-    def forget(self) -> None:
-        """All servers are sent everything at the next sync anyway."""
-
-    def adapted_parameters(self) -> set[str]:
-        return set()
-
-    def accept_base(self, pushed: Any) -> None:
-        raise AssertionError("no base is pushed to rollout servers")
-
-    def prove_base(self, model: torch.nn.Module) -> None:
-        """Compare the trainer's base with the model folders that the servers started from, tensor by tensor.
-
-        All ranks together. Raises BaseMismatchError where one differs: servers keep the base of their folder.
-        """
-        self._sums = _sums(model, self.adapter, self.device)
-        problem = self._on_main(lambda: self._compare(self._sums))
-        if problem is not None:
-            raise problem
-
-    def _compare(self, sums: Sums) -> None:
-        servers = self.engine.servers
-        assert servers is not None
-        for url, answer in zip(servers.urls, servers.each(lambda index: servers.get(index, "base"))):
-            held = {name: (dtype, tuple(shape), value) for name, (dtype, shape, value) in answer["sums"].items()}
-            values, shapes = {(s, v) for _, s, v in held.values()}, {s for _, s, _ in held.values()}
-            differing = [name for name, (_, shape, value) in sums.items() if (shape, value) not in values]
-            elsewhere = [name for name in differing if sums[name][1] not in shapes]
-            if len(differing) > len(elsewhere):
-                name = next(name for name in differing if name not in elsewhere)
-                raise BaseMismatchError(
-                    f"The trainer's base differs from the model folder of rollout server {url} in {len(differing)} of "
-                    f"{len(sums)} parameters ({name}, ...). Start the server from the trainer's own model, in the same "
-                    "--torch_dtype; PiSSA and OLoRA change the base: train them with colocated engines."
-                )
-            if elsewhere:
-                warning(
-                    f"{len(elsewhere)} of {len(sums)} parameters have another layout in the files of rollout server "
-                    f"{url} ({elsewhere[0]}) and were not compared; the agreement gate looks at what it computes."
-                )
-
-    def begin_validation(self) -> None:
-        self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
-
-    def validate(self) -> None:
-        """Before anything is sent. Raises NonFiniteAdapterError: the servers then keep the previous policy."""
-        self._check.finish()
-
-    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """The policy digest of whole CPU values by PEFT key: of the adapter as the servers are to hold it."""
-        return host_digest(self.adapter, held, self._dtype)
-
-    def write(self, keep_views: bool = True) -> WriteReport:
-        """Have every server serve the trainer's adapter as it is now, or none of them. All ranks together."""
-        clock = Clock()
-        held = adapters.read_to_host(self.adapter, self.device)
-        staged = loader.stage(self.adapter, held, self._dtype)
-        digest = host_digest(self.adapter, staged, self._dtype, fold=False)
-        clock.lap("read")
-        self._version += 1
-        problem = self._on_main(lambda: self._send(digest, staged))
-        if problem is not None:
-            raise problem
-        clock.lap("write")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in staged.values())
-        self._report = WriteReport("reload", clock.laps, size, digest)
-        return self._report
-
-    write_by_reference = write
-
-    def finish(self) -> None:
-        """The servers have answered."""
-
-    def _send(self, digest: str, staged: Mapping[str, torch.Tensor]) -> None:
-        trainer = self._trainer()
-        assert trainer is not None
-        policy = Policy(self._version, trainer.state.global_step, digest, self._run)
-        stored = self._store.write(policy, loader.plain_config(self.adapter), staged)
-        try:
-            self.engine.switch(stored)
-        except Exception:
-            if self.engine.policy is None and self._stored is not None:
-                self._go_back(self._stored)
-            raise
-        self._stored = stored
-
-    def _go_back(self, previous: Stored) -> None:
-        """Some servers may have switched: all get the previous policy again, as a version of its own."""
-        self._version += 1
-        again = replace(previous, policy=replace(previous.policy, version=self._version))
-        try:
-            self.engine.switch(again)
-        except Exception as error:
-            warning(f"nor could the rollout servers be given the previous policy again: {error}.")
-            return
-        self._stored = again
-        info(f"the rollout servers serve the previous policy, of step {previous.policy.step}.")
-
-    def _send_to(self, lost: list[int]) -> None:
-        if self._stored is None:
-            raise EngineStateError("A rollout server restarted before the first policy was sent.")
-        self.engine.check_fit()  # it may be another server by now
-        if self._sums:
-            self._compare(self._sums)
-        try:
-            self.engine.switch(self._stored, lost)
-        except RolloutServerError:
-            self.engine.policy = self._stored.policy  # which the others serve, and this one shall
-            raise
-        info(f"sent the policy of step {self._stored.policy.step} again to {len(lost)} rollout servers.")
-
-    def _on_main(self, work: Callable[[], None]) -> Exception | None:
-        """Do it on the main rank; every rank gets its error, or None."""
-        problem: Exception | None = None
-        if self.engine.servers is not None:
-            try:
-                work()
-            except Exception as error:
-                problem = error
-        if self.ranks > 1:
-            told = [None if problem is None else f"{type(problem).__name__}: {problem}"]
-            torch.distributed.broadcast_object_list(told, src=0, device=self.device)
-            if told[0] is not None and problem is None:
-                problem = RolloutServerError(f"On the main rank: {told[0]}")
-        return problem
-
-
-def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:
-    """Dtype, whole shape and checksum of each frozen parameter; gathered one at a time where they are sharded."""
-    found = {}
-    for name, parameter in adapters.frozen_parameters(model):
-        with adapters.whole([parameter], adapter.sharding, device) as (value,):
-            found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
-    return found
-
-
-def _drop_communicators(client: Any) -> None:
-    """Of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to each server as
-    the process ends, and wait for one that hangs; and of vLLM 0.17's group, Python closes the socket that the store
-    goes on listening on, which ends the process with SIGABRT."""
-    atexit.unregister(client.close_communicator)
-    for communicator in client.pynccl_comms:
-        listening = getattr(communicator.group, "socket", None)
-        if listening is not None:
-            listening.detach()  # the store closes it
-    client.pynccl_comms.clear()
-
-
 def prepare_client(client: Any) -> None:
-    """Have ms-swift's ``VLLMClient``, which knows no key and waits for ever, send that of SWIFT_LORA_FIX_API_KEY and
-    give a rollout up after SWIFT_LORA_FIX_ROLLOUT_DEADLINE. Before it asks servers anything; None is no client."""
+    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY. Before it asks servers
+    anything; None is no client."""
     settings = Settings.from_environment()
-    if client is None or settings.transport != "reload":
+    if client is None:
         return
+    for session in client.sessions if settings.api_key else ():
+        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+    if settings.transport == "reload":
+        _be_patient(client, settings)
+
+
+def _be_patient(client: Any, settings: Settings) -> None:
+    """It waits for ever: have it give a rollout up after SWIFT_LORA_FIX_ROLLOUT_DEADLINE."""
     for session in client.sessions:
-        if settings.api_key:
-            session.headers["Authorization"] = f"Bearer {settings.api_key}"
         for scheme in ("http://", "https://"):
             session.mount(scheme, Patient(settings.rollout_deadline))
+
+
+def why_not(trainer: Any) -> str | None:
+    """Why the trainer's rollout servers take no policies, in words; None where they do. All ranks together."""
+    settings = Settings.from_environment()
+    reason: list[str | None] = [None]
+    if trainer.accelerator.is_main_process:
+        servers = Servers(trainer.vllm_client.base_urls, settings.api_key, settings.server_deadline)
+        try:
+            servers.each(lambda index: servers.get(index, "status"))
+        except RolloutServerError as error:
+            reason = [str(error)]
+            if error.status == MISSING:
+                reason = ["the rollout server is without swift_lora_fix: start it with --external_plugins, too"]
+    if trainer.accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(reason, src=0, device=trainer.accelerator.device)
+    return reason[0]

@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Callable
 
 import torch
@@ -22,57 +22,48 @@ from starlette.responses import JSONResponse
 import swift_lora_fix
 
 from .. import releases
-from ..errors import AccessError, ProtocolError, SettingsError, StagingError
-from ..log import info, logger, warning
+from ..errors import AccessError, ContractError, ProtocolError, SettingsError, StagingError
+from ..log import info, warning
 from ..memory import hooks
+from ..settings import Settings
 from . import protocol
-from .files import Source, Spool, base_sums, different_digest, too_large
+from .files import Source, Spool, base_sums, different_digest
+from .guard import Guard
 from .protocol import (
     METHOD,
     POLICY_HEADER,
     PROTOCOL,
     Policy,
     config_bytes,
-    http_status,
     limit_of,
     parse_object,
     root_of,
 )
+from .requests import Refused, body_of, check_fields, drain, json_of, text_of
 
-JSON_LIMIT = 1 << 20
-DRAIN_LIMIT = 256 << 20
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-_INFER = "/infer"
-# ms-swift's own ways to change what the engine serves, behind our back
-_NCCL = {
-    "/update_named_param",
-    "/update_adapter_flattened_param",
-    "/update_adapter_param",
-    "/update_flattened_params",
-    "/process_weights_after_loading",
-}
-
-# ms-swift's trainer connects for NCCL as it parses its arguments, before any plugin and without a key. It is told that
-# there is nobody to connect to: a group of its own alone opens no NCCL (vLLM's PyNcclCommunicator).
-_HANDSHAKE: dict[str, dict[str, Any]] = {
-    "/get_world_size": {"world_size": 0},
-    "/init_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
-    "/close_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
-}
 
 
 def install(server: Any) -> None:
-    """Add the routes to a ``SwiftRolloutDeploy`` that is being made.
+    """Add the routes to a ``SwiftRolloutDeploy`` that is being made; where that is not possible, leave it as it is.
 
-    Raises SettingsError where it takes no LoRA, ContractError where its vLLM cannot take adapters from memory.
+    Where SWIFT_LORA_FIX_TRANSPORT=reload asks for them by name: raises SettingsError where it takes no LoRA,
+    ContractError where its vLLM cannot take adapters from memory.
     """
-    if not server.args.vllm_enable_lora:
-        raise SettingsError(
-            "SWIFT_LORA_FIX_TRANSPORT=reload needs LoRA layers in the engine: start `swift rollout` with "
-            "--vllm_enable_lora true (and --vllm_max_lora_rank as large as the adapter's rank)."
-        )
-    hooks.install()  # the workers and vLLM's processes inherit what it puts in the environment
-    Reload(server).install(server.app)
+    is_reload = Settings.from_environment().transport == "reload"
+    try:
+        if not server.args.vllm_enable_lora:
+            raise SettingsError(
+                "policies need LoRA layers in the rollout server: start `swift rollout` with --vllm_enable_lora true "
+                "(and --vllm_max_lora_rank as large as the adapter's rank)."
+            )
+        hooks.install()  # the workers and vLLM's processes inherit what it puts in the environment
+    except (SettingsError, ContractError) as error:
+        if is_reload:
+            raise
+        warning(f"stepping aside, ms-swift's rollout server runs as it is: {error}")
+        return
+    Policies(server, is_reload).install(server.app)
     _keep_port(server.args, sys.argv)
     _warn_if_open(server)
 
@@ -109,31 +100,14 @@ def _warn_if_open(server: Any) -> None:
         )
 
 
-class Refused(Exception):
-    """What a request is answered with when it is not done. ``kind``: name of the error's class."""
-
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-    def response(self) -> JSONResponse:
-        return JSONResponse({"error": self.kind, "message": str(self)}, self.status)
-
-    @classmethod
-    def of(cls, error: Exception) -> Refused:
-        if isinstance(error, Refused):
-            return error
-        status = http_status(error) or 500
-        if status == 500:
-            logger.exception("a rollout server's route failed")
-        return cls(status, type(error).__name__, str(error))
-
-
-class Reload:
+class Policies:
     """What one server has staged and serves. ``server`` is ms-swift's ``SwiftRolloutDeploy``."""
 
-    def __init__(self, server: Any) -> None:
-        self.server = server
+    def __init__(self, server: Any, is_reload: bool) -> None:
+        self.server, self.is_reload = server, is_reload
+        self.is_ours = is_reload  # or a trainer without us may be the one that updates and asks
+        self.base_is_pushed = False  # the engine no longer holds the base of the model's files alone
+        self.arriving: Policy | None = None
         self.root, self.limit = root_of(), limit_of()
         self.boot = secrets.token_hex(8)
         self.staged: Policy | None = None
@@ -147,13 +121,17 @@ class Reload:
             (protocol.STATUS, "GET", self.status),
             (protocol.BASE, "GET", self.base),
             (protocol.STAGE, "POST", self.stage),
+            (protocol.RECEIVE, "POST", self.receive),
+            (protocol.FIND, "POST", self.find),
+            (protocol.PUSHED, "POST", self.pushed),
             (protocol.COMMIT, "POST", self.commit),
             (protocol.ABORT, "POST", self.abort),
             (protocol.SERVE, "POST", self.serve),
         ):
             app.router.add_route(path, self._endpoint(work), methods=[method], include_in_schema=False)
-        app.add_middleware(Guard, reload=self)
-        info(f"the rollout server takes adapters below {protocol.PREFIX}, from folders in {self.root} or over HTTP.")
+        app.add_middleware(Guard, policies=self)
+        ways = ([] if self.is_reload else ["NCCL"]) + [f"folders in {self.root}", "HTTP"]
+        info(f"the rollout server takes adapters below {protocol.PREFIX}: by {', '.join(ways)}.")
 
     def _endpoint(self, work: Callable[[Request], Awaitable[dict[str, Any]]]) -> Callable[[Request], Awaitable[Any]]:
         async def answer(request: Request) -> JSONResponse:
@@ -162,7 +140,7 @@ class Reload:
                 return JSONResponse(await work(request))
             except Exception as error:
                 refused = Refused.of(error)
-            await _drain(request)
+            await drain(request)
             return refused.response()
 
         return answer
@@ -197,6 +175,7 @@ class Reload:
             "root": self.root,
             "policy": self.policy and self.policy.as_dict(),
             "plain": self.plain,
+            "base_is_pushed": self.base_is_pushed,
             "workers": self.server.num_connections,
             "model": args.model,
         }
@@ -206,44 +185,89 @@ class Reload:
 
     async def stage(self, request: Request) -> dict[str, Any]:
         if not request.headers.get("Content-Type", "").startswith(protocol.BYTES):
-            body = await _json(request, ("policy", "digest", "folder"))
-            source = Source(_text(body, "digest"), folder=_text(body, "folder"))
+            body = await json_of(request, ("policy",))
+            if "layout" in body:
+                return self._announce(Policy.from_dict(body["policy"]), body["layout"])
+            check_fields(body, ("digest", "folder"))
+            source = Source(text_of(body, "digest"), folder=text_of(body, "folder"))
             return self._stage(Policy.from_dict(body["policy"]), source)
-        about = _fields(
+        about = check_fields(
             parse_object(request.headers.get(POLICY_HEADER, ""), f"The header {POLICY_HEADER}"),
             ("policy", "digest", "config"),
         )
-        policy, digest = Policy.from_dict(about["policy"]), _text(about, "digest")
+        policy, digest = Policy.from_dict(about["policy"]), text_of(about, "digest")
         if not isinstance(about["config"], dict):
             raise ProtocolError(f"config is {about['config']!r}: the object of an {protocol.CONFIG} is expected.")
         config = config_bytes(about["config"])
         with Spool(config, self.limit) as spool:
-            async for chunk in _body(request, self.limit):
+            async for chunk in body_of(request, self.limit):
                 spool.write(chunk)
             if spool.digest != digest:
                 raise different_digest(digest, spool.digest, spool.size)
             return self._stage(policy, Source(digest, spool=spool.path, config=config))
 
     def _stage(self, policy: Policy, source: Source) -> dict[str, Any]:
-        if policy == self.policy:  # a trainer that did not hear of its commit
-            return {"policy": policy.as_dict()}
-        if self.policy is not None and policy.run == self.policy.run and policy.version <= self.policy.version:
-            raise StagingError(f"This server serves {self.policy}, {policy} is not newer: send a newer version.", 409)
-        self.staged = None
-        failed = _failures(self._ask("stage", policy=policy.as_dict(), source=source))
-        if failed:
-            self._ask("abort", policy=policy.as_dict())
-            raise _refused(failed, 422)
+        if policy != self.policy:  # else a trainer did not hear of its commit
+            self._begin(policy)
+            self._all("stage", policy, source=source)
+            self.staged = policy
+        return {"policy": policy.as_dict()}
+
+    def _announce(self, policy: Policy, layout: Any) -> dict[str, Any]:
+        self._begin(policy)
+        self._all("prepare", policy, layout=layout)
+        self.arriving = policy
+        return {"policy": policy.as_dict()}
+
+    async def receive(self, request: Request) -> dict[str, Any]:
+        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
+        if policy != self.arriving:
+            raise StagingError(f"{policy} was not announced to this server, it awaits {self.arriving}.", 409)
+        self.arriving = None
+        self._all("receive", policy)
         self.staged = policy
         return {"policy": policy.as_dict()}
 
+    async def find(self, request: Request) -> dict[str, Any]:
+        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
+        self._begin(policy)
+        self._all("find", policy)
+        self.staged = policy
+        return {"policy": policy.as_dict()}
+
+    async def pushed(self, request: Request) -> dict[str, Any]:
+        failed = _failures(self._ask("pushed"))
+        if failed:
+            raise _refused(failed, 500)
+        return {"base_is_pushed": self.base_is_pushed}
+
+    def _begin(self, policy: Policy) -> None:
+        """Nothing is staged any more. Raises StagingError (409) for a policy that is not newer than the one served."""
+        if self.policy is not None and policy.run == self.policy.run and policy.version <= self.policy.version:
+            raise StagingError(f"This server serves {self.policy}, {policy} is not newer: send a newer version.", 409)
+        self.is_ours, self.staged, self.arriving = True, None, None
+
+    def _all(self, command: str, policy: Policy, **arguments: Any) -> None:
+        """Every worker does it, or this raises what the failing ones said and nothing is staged."""
+        failed = _failures(self._ask(command, policy=policy.as_dict(), **arguments))
+        if failed:
+            self._ask("abort", policy=policy.as_dict())
+            raise _refused(failed, 422)
+
+    def release(self) -> None:
+        """A trainer without us changes the adapter: nothing is known of it any more."""
+        if self.is_ours:
+            self._ask("release")
+            self.policy = self.staged = self.arriving = None
+            self.is_ours = self.plain = False
+
     async def commit(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await _json(request, ("policy",)))["policy"])
+        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
         if policy != self.policy:
             self._commit(policy)
         elif self.plain:
             self._serve(False)
-        return {"policy": policy.as_dict()}
+        return {"policy": policy.as_dict(), "boot": self.boot}
 
     def _commit(self, policy: Policy) -> None:
         if policy != self.staged:
@@ -267,55 +291,28 @@ class Reload:
         return " Not every worker could go back, so this server serves nothing until another policy is committed."
 
     async def abort(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await _json(request, ("policy",)))["policy"])
+        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
         if policy == self.staged:
             self.staged = None
+        if policy == self.arriving:
+            self.arriving = None
         self._ask("abort", policy=policy.as_dict())
         return {"policy": self.policy and self.policy.as_dict()}
 
     async def serve(self, request: Request) -> dict[str, Any]:
-        plain = (await _json(request, ("plain",)))["plain"]
+        plain = (await json_of(request, ("plain",)))["plain"]
         if not isinstance(plain, bool):
             raise ProtocolError(f"plain is {plain!r}: true or false is expected.")
         self._serve(plain)
         return {"plain": plain}
 
     def _serve(self, plain: bool) -> None:
+        self.is_ours = True
         failed = _failures(self._ask("serve", plain=plain))
         if failed:
             self._ask("serve", plain=self.plain)
             raise _refused(failed, 500)
         self.plain = plain
-
-    def refusal(self, path: str, expected: str | None) -> Refused | None:
-        """Why one of ms-swift's own routes is not called now. ``expected``: the value of `POLICY_HEADER`."""
-        if path in _NCCL:
-            return Refused(
-                409,
-                ProtocolError.__name__,
-                f"{path}/ is refused: this server takes policies by SWIFT_LORA_FIX_TRANSPORT=reload. Set that for the "
-                "trainer, too, or for neither.",
-            )
-        if path != _INFER:
-            return None
-        if self.policy is None and not self.plain:
-            return Refused(
-                503,
-                "EngineStateError",
-                "No policy was committed to this rollout server yet (or since it restarted, or a commit failed): it "
-                "has the base model alone. The trainer sends a policy before it asks for rollouts.",
-            )
-        if expected is None:
-            return None
-        try:
-            policy = Policy.from_dict(parse_object(expected, f"The header {POLICY_HEADER}"))
-        except ProtocolError as error:
-            return Refused.of(error)
-        if self.plain or policy != self.policy:
-            serves = "the plain base" if self.plain else str(self.policy)
-            message = f"Rollouts of {policy} were asked for, this server has {serves}."
-            return Refused(409, "PolicyMismatchError", message)
-        return None
 
     # ---- the workers ------------------------------------------------------------------------------------------------
 
@@ -378,76 +375,3 @@ def _refused(failed: Sequence[dict[str, Any]], status: int, more: str = "") -> R
     """The workers' own messages, each once."""
     messages = " ".join(dict.fromkeys(answer["message"] for answer in failed))
     return Refused(failed[0]["status"] or status, failed[0]["error"], messages + more)
-
-
-# ---- requests ------------------------------------------------------------------------------------------------------
-
-
-async def _body(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """Its chunks. Raises StagingError (413) as soon as it is known to be larger."""
-    announced = request.headers.get("Content-Length", "")
-    size = int(announced) if announced.isdecimal() else 0
-    if size <= limit:
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                break
-            yield chunk
-    if size > limit:
-        raise too_large("The request's body", size, limit)
-
-
-async def _json(request: Request, names: Sequence[str]) -> dict[str, Any]:
-    chunks = [chunk async for chunk in _body(request, JSON_LIMIT)]
-    return _fields(parse_object(b"".join(chunks), "The request's body"), names)
-
-
-def _fields(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    missing = [name for name in names if name not in body]
-    if missing:
-        raise ProtocolError(f"The request has no {', '.join(missing)}; it has {', '.join(sorted(body)) or 'nothing'}.")
-    return body
-
-
-def _text(body: dict[str, Any], name: str) -> str:
-    value = body[name]
-    if not isinstance(value, str) or not value:
-        raise ProtocolError(f"{name} is {value!r}: text is expected.")
-    return value
-
-
-async def _drain(request: Request) -> None:
-    """Read what is left of the body, so that the client is through with sending and sees the answer."""
-    size = 0
-    try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > DRAIN_LIMIT:
-                return
-    except Exception:  # it was read already, or the client is gone
-        return
-
-
-class Guard:
-    """ASGI middleware around all routes: refuses those of ms-swift that would hand out or make another policy, and
-    answers those with which a trainer opens NCCL."""
-
-    def __init__(self, app: Any, reload: Reload) -> None:
-        self.app, self.reload = app, reload
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request, path = Request(scope, receive), scope["path"].rstrip("/")
-        if path in _HANDSHAKE:
-            await _drain(request)
-            await JSONResponse(_HANDSHAKE[path])(scope, receive, send)
-            return
-        refused = self.reload.refusal(path, request.headers.get(POLICY_HEADER))
-        if refused is None:
-            await self.app(scope, receive, send)
-            return
-        await _drain(request)
-        await refused.response()(scope, receive, send)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import enum
 import json
 import os
 import shutil
@@ -24,9 +23,8 @@ KEPT = 3  # the newest of a run: a server that comes back late may still be read
 
 @dataclass(frozen=True)
 class Stored:
-    """A policy in ``folder``. digest: of the two files' bytes."""
+    """A policy's adapter in ``folder``. digest: of the two files' bytes."""
 
-    policy: Policy
     folder: Path
     digest: str
 
@@ -51,28 +49,21 @@ class Store:
         atexit.register(self.clear)
 
     def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:
-        """Write a policy's CPU ``tensors`` by PEFT key. Raises AdapterFileError where that is not possible; nothing is
-        left of it then."""
+        """Write a policy's ``config``, which JSON can hold, and its CPU ``tensors`` by PEFT key. Raises
+        AdapterFileError where that is not possible; nothing is left of it then."""
         from safetensors.torch import save_file
 
         folder = self.root / f"{self.run}-v{policy.version}"
         with all_or_nothing(folder) as temporary:
-            (temporary / CONFIG).write_bytes(config_bytes(json.loads(json.dumps(config, default=_plain))))
+            (temporary / CONFIG).write_bytes(config_bytes(config))
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
         self._folders.append(folder)
         while len(self._folders) > KEPT:
             shutil.rmtree(self._folders.pop(0), ignore_errors=True)
         digest = content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
-        return Stored(policy, folder, digest)
+        return Stored(folder, digest)
 
     def clear(self) -> None:
         """Remove what is left of this run, at its end."""
         while self._folders:
             shutil.rmtree(self._folders.pop(), ignore_errors=True)
-
-
-def _plain(value: Any) -> Any:
-    """What PEFT's config has beside JSON's own types: sets and enums."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value.value if isinstance(value, enum.Enum) else str(value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Awaitable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,30 +18,48 @@ from typing import Any, Callable
 import safetensors
 import safetensors.torch
 import torch
+from vllm.lora.request import LoRARequest
 
-from ..adapter_files import TensorHeader
-from ..engine.handle import ADAPTER_ID, ADAPTER_NAME
-from ..errors import CacheResetError, EngineStateError, NonFiniteAdapterError, StagingError
+from ..engine.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH
+from ..errors import CacheResetError, EngineStateError, ProtocolError, StagingError
 from ..log import info
 from ..memory import LoRATensorRequest, update
-from ..memory.segment import DTYPES, is_finite
+from ..memory.segment import DTYPES
 from ..memory.sending import ledger_of
-from .files import Source, base_shapes
-from .protocol import CONFIG, METHOD, WEIGHTS, Policy, http_status, limit_of, parse_object, root_of
+from ..settings import Settings
+from .checks import cast_checked, check_names, check_shapes
+from .files import Source, base_shapes, too_large
+from .protocol import (
+    CONFIG,
+    EXTENSION,
+    GONE,
+    METHOD,
+    NO_NCCL,
+    RPC,
+    SWIFT_EXTENSION,
+    WEIGHTS,
+    Layout,
+    Policy,
+    http_status,
+    limit_of,
+    parse_object,
+    root_of,
+)
+from .receiver import told
 
 _STAGER = "swift_lora_fix_stager"
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?")
-_FLOATS = ("F64", "F32", "BF16", "F16", "F8")
 
 _building: ContextVar[bool] = ContextVar("building", default=False)
 
 
 @dataclass(frozen=True)
 class Held:
-    """A policy and the request that makes vLLM serve it, its tensors included."""
+    """A policy and the request that makes vLLM serve it. arrived: vLLM's workers have its tensors (`Receiver`), else
+    the request has them."""
 
     policy: Policy
     request: Any
+    arrived: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +87,12 @@ class Stager:
         self.base = base_shapes(engine.model_dir)
         self.pending: Held | None = None
         self.held: Held | None = None
+        self.arriving: Held | None = None  # the workers wait for its bytes
         self.before: Held | None = None  # what a restore goes back to
         self.plain = False
+        self.is_ours = Settings.from_environment().transport == "reload"  # or a trainer without us may be the one
+        self.layout = ""  # key of the one that vLLM's workers have room for
+        self.failures: list[str] = []  # of ms-swift's own updates, which only logs them
 
     def served(self) -> Served:
         """Raises EngineStateError where there is nothing to make rollouts from."""
@@ -85,11 +106,16 @@ class Stager:
         """Do it; what is raised is answered, and which policy is served afterwards."""
         commands: dict[str, Callable[..., Awaitable[None]]] = {
             "stage": self.stage,
+            "prepare": self.prepare,
+            "receive": self.receive,
+            "find": self.find,
             "commit": self.commit,
             "restore": self.restore,
             "drop": self.drop,
             "abort": self.abort,
             "serve": self.serve,
+            "pushed": self.pushed,
+            "release": self.release,
         }
         answer: dict[str, Any] = {}
         try:
@@ -109,8 +135,33 @@ class Stager:
 
     async def stage(self, policy: Mapping[str, Any], source: Source) -> None:
         """Read and check an adapter, and keep it for `commit`. The engine is not touched."""
-        self.pending = self.before = None
+        self._begin()
         self.pending = Held(Policy.from_dict(policy), self._request(source))
+
+    async def prepare(self, policy: Mapping[str, Any], layout: Mapping[str, Any] | str) -> None:
+        """Check what an adapter says of itself, and have vLLM's workers make room for it."""
+        self._begin()
+        if layout != self.layout:
+            if isinstance(layout, str):
+                raise StagingError("This layout is not the last one that this server was told: send it whole.", GONE)
+            await self._make_room(Layout.from_dict(layout))
+        self.arriving = Held(Policy.from_dict(policy), _request_by_id(), True)
+
+    async def receive(self, policy: Mapping[str, Any]) -> None:
+        """The bytes come over NCCL now, and are checked."""
+        arriving, self.arriving = self.arriving, None
+        if arriving is None or arriving.policy.as_dict() != policy:
+            raise EngineStateError(f"This worker awaits {arriving and str(arriving.policy)}, not {policy}.")
+        await self._rpc("receive", digest=arriving.policy.digest)
+        self.pending = arriving
+
+    async def find(self, policy: Mapping[str, Any]) -> None:
+        """Stage an adapter that came before, under another version."""
+        self._begin()
+        asked = Policy.from_dict(policy)
+        self._check_receives()
+        await self._rpc("find", digest=asked.digest)
+        self.pending = Held(asked, _request_by_id(), True)
 
     async def commit(self, policy: Mapping[str, Any]) -> None:
         """Have the engine serve what was staged. What fails leaves it with what it had."""
@@ -133,17 +184,71 @@ class Stager:
 
     async def drop(self) -> None:
         """Serve nothing: workers would differ."""
-        self.held = self.before = self.pending = None
+        self.held = self.before = self.pending = self.arriving = None
+
+    async def release(self) -> None:
+        """A trainer without us changes the adapter: nothing is known of it any more."""
+        await self.drop()
+        self._set_plain(False)
+        self.is_ours = Settings.from_environment().transport == "reload"
+
+    async def pushed(self) -> None:
+        """What went wrong since the last time in updates of ms-swift's own."""
+        failures, self.failures = self.failures, []
+        if failures:
+            raise EngineStateError(f"{len(failures)} updates over NCCL failed in vLLM, the first: {failures[0]}")
 
     async def abort(self, policy: Mapping[str, Any]) -> None:
         if self.pending is not None and self.pending.policy.as_dict() == policy:
             self.pending = None
+        if self.arriving is not None and self.arriving.policy.as_dict() == policy:
+            self.arriving = None
 
     async def serve(self, plain: bool) -> None:
         self._check_idle()
+        self.is_ours = True
         self._set_plain(plain)
 
     # ---- how --------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """What was staged before is no longer wanted."""
+        self.is_ours, self.pending, self.arriving, self.before = True, None, None, None
+
+    def _check_receives(self) -> None:
+        """Raise StagingError (`NO_NCCL`) where adapters do not come over NCCL."""
+        parallel, why = self.engine.engine.vllm_config.parallel_config, None
+        if parallel.worker_extension_cls != EXTENSION:
+            why = f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}"
+        elif parallel.data_parallel_size > 1:
+            why = "with data parallelism in one asynchronous engine vLLM drops adapters while a rank is idle"
+        if why is not None:
+            raise StagingError(f"This server takes no adapters over NCCL: {why}.", NO_NCCL)
+
+    async def _make_room(self, layout: Layout) -> None:
+        self.layout = ""
+        self._check_receives()
+        self._check_announced(layout)
+        await self._rpc("prepare", layout=layout.as_dict())
+        self.layout = layout.key
+
+    def _check_announced(self, layout: Layout) -> None:
+        dtype = getattr(torch, layout.dtype, None)
+        if dtype not in DTYPES:
+            raise ProtocolError(f"The layout's dtype is {layout.dtype!r}: one of {', '.join(map(str, DTYPES))}.")
+        tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
+        check_names(tensors, layout.config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
+        check_shapes(tensors, self.base)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size > self.limit:
+            raise too_large("The adapter", size, self.limit)
+
+    async def _rpc(self, command: str, **arguments: Any) -> None:
+        """Have vLLM's workers do one of the `Receiver`'s commands. Raises what went wrong in one of them."""
+        try:
+            await _value(self.engine.engine.collective_rpc(RPC, kwargs={"command": command, **arguments}))
+        except Exception as error:
+            raise told(error) from error
 
     def _request(self, source: Source) -> Any:
         config_bytes, weights = source.read(self.root, self.limit)
@@ -162,7 +267,9 @@ class Stager:
         return request
 
     async def _load(self, held: Held) -> None:
-        if not await _value(update(self.engine.engine, held.request)):
+        if held.arrived:
+            await self._rpc("serve", digest=held.policy.digest)
+        elif not await _value(update(self.engine.engine, held.request)):
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
         for name in ("reset_prefix_cache", "reset_encoder_cache"):
             reset = getattr(self.engine.engine, name, None)
@@ -200,75 +307,9 @@ async def _value(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-# ---- what is an adapter --------------------------------------------------------------------------------------------
-
-
-def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], max_rank: int) -> None:
-    """Raise StagingError where these are not pairs of A and B of a rank that config and engine agree on."""
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        found = _NAME.fullmatch(name)
-        if found is None or tensor.dim() != 2 or tensor.dtype not in DTYPES:
-            raise StagingError(
-                f"{WEIGHTS} has {name!r} ({tuple(tensor.shape)}, {tensor.dtype}), which is no LoRA matrix: floats are "
-                "expected, with names as in 'base_model.model.<module>.lora_A.weight'."
-            )
-        sides.setdefault(found["module"], {})[found["side"]] = tensor
-    if not sides:
-        raise StagingError(f"{WEIGHTS} has no tensors: an adapter has at least one lora_A and one lora_B.")
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
-    for module, pair in sides.items():
-        if len(pair) < 2:
-            raise StagingError(f"{WEIGHTS} has only lora_{next(iter(pair))} of {module!r}: A and B go together.")
-        (rank, _), (_, columns) = pair["A"].shape, pair["B"].shape
-        if rank != columns:
-            raise StagingError(f"Of {module!r}, A has rank {rank} and B {columns}: these are not one adapter.")
-        if rank > max_rank:
-            raise StagingError(
-                f"{module!r} has rank {rank}, this server has room for {max_rank}: start it with "
-                f"--vllm_max_lora_rank {rank}."
-            )
-        if rank not in ranks:
-            raise StagingError(f"{module!r} has rank {rank}, {CONFIG} says {sorted(map(str, ranks))}.")
-
-
-def check_shapes(tensors: Mapping[str, torch.Tensor], base: Mapping[str, TensorHeader]) -> None:
-    """Raise StagingError where a module is not the base's. What the model's files do not name, vLLM's loader judges."""
-    modules = {name[: -len(".weight")] for name in base if name.endswith(".weight")}
-    wanted = {found["module"]: name for name in tensors if (found := _NAME.fullmatch(name)) and found["side"] == "A"}
-    if not modules.intersection(wanted):
-        return  # named otherwise in the files than in PEFT
-    layers, kinds = {_kind(name) for name in modules}, {name.split(".")[-1] for name in modules}
-    for module, name in wanted.items():
-        if module in modules:
-            _check_shape(module, tensors[name], tensors[name.replace("_A", "_B")], base[f"{module}.weight"])
-        elif _kind(module) in layers or (module.split(".")[-1] not in kinds and ".experts" not in module):
-            raise StagingError(f"The server's model has no module {module!r}: is the adapter one of another model?")
-
-
-def _kind(module: str) -> str:
-    return re.sub(r"\.\d+\.", ".#.", module)
-
-
-def _check_shape(module: str, a: torch.Tensor, b: torch.Tensor, weight: TensorHeader) -> None:
-    shape = (b.shape[0], a.shape[1])
-    if weight.dtype.startswith(_FLOATS) and sorted(shape) != sorted(weight.shape):  # Conv1D and embeddings: (in, out)
-        raise StagingError(
-            f"{module!r} is {tuple(weight.shape)} in the server's model, A {tuple(a.shape)} and B {tuple(b.shape)} are "
-            f"for {shape}: is the adapter one of another model?"
-        )
-
-
-def cast_checked(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """As vLLM will hold them. Raises NonFiniteAdapterError naming those with NaN or infinity, then or before."""
-    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    bad = [name for name, tensor in cast.items() if not is_finite(tensor)]
-    if bad:
-        raise NonFiniteAdapterError(
-            f"{len(bad)} of the adapter's {len(cast)} tensors are not finite in {dtype}, the first {min(bad)!r}. The "
-            "server keeps the policy that it has."
-        )
-    return cast
+def _request_by_id() -> Any:
+    """For what the workers hold: vLLM looks for nothing under a path while the id is taken."""
+    return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
 
 
 # ---- the hooks -----------------------------------------------------------------------------------------------------
@@ -288,32 +329,67 @@ def build_engine(build: Callable[..., Any], arguments: Any, *args: Any, **kwargs
     stager = Stager(engine)
     setattr(engine, _STAGER, stager)
     setattr(engine, METHOD, stager.command if arguments.vllm_use_async_engine else stager.command_now)
+    _note_failures(stager, engine.engine)
     return engine
 
 
-def load_base_from_files(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``GRPOVllmEngine`` without random weights, which are for a trainer that sends the base."""
+def _note_failures(stager: Stager, engine: Any) -> None:
+    """ms-swift logs what goes wrong in ``collective_rpc``, which its updates over NCCL come by, and tells nobody."""
+    call = engine.collective_rpc
+
+    def note(error: Exception) -> None:
+        stager.failures.append(f"{type(error).__name__}: {error}")
+
+    async def awaited(result: Any) -> Any:
+        try:
+            return await result
+        except Exception as error:
+            note(error)
+            raise
+
+    def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method == RPC:
+            return call(method, *args, **kwargs)
+        try:
+            result = call(method, *args, **kwargs)
+        except Exception as error:
+            note(error)
+            raise
+        return awaited(result) if inspect.isawaitable(result) else result
+
+    engine.collective_rpc = collective_rpc
+
+
+def engine_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``GRPOVllmEngine`` without random weights, which are for a trainer that sends the base; and with an
+    extension of vLLM's workers that is ms-swift's and ours."""
     if not _building.get():
         return kwargs
     inner = dict(kwargs.get("engine_kwargs") or {})
+    if str(inner.get("worker_extension_cls", "")).endswith(f".{SWIFT_EXTENSION}"):
+        inner["worker_extension_cls"] = EXTENSION
     found = inner.pop("load_format", None) or kwargs.get("load_format") or "auto"
     return {**kwargs, "engine_kwargs": inner, "load_format": "auto" if found == "dummy" else found}
 
 
 def stager_of(engine: Any) -> Stager | None:
-    """None: not an engine of a server that takes policies this way (a colocated one)."""
-    return vars(engine).get(_STAGER)
+    """None: not an engine of a server that takes policies this way: a colocated one, or one whose trainer is without
+    us."""
+    stager: Stager | None = vars(engine).get(_STAGER)
+    return stager if stager is not None and stager.is_ours else None
 
 
 def tag_scheduler(engine: Any) -> None:
     """What ``get_rollout_engine_type`` made: where that is a scheduler, its rollouts are tagged, too."""
     inner = getattr(engine, "infer_engine", None)
-    stager = stager_of(inner) if inner is not None else None
-    if stager is None or stager_of(engine) is not None:
+    if inner is None or _STAGER not in vars(inner) or _STAGER in vars(engine):
         return
     wrapped = engine.async_infer
 
     async def async_infer(*args: Any, **kwargs: Any) -> Any:
+        stager = stager_of(inner)
+        if stager is None:
+            return await wrapped(*args, **kwargs)
         served = stager.served()
         return tag(stager, served, await wrapped(*args, **kwargs))
 

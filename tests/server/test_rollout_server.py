@@ -91,7 +91,7 @@ def altered(source: Path, name: str, change: Callable[[dict[str, Any], dict[str,
 
 def test_it_says_what_it_is(server: ReloadServer) -> None:
     status = server.status()
-    expected = {"protocol": 1, "enable_lora": True, "max_lora_rank": 16, "policy": None, "plain": False, "workers": 1}
+    expected = {"protocol": 2, "enable_lora": True, "max_lora_rank": 16, "policy": None, "plain": False, "workers": 1}
     assert {name: status[name] for name in expected} == expected
     assert status["root"] == str(server.root) and status["lora_dtype"] == "bfloat16" and len(status["boot"]) == 16
 

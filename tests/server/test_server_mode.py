@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 
-from tests.support import bounds
 from tests.support.driver import Run, make_model, this_python
-from tests.support.rollout_server import RolloutServer, quiet_port
+from tests.support.rollout_server import RolloutServer
+from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
 pytestmark = pytest.mark.e2e
 
+TRANSPORT = {"SWIFT_LORA_FIX_TRANSPORT": "reload"}
 SAVED, KILLED = 2, 3  # steps: a checkpoint; the rollout before which one server is killed
 
 
@@ -35,7 +34,7 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    environment = {"SWIFT_LORA_FIX_ROOT": str(folder / "root")}
+    environment = {**TRANSPORT, "SWIFT_LORA_FIX_ROOT": str(folder / "root")}
     made = [RolloutServer(model, folder / name, environment=environment).start() for name in ("one", "two")]
     try:
         yield [server.wait() for server in made]
@@ -44,73 +43,17 @@ def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
             server.stop()
 
 
-def trainer(name: str, model: Path, folder: Path, servers: list[RolloutServer], **arguments: Any) -> Run:
-    run = Run(name, this_python(), model, folder / name, True)
-    run.arguments = {
-        "vllm_mode": "server",
-        "vllm_server_host": ["127.0.0.1"] * len(servers),
-        "vllm_server_port": [server.port for server in servers],
-        "vllm_server_group_port": [quiet_port() for _ in servers],
-        "vllm_server_timeout": 60,
-        **arguments,
-    }
-    for gone in ("vllm_enable_lora", "vllm_enforce_eager", "vllm_max_model_len"):
-        run.arguments.setdefault(gone, None)
-    run.environment = {
-        "SWIFT_LORA_FIX_TRANSPORT": "reload",
-        "SWIFT_LORA_FIX_ROOT": str(folder / "root"),
-        "SWIFT_LORA_FIX_GATE_EVERY": "1",
-    }
-    return run
-
-
-def restarting(server: RolloutServer, flag: Path) -> threading.Thread:
-    """Kills the server when the run makes ``flag``, and starts it again."""
-
-    def watch() -> None:
-        while not flag.exists():
-            time.sleep(0.05)
-        server.stop()
-        (flag.parent / "killed").touch()
-        server.start()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 @pytest.fixture(scope="module")
 def trained(model: Path, folder: Path, servers: list[RolloutServer]) -> Run:
     """Four steps; before the rollout of step KILLED the second server is killed, and started again."""
-    run = trainer("train", model, folder, servers)
-    flag = folder / "kill"
-    waits = f"while not os.path.exists({str(folder / 'killed')!r}): time.sleep(0.05)"
-    code = f"import os, time\nopen({str(flag)!r}, 'w').close()\n{waits}"
-    run.environment["SLF_RUN_AT_STEP"] = f"{KILLED}:{shlex.join([sys.executable, '-c', code])}"
-    restarting(servers[1], flag)
-    run.start()
-    servers[1].wait()
-    return run
+    return killing(trainer("train", model, folder, servers, TRANSPORT), servers[1], KILLED)
 
 
 @pytest.fixture(scope="module")
 def resumed(model: Path, folder: Path, servers: list[RolloutServer], trained: Run) -> Run:
     checkpoint = trained.output / f"checkpoint-{SAVED}"
-    run = trainer("resumed", model, folder, servers, resume_from_checkpoint=checkpoint)
+    run = trainer("resumed", model, folder, servers, TRANSPORT, resume_from_checkpoint=checkpoint)
     return run.start()
-
-
-def assert_serves_the_trainer(run: Run) -> None:
-    assert run.returncode == 0, run.log[-4000:]
-    floor = run.metrics()[0]["lora_sync/noise_floor"]
-    assert 0 < floor < 0.05
-    for probe in run.probes():
-        assert probe["mean"] < bounds.MEAN_BOUND * floor, (probe, floor)
-        assert probe["base_changed"] == 0.0 and probe["lora_changed_by_sync"] == 0 and probe["merge_calls"] == 0
-        assert len(set(probe["policies"])) == 1 and probe["policies"][0], "every rollout says which policy made it"
-    digests = [probe["policies"][0] for probe in run.probes()]
-    assert len(set(digests)) == len(digests), "each step has a policy of its own"
-    assert run.probes()[-1]["lora_effect"] > 10 * floor, "the LoRA must be large enough to be missed"
 
 
 def test_both_servers_serve_the_trainers_policy_at_every_step(trained: Run) -> None:
@@ -143,7 +86,7 @@ def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: R
 
 def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[RolloutServer], resumed: Run) -> None:
     """--async_generate: the policy waits for the rollouts under way, and the first sync for none."""
-    run = trainer("background", model, folder, servers, async_generate="true", max_steps=3)
+    run = trainer("background", model, folder, servers, TRANSPORT, async_generate="true", max_steps=3)
     run.probe = False  # it would compare with a trainer that has gone on meanwhile
     run.start()
     assert run.returncode == 0, run.log[-4000:]
@@ -157,7 +100,7 @@ def test_a_server_that_hangs_ends_the_run_with_its_name(
     model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
 ) -> None:
     """And the other one keeps the policy that it has."""
-    run = trainer("hanging", model, folder, servers)
+    run = trainer("hanging", model, folder, servers, TRANSPORT)
     run.environment["SWIFT_LORA_FIX_SERVER_DEADLINE"] = "5"
     flag = folder / "hang"
     run.environment["SLF_RUN_AT_STEP"] = f"1:{shlex.join(['touch', str(flag)])}; sleep 1"

@@ -1,4 +1,4 @@
-"""Starts a real ``swift rollout`` on the CPU."""
+"""Starts a real ``swift rollout``, on the CPU unless told otherwise."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class RolloutServer:
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=quiet_port)
+    gpu: bool = False
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -50,7 +51,8 @@ class RolloutServer:
 
     def command(self) -> list[str]:
         script = swift_folder(this_python()) / "cli" / "rollout.py"
-        plugins = [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py", FIX]
+        plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py"]
+        plugins.append(FIX)
         command = [str(this_python()), str(script), "--external_plugins", *map(str, plugins)]
         defaults = {
             "model": self.model,
@@ -71,9 +73,9 @@ class RolloutServer:
     def start(self) -> RolloutServer:
         """Returns at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        on_cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_DISABLE_PYNCCL": "1"}
         environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_DISABLE_PYNCCL": "1",
+            **({} if self.gpu else on_cpu),
             "SWIFT_LORA_FIX_TRANSPORT": "reload",
             **self.environment,
         }

@@ -139,7 +139,8 @@ def given(**changes: Any) -> Any:
     [
         ({"use_vllm": False}, "rollouts do not use vLLM"),
         ({"tuner_type": "full"}, "the tuner is 'full'"),
-        ({"vllm_mode": "server"}, "vllm_mode is 'server'"),
+        ({"vllm_mode": "server", "rollout_enable_lora": False}, "the rollout servers have no LoRA layers"),
+        ({"vllm_mode": "other"}, "vllm_mode is 'other'"),
     ],
 )
 def test_whatever_is_not_ours_is_left_alone_and_said_once(

@@ -18,12 +18,24 @@ from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
 from swift_lora_fix.engine.handle import ADAPTER_ID
-from swift_lora_fix.server import routes, worker
-from swift_lora_fix.server.protocol import BYTES, CONFIG, POLICY_HEADER, PREFIX, WEIGHTS, Policy, content_digest
+from swift_lora_fix.server import checks, receiver, routes, worker
+from swift_lora_fix.server.protocol import (
+    BYTES,
+    CONFIG,
+    EXTENSION,
+    POLICY_HEADER,
+    PREFIX,
+    RPC,
+    WEIGHTS,
+    Layout,
+    Policy,
+    content_digest,
+)
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIGURATION = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
 KEY = {"Authorization": "Bearer sesame"}
+SWIFTS = "swift.pipelines.infer.rollout.WeightSyncWorkerExtension"
 
 
 class FakeLLM:
@@ -32,8 +44,9 @@ class FakeLLM:
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(
             lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16, max_cpu_loras=1),
-            parallel_config=SimpleNamespace(data_parallel_size=1),
+            parallel_config=SimpleNamespace(data_parallel_size=1, worker_extension_cls=EXTENSION),
         )
+        self.rpcs: list[tuple[str, dict[str, Any]]] = []  # what vLLM's workers were asked
         self.unfinished = False
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
         self.loads: list[float] = []
@@ -49,6 +62,14 @@ class FakeLLM:
 
     def reset_prefix_cache(self) -> bool:
         return self.resets
+
+    def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> list[None]:
+        assert method == RPC
+        arguments = dict(kwargs)
+        self.rpcs.append((arguments.pop("command"), arguments))
+        if self.fail:
+            raise self.fail.pop(0)
+        return [None]
 
 
 class FakeAsyncLLM(FakeLLM):
@@ -76,8 +97,7 @@ class FakeConnection:
 
     @property
     def stager(self) -> worker.Stager:
-        found = worker.stager_of(self.engine)
-        assert found is not None
+        found: worker.Stager = vars(self.engine)[worker._STAGER]
         return found
 
     def send(self, order: dict[str, Any]) -> None:
@@ -115,6 +135,7 @@ class Server:
         self.app = FastAPI()
         self.app.post("/infer/")(self.infer)
         self.app.post("/update_named_param/")(self.infer)
+        self.app.post("/update_adapter_param/")(self.infer)
 
     async def infer(self) -> str:
         return "rollouts"
@@ -124,6 +145,7 @@ class Server:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     made = Server(tmp_path)
     routes.install(made)
     return made
@@ -332,8 +354,16 @@ def test_nccl_routes_are_refused(client: TestClient) -> None:
     refused(client.post("/update_named_param/"), 409, "ProtocolError", "SWIFT_LORA_FIX_TRANSPORT=reload")
 
 
-def test_a_server_without_lora_does_not_start(tmp_path: Path) -> None:
+def test_a_server_without_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     server = Server(tmp_path, vllm_enable_lora=False)
+    logging.getLogger("swift").propagate = True
+    with caplog.at_level(logging.WARNING, "swift.lora_fix"):
+        routes.install(server)
+    assert "stepping aside" in caplog.text and "--vllm_enable_lora true" in caplog.text
+    assert TestClient(server.app).get(f"{PREFIX}/status/").status_code == 404
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     with pytest.raises(errors.SettingsError, match="--vllm_enable_lora true"):
         routes.install(server)
 
@@ -352,6 +382,146 @@ def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: A
     with caplog.at_level(logging.WARNING, "swift.lora_fix"):
         routes.install(Server(tmp_path, **arguments))
     assert phrase in caplog.text if phrase else not caplog.text
+
+
+# ---- over NCCL -----------------------------------------------------------------------------------------------------
+
+
+LAYOUT = Layout(
+    "bfloat16",
+    ((f"base_model.model.{MODULE}.lora_A.weight", (2, 8)), (f"base_model.model.{MODULE}.lora_B.weight", (6, 2))),
+    CONFIGURATION,
+)
+
+
+@pytest.fixture
+def open_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Where no transport is asked for by name."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
+    made = Server(tmp_path)
+    routes.install(made)
+    return made
+
+
+@pytest.fixture
+def nccl(open_server: Server) -> Iterator[TestClient]:
+    with TestClient(open_server.app, headers=KEY) as made:
+        yield made
+
+
+def announce(client: TestClient, version: int, layout: Layout = LAYOUT) -> Any:
+    body = {"policy": policy(version).as_dict(), "layout": layout.as_dict()}
+    return client.post(f"{PREFIX}/stage/", json=body)
+
+
+def ask(client: TestClient, route: str, version: int) -> Any:
+    return client.post(f"{PREFIX}/{route}/", json={"policy": policy(version).as_dict()})
+
+
+def rpcs(server: Server) -> list[list[str]]:
+    return [
+        [f"{name} {arguments.get('digest', '')}".strip() for name, arguments in c.llm.rpcs] for c in server.connections
+    ]
+
+
+def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> None:
+    assert announce(nccl, 1).status_code == 200
+    refused(commit(nccl, 1), 409, "StagingError", "nothing is staged")
+    refused(ask(nccl, "receive", 2), 409, "StagingError", "was not announced")
+    assert ask(nccl, "receive", 1).status_code == 200
+    assert commit(nccl, 1).status_code == 200
+    assert rpcs(open_server) == [["prepare", "receive digest-1", "serve digest-1"]] * 2
+    assert open_server.connections[0].llm.rpcs[0][1] == {"layout": LAYOUT.as_dict()}
+    assert status(nccl)["policy"] == policy(1).as_dict()
+    request = open_server.connections[0].stager.served().request
+    assert (request.lora_int_id, request.load_inplace) == (ADAPTER_ID, False)
+    assert ask(nccl, "find", 2).status_code == 200, "what was sent before, as another version"
+    assert commit(nccl, 2).status_code == 200
+    assert rpcs(open_server)[1][3:] == ["find digest-2", "serve digest-2"]
+
+
+@pytest.mark.parametrize(
+    "changes, status_code, phrase",
+    [
+        ({"entries": (*LAYOUT.entries[:1], (LAYOUT.entries[1][0], (6, 3)))}, 422, "A has rank 2 and B 3"),
+        ({"entries": (*LAYOUT.entries[:1], (LAYOUT.entries[1][0], (7, 2)))}, 422, "are for (7, 8)"),
+        ({"entries": ()}, 422, "has no tensors"),
+        ({"dtype": "int8"}, 400, "dtype is 'int8'"),
+        ({"config": {**CONFIGURATION, "r": 3}}, 422, "rank 2"),
+    ],
+)
+def test_what_is_announced_is_checked_before_any_byte(
+    open_server: Server, nccl: TestClient, changes: Any, status_code: int, phrase: str
+) -> None:
+    import dataclasses
+
+    answer = announce(nccl, 1, dataclasses.replace(LAYOUT, **changes))
+    assert answer.status_code == status_code and phrase in answer.json()["message"], answer.text
+    assert rpcs(open_server) == [[], []]
+    assert ask(nccl, "receive", 1).status_code == 409
+
+
+def test_a_layout_that_is_none(nccl: TestClient) -> None:
+    for layout in (None, [], {"dtype": "bfloat16"}, {**LAYOUT.as_dict(), "entries": [["a", [0, 1]]]}):
+        body = {"policy": policy(1).as_dict(), "layout": layout}
+        refused(nccl.post(f"{PREFIX}/stage/", json=body), 400, "ProtocolError", "layout")
+
+
+def test_a_worker_that_cannot_receive(open_server: Server, nccl: TestClient) -> None:
+    error = errors.StagingError("What arrived over NCCL has digest x.")
+    open_server.connections[1].llm.fail = [
+        RuntimeError(f"Call to collective_rpc method failed: {receiver._tell(error)}")
+    ]
+    refused(announce(nccl, 1), 422, "StagingError", "What arrived over NCCL has digest x.")
+    assert announce(nccl, 1).status_code == 200
+    open_server.connections[0].llm.fail = [RuntimeError("NCCL error: unhandled system error")]
+    refused(ask(nccl, "receive", 1), 422, "RuntimeError", "NCCL error")
+    refused(commit(nccl, 1), 409, "StagingError", "nothing is staged")
+
+
+def test_an_engine_that_takes_nothing_over_nccl_says_so(open_server: Server, nccl: TestClient) -> None:
+    open_server.connections[1].llm.vllm_config.parallel_config.data_parallel_size = 2
+    refused(announce(nccl, 1), 501, "StagingError", "data parallelism")
+    open_server.connections[0].llm.vllm_config.parallel_config.worker_extension_cls = SWIFTS
+    refused(announce(nccl, 1), 501, "StagingError", "worker_extension_cls")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_worker_that_cannot_serve_takes_the_others_back(
+    open_server: Server, nccl: TestClient, failing: int
+) -> None:
+    for version in (1, 2):
+        assert announce(nccl, version).status_code == ask(nccl, "receive", version).status_code == 200
+        if version == 1:
+            assert commit(nccl, 1).status_code == 200
+    open_server.connections[failing].llm.fail = [RuntimeError("no room")]
+    refused(commit(nccl, 2), 500, "RuntimeError", "no room", "version 1", "as before")
+    assert [calls[-1] for calls in rpcs(open_server)] == ["serve digest-1"] * 2
+    assert status(nccl)["policy"] == policy(1).as_dict()
+
+
+def test_a_trainer_without_us_is_served_as_before(open_server: Server, nccl: TestClient) -> None:
+    assert nccl.post("/infer/").status_code == 200, "there may be no policy"
+    assert worker.stager_of(open_server.connections[0].engine) is None
+    assert announce(nccl, 1).status_code == 200
+    refused(nccl.post("/infer/"), 503, "EngineStateError", "No policy was committed")
+    assert ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
+    assert not status(nccl)["base_is_pushed"]
+    assert nccl.post("/update_named_param/").status_code == 200
+    assert status(nccl)["base_is_pushed"] and status(nccl)["policy"] == policy(1).as_dict()
+    assert nccl.post("/update_adapter_param/").status_code == 200, "now another trainer's"
+    assert status(nccl)["policy"] is None
+    assert nccl.post("/infer/").status_code == 200
+    assert worker.stager_of(open_server.connections[0].engine) is None
+
+
+def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) -> None:
+    assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200
+    engine = open_server.connections[1].llm
+    with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
+        engine.collective_rpc(method="update_flattened_params", args=([],))
+    refused(nccl.post(f"{PREFIX}/pushed/", json={}), 500, "EngineStateError", "1 updates over NCCL failed")
+    assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200, "told once"
 
 
 # ---- in the worker -------------------------------------------------------------------------------------------------
@@ -390,14 +560,16 @@ def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
         ({"load_format": "dummy", "engine_kwargs": {"a": 1}}, "auto", {"a": 1}),
         ({"engine_kwargs": {"load_format": "dummy"}}, "auto", {}),  # 3.10
         ({"load_format": "safetensors"}, "safetensors", {}),
+        ({"engine_kwargs": {"worker_extension_cls": SWIFTS}}, "auto", {"worker_extension_cls": EXTENSION}),
+        ({"engine_kwargs": {"worker_extension_cls": "a.B"}}, "auto", {"worker_extension_cls": "a.B"}),
         ({}, "auto", {}),
     ],
 )
 def test_the_base_comes_from_the_files(kwargs: dict[str, Any], load_format: str, inner: dict[str, Any]) -> None:
-    assert worker.load_base_from_files(kwargs) is kwargs, "only where a server is built"
+    assert worker.engine_arguments(kwargs) is kwargs, "only where a server is built"
     token = worker._building.set(True)
     try:
-        assert worker.load_base_from_files(kwargs) == {"load_format": load_format, "engine_kwargs": inner}
+        assert worker.engine_arguments(kwargs) == {"load_format": load_format, "engine_kwargs": inner}
     finally:
         worker._building.reset(token)
 
@@ -411,11 +583,11 @@ def test_modules_that_the_files_do_not_name_are_left_to_vllm() -> None:
             f"base_model.model.{module}.lora_B.weight": torch.zeros(6, 2),
         }
 
-    worker.check_shapes(pair("language_model.layers.0.self_attn.q_proj"), base)  # named otherwise altogether
-    worker.check_shapes({**pair(MODULE), **pair("model.layers.0.mlp.experts.base_layer")}, base)
+    checks.check_shapes(pair("language_model.layers.0.self_attn.q_proj"), base)  # named otherwise altogether
+    checks.check_shapes({**pair(MODULE), **pair("model.layers.0.mlp.experts.base_layer")}, base)
     for unknown in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.nope"):
         with pytest.raises(errors.StagingError, match=f"no module '{unknown}'"):
-            worker.check_shapes({**pair(MODULE), **pair(unknown)}, base)
+            checks.check_shapes({**pair(MODULE), **pair(unknown)}, base)
 
 
 def _header(*shape: int) -> Any:

@@ -20,6 +20,7 @@ from swift_lora_fix.digest import checksum
 from swift_lora_fix.server import remote
 from swift_lora_fix.server.client import Servers
 from swift_lora_fix.server.protocol import POLICY_HEADER, PREFIX
+from swift_lora_fix.server.writer import RemoteWriter
 from tests.support.peft_models import peft_model
 
 
@@ -30,6 +31,7 @@ class Scripted:
         self.policy: Any = None
         self.staged: Any = None
         self.plain, self.boot, self.sums = False, "first", sums
+        self.is_pushed = False
         self.calls: list[tuple[str, Any]] = []
         self.faults: dict[str, list[Any]] = {}
         self.headers: list[dict[str, str]] = []
@@ -80,7 +82,8 @@ class Scripted:
             self.plain = content["plain"]
         elif route == "base":
             return 200, {"sums": self.sums}, {}
-        about = {"protocol": 1, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": "bfloat16", "boot": self.boot}
+        about = {"protocol": 2, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": "bfloat16", "boot": self.boot}
+        about["base_is_pushed"] = self.is_pushed
         return 200, {**about, "policy": self.policy, "plain": self.plain}, {}
 
     def routes(self) -> list[str]:
@@ -96,6 +99,7 @@ def model() -> Any:
 def scripts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scripted]]:
     monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "3")
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     frozen = adapter.frozen_parameters(model)
     sums = {name: ["float32", list(p.shape), int(checksum(p.detach()))] for name, p in frozen}
     made = [Scripted(sums), Scripted(sums)]
@@ -110,12 +114,13 @@ class Trainer(SimpleNamespace):
 
 
 def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
-    sessions = [SimpleNamespace(headers={}) for _ in scripts]
+    sessions = [SimpleNamespace(headers={}, mount=lambda *_: None) for _ in scripts]
     return Trainer(
         model=model,
         vllm_client=SimpleNamespace(
             base_urls=[script.url for script in scripts],
             sessions=sessions,
+            num_servers=len(scripts),
             close_communicator=lambda: None,
             pynccl_comms=[],
         ),
@@ -124,12 +129,12 @@ def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
     )
 
 
-def writer_for(model: Any, scripts: list[Scripted]) -> tuple[Any, remote.RemoteWriter]:
+def writer_for(model: Any, scripts: list[Scripted]) -> tuple[Any, RemoteWriter]:
     trainer = trainer_for(model, scripts)
-    return trainer, remote.RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model))
+    return trainer, RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model))
 
 
-def send(writer: remote.RemoteWriter) -> str:
+def send(writer: RemoteWriter) -> str:
     writer.begin_validation()
     writer.validate()
     return writer.write().digest
@@ -319,7 +324,7 @@ def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scr
 
 
 def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
-    scripts[1].answer = lambda *_: (200, {"protocol": 1, "enable_lora": False}, {})  # type: ignore[method-assign]
+    scripts[1].answer = lambda *_: (200, {"protocol": 2, "enable_lora": False}, {})  # type: ignore[method-assign]
     with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} has no LoRA layers.*--vllm_enable_lora"):
         writer_for(model, scripts)
     scripts[1].answer = lambda *_: (404, b"Not Found", {})  # type: ignore[method-assign]

@@ -8,70 +8,8 @@ leave other bits in the trainer's base, which gets its own back after each of st
 
 import json
 import os
-import time
 
-from slf_bench_step import measure_with
-
-
-def _stock(mixin):
-    """ms-swift's own function, below every wrapper."""
-    function = vars(mixin)["_move_model_to_vllm"]
-    while type(function).__name__ == "FunctionWrapper":
-        function = function.__wrapped__
-    return function
-
-
-def _timed(call):
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    started = time.perf_counter()
-    call()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0
-
-
-def _swap(parameters, values):
-    for parameter, value in zip(parameters, values):
-        parameter.data = value
-
-
-def _size(tensor):
-    return tensor.numel() * tensor.element_size()
-
-
-class _Copies:
-    """The bits of parameters as they are now; copied to where they are while there is room, else to the CPU."""
-
-    def __init__(self, parameters):
-        import torch
-
-        self.parameters = parameters
-        size = sum(map(_size, parameters))
-        stay = not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] > 1.25 * size
-        self.copies = [p.detach().clone() if stay else p.detach().cpu() for p in parameters]
-
-    def restore(self):
-        for parameter, copy in zip(self.parameters, self.copies):
-            parameter.data.copy_(copy)
-
-    def changed(self):
-        """How many elements have other bits now."""
-        return sum(
-            int((_bits(p.data) != _bits(copy).to(p.device)).sum()) for p, copy in zip(self.parameters, self.copies)
-        )
-
-
-def _bits(tensor):
-    import torch
-
-    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+from slf_bench_step import Copies, measure_with, size_of, stock_sync, swap, timed
 
 
 def _bandwidth():
@@ -81,7 +19,7 @@ def _bandwidth():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.empty((1 << 30) if device == "cuda" else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(_timed(lambda: target.copy_(source))[0] for _ in range(8))
+    best = min(timed(lambda: target.copy_(source))[0] for _ in range(8))
     return 2 * source.numel() / best
 
 
@@ -95,8 +33,8 @@ def _bench(wrapped, trainer):
     named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     parameters = [p for n, p in named.items() if "lora_" in n]
     adapted = [p for n, p in named.items() if n.endswith(".base_layer.weight")]
-    base = _Copies([p for n, p in named.items() if "lora_" not in n])
-    stock = _stock(next(c for c in type(trainer).__mro__ if c.__name__ == "RolloutTrainerMixin"))
+    base = Copies([p for n, p in named.items() if "lora_" not in n])
+    stock = stock_sync(next(c for c in type(trainer).__mro__ if c.__name__ == "RolloutTrainerMixin"))
     trainer.base_sync_done = True
     ours_parts, peaks = [], []
     times = {"stock": [], "ours": []}
@@ -104,22 +42,22 @@ def _bench(wrapped, trainer):
     original = [p.data for p in parameters]
     cast = [p.data.to(base.parameters[0].dtype) for p in parameters]
     for _ in range(count):
-        _swap(parameters, cast)
-        times["stock"].append(_timed(lambda: stock(trainer, skip_async_check=True))[0])
-        _swap(parameters, original)
+        swap(parameters, cast)
+        times["stock"].append(timed(lambda: stock(trainer, skip_async_check=True))[0])
+        swap(parameters, original)
         changed["stock"] += base.changed()
         base.restore()
         wrapped(skip_async_check=True)  # what stock did to the engine is noticed and repaired outside the timing
         with torch.no_grad():
             torch._foreach_mul_(parameters, 1.0009765625)  # a new policy
-        policy = _Copies(parameters)
-        seconds, peak = _timed(lambda: wrapped(skip_async_check=True))
+        policy = Copies(parameters)
+        seconds, peak = timed(lambda: wrapped(skip_async_check=True))
         changed["ours"] += base.changed() + policy.changed()
         times["ours"].append(seconds)
         peaks.append(peak)
         ours_parts.append(dict(swift_lora_fix.status().run))
     bandwidth = _bandwidth()
-    read = sum(_size(p) for p in (parameters if mode == "adapter" else parameters + adapted))
+    read = sum(size_of(p) for p in (parameters if mode == "adapter" else parameters + adapted))
     written = ours_parts[-1]["adapter_bytes"]
     record = {
         "mode": mode,
@@ -132,7 +70,7 @@ def _bench(wrapped, trainer):
         "seconds": times,
         "parts": ours_parts,
         "peak_extra_mib": peaks,
-        "largest_layer_bytes": max(_size(p) for p in adapted),
+        "largest_layer_bytes": max(size_of(p) for p in adapted),
         "largest_layer_float32_bytes": max(4 * p.numel() for p in adapted),
         "trainer_elements": sum(p.numel() for p in named.values()),
         "trainer_elements_changed": changed,

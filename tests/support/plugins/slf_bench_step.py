@@ -1,6 +1,8 @@
-"""When the benchmark plugins measure: after the sync of step ``$SLF_BENCH_STEP``; then the run is ended."""
+"""When the benchmark plugins measure: after the sync of step ``$SLF_BENCH_STEP``; then the run is ended. And with what:
+stock's own sync, a clock that waits for the device, and the trainer's parameters as they were."""
 
 import os
+import time
 
 import wrapt
 
@@ -21,3 +23,64 @@ def measure_with(bench):
 
     for name in MODULES:
         wrapt.register_post_import_hook(install, name)
+
+
+def stock_sync(mixin):
+    """ms-swift's own function, below every wrapper."""
+    function = vars(mixin)["_move_model_to_vllm"]
+    while type(function).__name__ == "FunctionWrapper":
+        function = function.__wrapped__
+    return function
+
+
+def timed(call):
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0
+
+
+def swap(parameters, values):
+    for parameter, value in zip(parameters, values):
+        parameter.data = value
+
+
+def size_of(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+class Copies:
+    """The bits of parameters as they are now; copied to where they are while there is room, else to the CPU."""
+
+    def __init__(self, parameters):
+        import torch
+
+        self.parameters = parameters
+        size = sum(map(size_of, parameters))
+        stay = not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] > 1.25 * size
+        self.copies = [p.detach().clone() if stay else p.detach().cpu() for p in parameters]
+
+    def restore(self):
+        for parameter, copy in zip(self.parameters, self.copies):
+            parameter.data.copy_(copy)
+
+    def changed(self):
+        """How many elements have other bits now."""
+        return sum(
+            int((_bits(p.data) != _bits(copy).to(p.device)).sum()) for p, copy in zip(self.parameters, self.copies)
+        )
+
+
+def _bits(tensor):
+    import torch
+
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])

@@ -1,0 +1,39 @@
+"""What vLLM's workers of a rollout server can do beside ms-swift's own: their ``worker_extension_cls`` in its place.
+
+vLLM looks the class up by its name in each worker's process; nothing is patched there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .. import releases
+from .protocol import SWIFT_EXTENSION
+from .receiver import Receiver, raise_together
+
+
+def _swift_extension() -> Any:
+    for module in releases.server_modules():
+        try:
+            return getattr(importlib.import_module(module), SWIFT_EXTENSION)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"ms-swift {releases.installed_swift()} has no {SWIFT_EXTENSION}")
+
+
+class RolloutWorkerExtension(_swift_extension()):  # type: ignore[misc]
+    """ms-swift's extension, and a `Receiver`. ``self`` is vLLM's worker."""
+
+    swift_lora_fix_state: Receiver | None = None
+
+    def swift_lora_fix_receiver(self, command: str, **arguments: Any) -> None:
+        """`protocol.RPC`: do one of the `Receiver`'s commands. What fails in one worker fails for all of them."""
+        if self.swift_lora_fix_state is None:
+            self.swift_lora_fix_state = Receiver(self)
+        try:
+            self.swift_lora_fix_state.do(command, **arguments)
+            problem = None
+        except Exception as error:
+            problem = error
+        raise_together(problem)

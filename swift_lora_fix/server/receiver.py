@@ -1,0 +1,176 @@
+"""In each of vLLM's workers: an adapter arrives over NCCL, is checked, and goes straight into the LoRA slots.
+
+It arrives as one buffer, laid out as the trainer staged it (engine/staging.py), beside the one that is served: so what
+was served before is there to go back to. From the buffer on it is the sync of a colocated engine (engine/writer.py):
+a write plan learnt from vLLM's loader, proved against it, and read back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import adapter as adapters
+from .. import errors
+from ..engine.finite import FiniteCheck
+from ..engine.handle import WorkerHandle
+from ..engine.staging import Staging
+from ..engine.writer import AdapterWriter
+from ..errors import EngineStateError, StagingError, SwiftLoraFixError
+from .protocol import GONE, NO_NCCL, Layout, http_status
+
+_TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
+
+
+@dataclass
+class _Held:
+    """A whole adapter, laid out. digest: of what it holds, None while that is unknown."""
+
+    adapter: adapters.Adapter
+    staging: Staging
+    digest: str | None = None
+
+    @classmethod
+    def make(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> _Held:
+        shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
+        planned = adapters.of_tensors("default", shapes, layout.config)
+        staging = Staging(planned, dtype, device, whole=True)
+        views = [view for chunk in planned.chunks for view in staging.entries(chunk)]
+        return cls(adapters.of_tensors("default", dict(zip(shapes, views)), layout.config), staging)
+
+
+class Receiver:
+    """Of one worker of vLLM's, ``worker``, which is ms-swift's extension too: its NCCL communicator is used."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker, self.engine = worker, WorkerHandle(worker)
+        self.layout: Layout | None = None
+        self.writer: AdapterWriter | None = None
+        self.check: FiniteCheck | None = None
+        self.served: _Held | None = None  # what the writer writes
+        self.other: _Held | None = None  # what arrives; after a switch what was served before
+
+    def do(self, command: str, **arguments: Any) -> None:
+        commands = {"prepare": self.prepare, "receive": self.receive, "find": self.find, "serve": self.serve}
+        commands[command](**arguments)
+
+    def prepare(self, layout: dict[str, Any]) -> None:
+        """Have room for what is about to come. Raises StagingError where it cannot come over NCCL (`NO_NCCL`)."""
+        communicator = self.worker.communicator
+        if communicator is None or getattr(communicator, "disabled", False):
+            raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
+        asked = Layout.from_dict(layout)
+        if asked != self.layout:
+            self._make_room(asked)
+
+    def _make_room(self, layout: Layout) -> None:
+        dtype, device = self.engine.lora_dtype, self.worker.communicator.device
+        if layout.dtype != str(dtype).removeprefix("torch."):
+            raise StagingError(f"The adapter comes in {layout.dtype}, the engine holds LoRA in {dtype}.")
+        self.layout = self.served = self.other = self.writer = self.check = None
+        served, other = _Held.make(layout, dtype, device), _Held.make(layout, dtype, device)
+        request_class = _request_class(self.worker)
+        self.writer = AdapterWriter(self.engine, served.adapter, request_class, torch.device(device))
+        self.check = FiniteCheck(other.adapter, dtype, torch.device(device), lambda fine: fine)
+        self.layout, self.served, self.other = layout, served, other
+
+    @torch.no_grad()
+    def receive(self, digest: str) -> None:
+        """The adapter with this digest arrives. Raises StagingError or NonFiniteAdapterError: it is not served then."""
+        assert self.other is not None and self.check is not None, "prepare() comes first"
+        self.other.digest = None
+        buffer, communicator = self.other.staging.buffer, self.worker.communicator
+        stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
+        communicator.broadcast(buffer.view(torch.uint8), src=self.worker.client_rank, stream=stream)
+        found = self.other.staging.digest()
+        if found != digest:
+            raise StagingError(f"What arrived over NCCL has digest {found}, {digest} was announced: send it again.")
+        self.check.begin([parameter.data_ptr() for parameter in self.other.adapter.parameters])
+        self.check.finish()
+        self.other.digest = digest
+
+    def find(self, digest: str) -> None:
+        """Raise StagingError (`GONE`) where this adapter is no longer here."""
+        if digest not in [held.digest for held in (self.served, self.other) if held is not None]:
+            raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
+
+    @torch.no_grad()
+    def serve(self, digest: str) -> None:
+        """Write the adapter with this digest, which is here, into the LoRA slots, and read it back."""
+        assert self.writer is not None and self.served is not None and self.other is not None, "receive() comes first"
+        self.find(digest)
+        if self.served.digest != digest:
+            self._swap()
+        if not self.writer.is_current():
+            self.writer.forget()  # somebody else wrote to the slots
+        report = self.writer.write()
+        self.writer.finish()
+        if report.digest != digest:
+            raise EngineStateError(f"vLLM's LoRA layers were given {report.digest} where {digest} was to be served.")
+        if self.writer.plan is not None and self.writer.read_back() != self.writer.expected:
+            self.writer.forget()
+            raise EngineStateError("vLLM's LoRA slots do not hold what was written to them.")
+        self.writer.accept()
+
+    def _swap(self) -> None:
+        """The two buffers change their contents, a part at a time: the write plan is bound to one of them."""
+        assert self.served is not None and self.other is not None
+        for mine, theirs in zip(self.served.staging.buffer.split(1 << 24), self.other.staging.buffer.split(1 << 24)):
+            kept = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(kept)
+        self.served.digest, self.other.digest = self.other.digest, self.served.digest
+
+
+def _request_class(worker: Any) -> Any:
+    """ms-swift's ``TensorLoRARequest``, from the module of the worker's extension."""
+    for cls in type(worker).__mro__:
+        found = getattr(sys.modules[cls.__module__], "TensorLoRARequest", None)
+        if found is not None:
+            return found
+    raise EngineStateError("ms-swift's rollout server has no TensorLoRARequest.")
+
+
+# ---- what went wrong, from a worker to the process that has the engine ----------------------------------------------
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise in the last worker of the tensor-parallel group what went wrong in any of them.
+
+    vLLM's ``MultiprocExecutor.collective_rpc`` stops at the first worker that raises and leaves the answers of those
+    after it to the next call (0.17.1 to 0.32.0); and of engines with data parallelism only errors are passed on.
+    """
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    told: list[Any] = [None if problem is None else _tell(problem)]
+    if group.world_size > 1:
+        mine, told = told[0], [None] * group.world_size
+        torch.distributed.all_gather_object(told, mine, group=group.cpu_group)
+    failed = [text for text in told if text is not None]
+    if failed and group.rank_in_group == group.world_size - 1:
+        raise EngineStateError(failed[0])
+
+
+def _tell(problem: Exception) -> str:
+    about = {"error": type(problem).__name__, "message": str(problem), "status": http_status(problem)}
+    return f"<swift_lora_fix>{json.dumps(about)}</swift_lora_fix>"
+
+
+def told(error: Exception) -> Exception:
+    """The error that a worker met, from what vLLM made of it on its way here."""
+    found = _TOLD.search(str(error))
+    if found is None:
+        return error
+    about = json.loads(found.group(1))
+    kind = getattr(errors, about["error"], None)
+    if kind is StagingError:
+        return StagingError(about["message"], about["status"])
+    if isinstance(kind, type) and issubclass(kind, SwiftLoraFixError):
+        return kind(about["message"])
+    return EngineStateError(f"{about['error']}: {about['message']}")
