@@ -74,7 +74,7 @@ def _for_servers(trainer: Any, settings: Settings) -> Scope:
         if settings.transport:
             raise SettingsError(f"SWIFT_LORA_FIX_TRANSPORT={settings.transport!r} cannot be had: {problem}.")
         return _aside(problem)
-    return Scope(True, "armed, server mode: rollout servers load the adapter, and keep the base of their model folder.")
+    return Scope(True, "armed, server mode: rollout servers get the adapter, and the base where theirs is another.")
 
 
 def _can_be_apart(trainer: Any) -> bool:

@@ -64,8 +64,11 @@ def latest() -> SyncState | None:
 def note_losses(trainer: Any, state: SyncState) -> None:
     """Before a rollout: an engine that slept, or whose slots somebody wrote to, is synced again, whatever the step.
 
-    Sleep level 2 throws the base away; LoRA slots may be lost at any level (vLLM issues 39934, 53888).
+    Sleep level 2 throws the base away; LoRA slots may be lost at any level (vLLM issues 39934, 53888). Rollout servers
+    are asked by the sync itself, and just before each rollout.
     """
+    if state.engine.is_remote:
+        return
     asleep = state.engine.is_asleep
     if asleep and trainer.args.sleep_level == 2:
         state.base_is_current = False
@@ -214,8 +217,9 @@ def _bind_again(trainer: Any, old: SyncState) -> SyncState:
     state = _bind(trainer, old.mode)
     state.inherit(old)
     engine_is_the_same = _has_engine(trainer, old.engine)
-    # in fused mode the places in the engine are learnt by the push
-    state.base_is_current = old.mode == "adapter" and old.base_is_current and engine_is_the_same
+    # in fused mode the places in the engine are learnt by the push; what servers were sent, the old writer knows
+    is_known = old.mode == "adapter" and not state.engine.is_remote
+    state.base_is_current = is_known and old.base_is_current and engine_is_the_same
     state.base_record = old.base_record if state.base_is_current else None
     if old.syncs:
         info("the trainer's LoRA parameters or its engine are new objects: bound again.")

@@ -6,12 +6,11 @@ where a server makes one, so a colocated engine never has them.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, Callable
 
 from .. import releases
-from ..vllm_plugin import PARENT_USES_MEMORY
+from ..server import installing
 from .registry import Patch, PatchSet
 
 Args = tuple[Any, ...]
@@ -21,19 +20,12 @@ _GONE = "ms-swift's server takes a policy on all workers or none, and says which
 
 
 def _register_rl_rollout_app(wrapped: Callable[..., Any], server: Any, args: Args, kwargs: Kwargs) -> Any:
-    from ..server import routes
-
-    routes.install(server)
+    installing.install(server)
     return wrapped(*args, **kwargs)
 
 
-def _takes_policies() -> bool:
-    """Whether the server of this worker has its routes (``routes.install`` says so in the environment)."""
-    return os.environ.get(PARENT_USES_MEMORY) == "1"
-
-
 def _get_infer_engine(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    if not _takes_policies():
+    if not installing.takes_policies():
         return wrapped(*args, **kwargs)
     for name in releases.engine_modules():
         if name in sys.modules:
@@ -45,7 +37,7 @@ def _get_infer_engine(wrapped: Callable[..., Any], instance: Any, args: Args, kw
 
 def _get_rollout_engine_type(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
     engine = wrapped(*args, **kwargs)
-    if not _takes_policies():
+    if not installing.takes_policies():
         return engine
     from ..server import worker
 

@@ -14,12 +14,13 @@ from .receiver import Receiver, raise_together
 
 
 def _swift_extension() -> Any:
+    problem: Exception | None = None
     for module in releases.server_modules():
         try:
             return getattr(importlib.import_module(module), SWIFT_EXTENSION)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"ms-swift {releases.installed_swift()} has no {SWIFT_EXTENSION}")
+        except (ImportError, AttributeError) as error:
+            problem = problem or error  # of the newest layout, which most releases have
+    raise ImportError(f"ms-swift {releases.installed_swift()}: no {SWIFT_EXTENSION} could be loaded") from problem
 
 
 class RolloutWorkerExtension(_swift_extension()):  # type: ignore[misc]

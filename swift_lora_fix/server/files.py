@@ -20,7 +20,6 @@ from ..errors import AccessError, SegmentError, StagingError
 from .protocol import CONFIG, LIMIT_VARIABLE, ROOT_VARIABLE, WEIGHTS, content_hash
 
 CONFIG_LIMIT = 1 << 20
-CHUNK = 1 << 20
 _UNSEEN = {errno.ENOENT, errno.EACCES}  # another host's folder, or another user's: its bytes can come over HTTP
 _LINKS = {errno.ELOOP, errno.ENOTDIR}
 

@@ -46,7 +46,8 @@ class Guard:
             return
         refused = self._refusal(path, request.headers.get(POLICY_HEADER))
         if refused is None:
-            self._note(path)
+            if request.method == "POST" and self.policies.is_allowed(request):
+                self._note(path)
             await self.app(scope, receive, send)
             return
         await drain(request)
@@ -84,6 +85,7 @@ class Guard:
         return None
 
     def _note(self, path: str) -> None:
+        """Before ms-swift does it: its workers then wait for a trainer that waits for this answer."""
         if path in _BASE:
             self.policies.base_is_pushed = True
         elif path in _ADAPTER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 import requests
 import torch
 
-from ..errors import RolloutServerError
+from ..errors import RolloutServerError, SettingsError
 from ..log import info, warning
 
 POLL_SECONDS = 0.0005
@@ -73,19 +74,18 @@ class Connections:
         """Broadcast ``buffer`` to the server's workers, which ``ask`` has take part. Raises what ``ask`` raises, or
         RolloutServerError where NCCL is not through within ``deadline`` seconds."""
         url, communicator = self._client.base_urls[index], self._client.pynccl_comms[index]
-        started = time.monotonic()
+        started, broadcast = time.monotonic(), _Broadcast(communicator, buffer)
         with ThreadPoolExecutor(max_workers=1) as pool:
             answer = pool.submit(ask)
-            is_sent = _broadcast(communicator, buffer)
-            while not is_sent() and not (answer.done() and answer.exception() is not None):
+            broadcast.start()
+            while not broadcast.is_over() and not (answer.done() and answer.exception() is not None):
                 if time.monotonic() - started > deadline:
-                    self._closed.add(index)
-                    raise RolloutServerError(
-                        f"Rollout server {url} did not take part in the NCCL broadcast within {deadline:g} s "
-                        "(SWIFT_LORA_FIX_SERVER_DEADLINE): restart server and trainer."
-                    )
+                    break
                 time.sleep(POLL_SECONDS)
+            if not broadcast.is_over():
+                self._closed.add(index)  # it waits for a peer still, and so would whatever comes after it
             answer.result()
+        broadcast.check(url, deadline)
 
     def _say_goodbye(self) -> None:
         """As ms-swift does, with a time limit."""
@@ -97,7 +97,16 @@ class Connections:
 def drop(client: Any) -> None:
     """Connections of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to
     each server as the process ends, and wait for one that hangs; and of vLLM 0.17's group, Python closes the socket
-    that the store goes on listening on, which ends the process with SIGABRT."""
+    that the store goes on listening on, which ends the process with SIGABRT.
+
+    Raises SettingsError where the servers have opened NCCL.
+    """
+    for url, communicator in zip(client.base_urls, client.pynccl_comms):
+        if communicator.world_size > 1:
+            raise SettingsError(
+                f"SWIFT_LORA_FIX_TRANSPORT='reload' is set for the trainer, and rollout server {url} has opened NCCL: "
+                "set it for the servers, too, or for neither."
+            )
     atexit.unregister(client.close_communicator)
     for communicator in client.pynccl_comms:
         listening = getattr(communicator.group, "socket", None)
@@ -112,16 +121,40 @@ def _works(client: Any, index: int) -> bool:
     return made is not None and made.world_size > 1 and not getattr(made, "disabled", False)
 
 
-def _broadcast(communicator: Any, buffer: torch.Tensor) -> Callable[[], bool]:
-    """Begin; the answer tells whether it is done. On a stream of its own: what never ends must not hold up others."""
-    content = buffer.to(communicator.device).view(torch.uint8)
-    if not content.is_cuda:
-        communicator.broadcast(content, src=communicator.rank)
-        return lambda: True
-    with torch.cuda.device(content.device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        communicator.broadcast(content, src=communicator.rank, stream=stream)
-        content.record_stream(stream)
-        done = stream.record_event()
-    return done.query
+class _Broadcast(threading.Thread):
+    """On a stream and in a thread of its own: what never ends, on the device or before, must not hold up others."""
+
+    def __init__(self, communicator: Any, buffer: torch.Tensor) -> None:
+        super().__init__(daemon=True, name="swift-lora-fix-broadcast")
+        self._communicator, self._buffer = communicator, buffer
+        self._is_done: Callable[[], bool] = lambda: False
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        communicator, content = self._communicator, self._buffer.to(self._communicator.device).view(torch.uint8)
+        try:
+            if not content.is_cuda:
+                communicator.broadcast(content, src=communicator.rank)
+                self._is_done = lambda: True
+                return
+            with torch.cuda.device(content.device):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                communicator.broadcast(content, src=communicator.rank, stream=stream)
+                content.record_stream(stream)
+                self._is_done = stream.record_event().query
+        except Exception as error:
+            self._error = error
+
+    def is_over(self) -> bool:
+        return self._error is not None or self._is_done()
+
+    def check(self, url: str, deadline: float) -> None:
+        """Raise RolloutServerError where it went wrong, or is not over."""
+        if self._error is not None:
+            raise RolloutServerError(f"NCCL to rollout server {url} failed: {self._error}") from self._error
+        if not self.is_over():
+            raise RolloutServerError(
+                f"Rollout server {url} did not take part in the NCCL broadcast within {deadline:g} s "
+                "(SWIFT_LORA_FIX_SERVER_DEADLINE): restart server and trainer."
+            )

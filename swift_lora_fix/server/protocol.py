@@ -1,4 +1,4 @@
-"""What a trainer and a rollout server say to each other in the ``reload`` transport. Both sides import this module.
+"""What a trainer and a rollout server say to each other. Both sides import this module.
 
 All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP status and ``{"error": class, "message"}``.
 

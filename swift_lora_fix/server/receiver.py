@@ -71,7 +71,11 @@ class Receiver:
     def _make_room(self, layout: Layout) -> None:
         dtype, device = self.engine.lora_dtype, self.worker.communicator.device
         if layout.dtype != str(dtype).removeprefix("torch."):
-            raise StagingError(f"The adapter comes in {layout.dtype}, the engine holds LoRA in {dtype}.")
+            raise StagingError(
+                f"Over NCCL an adapter comes as the engine holds it, in {dtype}, not in {layout.dtype} (--torch_dtype, "
+                "or lora_dtype of --vllm_engine_kwargs, of servers that differ).",
+                NO_NCCL,
+            )
         self.layout = self.served = self.other = self.writer = self.check = None
         served, other = _Held.make(layout, dtype, device), _Held.make(layout, dtype, device)
         request_class = _request_class(self.worker)

@@ -116,9 +116,20 @@ class RemoteEngine:
         """After ms-swift sent the base over NCCL. Raises RolloutServerError where a worker failed (it logs that)."""
         self._post("pushed", {})
 
+    def forget_failures(self) -> None:
+        """Those of other runs."""
+        with contextlib.suppress(RolloutServerError):
+            self.check_pushed()
+
+    def restarted(self) -> list[int]:
+        """Servers that are not the processes that they were at the last switch. All must answer."""
+        boots = [status["boot"] for status in self._ask()] if self._boots else []
+        return [index for index, boot in enumerate(boots) if boot != self._boots[index]]
+
     def renew(self, lost: list[int]) -> None:
-        """Open NCCL again to those of ``lost`` that restarted. Raises RolloutServerError for what cannot be served."""
-        before = self._boots
+        """Open NCCL again to those of ``lost`` that restarted; the gate is due. Raises RolloutServerError for one that
+        cannot take policies."""
+        before, self._has_restored = self._boots, True
         self.check_fit()  # it may be another server by now
         for index in lost if self.nccl is not None else ():
             if before[index] != self.statuses[index]["boot"]:
@@ -239,11 +250,10 @@ class RemoteEngine:
     def make_ready(self) -> bool:
         """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
         one that does not come back within the deadline."""
-        restored, self._has_restored = self._has_restored, False
         lost = self.lost()
         if lost:
             self._restore(lost)
-            restored = True
+        restored, self._has_restored = self._has_restored, False
         return restored
 
     def generate(self, infer: Callable[[], Any]) -> Any:
@@ -281,7 +291,6 @@ class RemoteEngine:
             self._restore(lost)
         except RolloutServerError as gone:
             raise gone from error
-        self._has_restored = True
         return True
 
 

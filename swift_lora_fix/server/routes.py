@@ -1,7 +1,7 @@
 """In the process of the web server: the routes, who may call them, and that all workers do it or none.
 
-Like ms-swift's own routes they hold the event loop from the first word to the workers until the last answer: a pipe's
-answers come in the order of its commands, so nobody else may use it meanwhile.
+Like most of ms-swift's own routes they hold the event loop from the first word to the workers until the last answer:
+a pipe's answers come in the order of its commands, so nobody else may use it meanwhile.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-import socket
-import sys
 import threading
 from collections.abc import Awaitable, Sequence
 from typing import Any, Callable
@@ -22,9 +20,8 @@ from starlette.responses import JSONResponse
 import swift_lora_fix
 
 from .. import releases
-from ..errors import AccessError, ContractError, ProtocolError, SettingsError, StagingError
+from ..errors import AccessError, ProtocolError, StagingError
 from ..log import info, warning
-from ..memory import hooks
 from ..settings import Settings
 from . import protocol
 from .files import Source, Spool, base_sums, different_digest
@@ -40,64 +37,6 @@ from .protocol import (
     root_of,
 )
 from .requests import Refused, body_of, check_fields, drain, json_of, text_of
-
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
-
-def install(server: Any) -> None:
-    """Add the routes to a ``SwiftRolloutDeploy`` that is being made; where that is not possible, leave it as it is.
-
-    Where SWIFT_LORA_FIX_TRANSPORT=reload asks for them by name: raises SettingsError where it takes no LoRA,
-    ContractError where its vLLM cannot take adapters from memory.
-    """
-    is_reload = Settings.from_environment().transport == "reload"
-    try:
-        if not server.args.vllm_enable_lora:
-            raise SettingsError(
-                "policies need LoRA layers in the rollout server: start `swift rollout` with --vllm_enable_lora true "
-                "(and --vllm_max_lora_rank as large as the adapter's rank)."
-            )
-        hooks.install()  # the workers and vLLM's processes inherit what it puts in the environment
-    except (SettingsError, ContractError) as error:
-        if is_reload:
-            raise
-        warning(f"stepping aside, ms-swift's rollout server runs as it is: {error}")
-        return
-    Policies(server, is_reload).install(server.app)
-    _keep_port(server.args, sys.argv)
-    _warn_if_open(server)
-
-
-def _keep_port(args: Any, command: Sequence[str]) -> None:
-    """Have a server that restarts be where its trainer looks for it: ms-swift silently takes the next port while
-    connections of the server before linger (``find_free_port`` binds without SO_REUSEADDR, uvicorn with it)."""
-    given = [value for name, value in zip(command, command[1:]) if name == "--port"]
-    given += [word.removeprefix("--port=") for word in command if word.startswith("--port=")]
-    asked = given[-1] if given else ""
-    if not asked.isdecimal() or int(asked) in (0, args.port):
-        return
-    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((args.host, int(asked)))
-        except OSError as error:
-            warning(f"port {asked} is taken ({error}): this rollout server listens on {args.port} instead.")
-            return
-    args.port = int(asked)
-
-
-def _warn_if_open(server: Any) -> None:
-    args, ignores_key = server.args, not hasattr(server, "_require_api_key")
-    if not args.api_key and args.host not in _LOOPBACK:
-        warning(
-            f"the rollout server listens on {args.host}:{args.port} without --api_key: whoever reaches this port can "
-            "replace the policy. Set --api_key, or --host 127.0.0.1."
-        )
-    elif args.api_key and ignores_key:
-        warning(
-            f"--api_key guards the routes below {protocol.PREFIX}; ms-swift {releases.installed_swift()} ignores it "
-            "for its own (rollouts among them), which anyone who reaches this port can call."
-        )
 
 
 class Policies:
@@ -115,6 +54,8 @@ class Policies:
         self.plain = False
         self._sums: dict[str, list[Any]] | None = None
         self._summing = threading.Lock()
+        self._patience = Settings.from_environment().server_deadline
+        self._silent: set[int] = set()  # workers that gave no answer
 
     def install(self, app: Any) -> None:
         for path, method, work in (
@@ -144,6 +85,14 @@ class Policies:
             return refused.response()
 
         return answer
+
+    def is_allowed(self, request: Request) -> bool:
+        """Whether ms-swift's own routes do what this asks: from 4.6.0 on they look at the key."""
+        try:
+            self._check_key(request)
+        except Refused:
+            return not hasattr(self.server, "_require_api_key")
+        return True
 
     def _check_key(self, request: Request) -> None:
         """As ms-swift 4.6.0 does it, on every release."""
@@ -242,8 +191,9 @@ class Policies:
         return {"base_is_pushed": self.base_is_pushed}
 
     def _begin(self, policy: Policy) -> None:
-        """Nothing is staged any more. Raises StagingError (409) for a policy that is not newer than the one served."""
-        if self.policy is not None and policy.run == self.policy.run and policy.version <= self.policy.version:
+        """Nothing is staged any more. Raises StagingError (409) for a policy that is older than the one served."""
+        served = self.policy
+        if served not in (None, policy) and policy.run == served.run and policy.version <= served.version:
             raise StagingError(f"This server serves {self.policy}, {policy} is not newer: send a newer version.", 409)
         self.is_ours, self.staged, self.arriving = True, None, None
 
@@ -319,11 +269,24 @@ class Policies:
     def _ask(self, command: str, **arguments: Any) -> list[dict[str, Any]]:
         """Tell all workers at the same time, and wait for all of them."""
         order = {"type": "call", "method": METHOD, "args": (command,), "kwargs": arguments}
-        sent = [_send(connection, order) for connection in self.server.connections]
-        return [
-            _receive(index, connection) if went else _gone(index)
-            for index, (connection, went) in enumerate(zip(self.server.connections, sent))
-        ]
+        connections = self.server.connections
+        sent = [index not in self._silent and _send(each, order) for index, each in enumerate(connections)]
+        return [self._receive(index, each) if sent[index] else _gone(index) for index, each in enumerate(connections)]
+
+    def _receive(self, index: int, connection: Any) -> dict[str, Any]:
+        """Its answer. A worker that gives none in time is not asked again: the next answer would be to this."""
+        try:
+            if connection.poll(self._patience):
+                answer = connection.recv()
+            else:
+                self._silent.add(index)
+                warning(f"worker {index} did not answer within {self._patience} s: restart this rollout server.")
+                return _gone(index)
+        except (EOFError, OSError):
+            return _gone(index)
+        if isinstance(answer, dict):
+            return answer
+        return _no_answer(f"Worker {index} of this rollout server does not know {METHOD}: its log says why.")
 
     def _base_sums(self) -> dict[str, list[Any]]:
         with self._summing:
@@ -349,18 +312,8 @@ def _send(connection: Any, order: dict[str, Any]) -> bool:
     return True
 
 
-def _receive(index: int, connection: Any) -> dict[str, Any]:
-    try:
-        answer = connection.recv()
-    except (EOFError, OSError):
-        return _gone(index)
-    if isinstance(answer, dict):
-        return answer
-    return _no_answer(f"Worker {index} of this rollout server does not know {METHOD}: its log says why.")
-
-
 def _gone(index: int) -> dict[str, Any]:
-    return _no_answer(f"Worker {index} of this rollout server has ended: restart the server.")
+    return _no_answer(f"Worker {index} of this rollout server has ended, or does not answer: restart the server.")
 
 
 def _no_answer(message: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..fork.atomic import all_or_nothing
 from ..settings import Settings
 from .protocol import CONFIG, WEIGHTS, Policy, config_bytes, content_digest
 
+CHUNK = 1 << 20  # bytes
 KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
 
 
@@ -43,16 +45,22 @@ class Store:
     def __init__(self, root: Path, run: str) -> None:
         self.root, self.run = root, run
         self._folders: list[Path] = []
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.geteuid() and str(root) == Settings.root:
-            raise SettingsError(f"{root} belongs to somebody else: set SWIFT_LORA_FIX_ROOT to a folder of your own.")
+
         atexit.register(self.clear)
+
+    def _make_root(self) -> None:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.root.stat().st_uid != os.geteuid() and str(self.root) == Settings.root:
+            raise SettingsError(
+                f"{self.root} belongs to somebody else: set SWIFT_LORA_FIX_ROOT to a folder of your own."
+            )
 
     def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:
         """Write a policy's ``config``, which JSON can hold, and its CPU ``tensors`` by PEFT key. Raises
         AdapterFileError where that is not possible; nothing is left of it then."""
         from safetensors.torch import save_file
 
+        self._make_root()
         folder = self.root / f"{self.run}-v{policy.version}"
         with all_or_nothing(folder) as temporary:
             (temporary / CONFIG).write_bytes(config_bytes(config))
@@ -60,8 +68,9 @@ class Store:
         self._folders.append(folder)
         while len(self._folders) > KEPT:
             shutil.rmtree(self._folders.pop(0), ignore_errors=True)
-        digest = content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
-        return Stored(folder, digest)
+        with open(folder / WEIGHTS, "rb") as file:
+            chunks = iter(partial(file.read, CHUNK), b"")
+            return Stored(folder, content_digest((folder / CONFIG).read_bytes(), chunks))
 
     def clear(self) -> None:
         """Remove what is left of this run, at its end."""

@@ -48,6 +48,7 @@ from .protocol import (
 from .receiver import told
 
 _STAGER = "swift_lora_fix_stager"
+_UPDATES = {"update_named_param", "update_flattened_params", "process_weights_after_loading"}  # ms-swift's, of the base
 
 _building: ContextVar[bool] = ContextVar("building", default=False)
 
@@ -338,7 +339,7 @@ def _note_failures(stager: Stager, engine: Any) -> None:
     call = engine.collective_rpc
 
     def note(error: Exception) -> None:
-        stager.failures.append(f"{type(error).__name__}: {error}")
+        stager.failures = [*stager.failures[-9:], f"{type(error).__name__}: {error}"]
 
     async def awaited(result: Any) -> Any:
         try:
@@ -348,7 +349,7 @@ def _note_failures(stager: Stager, engine: Any) -> None:
             raise
 
     def collective_rpc(method: Any, *args: Any, **kwargs: Any) -> Any:
-        if method == RPC:
+        if method not in _UPDATES:
             return call(method, *args, **kwargs)
         try:
             result = call(method, *args, **kwargs)

@@ -83,7 +83,7 @@ class RemoteWriter:
         return set()
 
     def accept_base(self, pushed: Any) -> None:
-        raise AssertionError("no base is pushed to rollout servers")
+        raise AssertionError("servers are asked what they hold (prove_base)")
 
     def prove_base(self, model: torch.nn.Module) -> None:
         """Compare the trainer's base with the model folders that the servers started from, tensor by tensor. Where it
@@ -99,16 +99,18 @@ class RemoteWriter:
         if not self.everywhere(sends or self.engine.servers is None):
             raise problem
         self._push_base(str(problem))
+        failed = self._on_main(self.engine.check_pushed)
+        if failed is not None:
+            raise failed
 
     def _push_base(self, why: str) -> None:
+        """All ranks together, which gather what is sharded."""
         trainer = self._trainer()
         assert trainer is not None
         if self.engine.servers is not None:
             info(f"the base is sent over NCCL, unmerged. {why}")
+            self.engine.forget_failures()
         base.send(trainer, self.adapter)
-        failed = self._on_main(self.engine.check_pushed)
-        if failed is not None:
-            raise failed
         self._has_pushed = True
 
     def _compare(self, sums: Sums) -> None:
@@ -116,7 +118,10 @@ class RemoteWriter:
         assert servers is not None
         for url, status in zip(servers.urls, self.engine.statuses):
             if status["base_is_pushed"]:
-                raise BaseMismatchError(f"Rollout server {url} was sent a base over NCCL by another run: restart it.")
+                raise BaseMismatchError(
+                    f"Rollout server {url} has a base that was sent to it over NCCL, in place of its model folder's: "
+                    "restart it, or leave SWIFT_LORA_FIX_TRANSPORT unset on both sides, so that it is sent this one."
+                )
         for url, answer in zip(servers.urls, servers.each(lambda index: servers.get(index, "base"))):
             held = {name: (dtype, tuple(shape), value) for name, (dtype, shape, value) in answer["sums"].items()}
             values, shapes = {(s, v) for _, s, v in held.values()}, {s for _, s, _ in held.values()}
@@ -181,6 +186,9 @@ class RemoteWriter:
     def _send(self, digest: str, staging: Staging) -> None:
         trainer = self._trainer()
         assert trainer is not None
+        restarted = self.engine.restarted()
+        if restarted:
+            self._renew(restarted)
         policy = Policy(self._version, trainer.state.global_step, digest, self._run)
         self._layout = self._layout or self._describe()
         parcel = Parcel(policy, self._layout, staging, self._store)
@@ -212,17 +220,21 @@ class RemoteWriter:
     def _send_to(self, lost: list[int]) -> None:
         if self._sent is None:
             raise EngineStateError("A rollout server restarted before the first policy was sent.")
-        self.engine.renew(lost)
-        if self._has_pushed:
-            self._push_again(lost)
-        elif self._sums:
-            self._compare(self._sums)
+        self._renew(lost)
         try:
             self.engine.switch(self._sent, lost)
         except RolloutServerError:
             self.engine.policy = self._sent.policy  # which the others serve, and this one shall
             raise
         info(f"sent the policy of step {self._sent.policy.step} again to {len(lost)} rollout servers.")
+
+    def _renew(self, lost: list[int]) -> None:
+        """These servers may have restarted: connect again, and see that they have the trainer's base."""
+        self.engine.renew(lost)
+        if self._has_pushed:
+            self._push_again(lost)
+        elif self._sums:
+            self._compare(self._sums)
 
     def _push_again(self, lost: list[int]) -> None:
         """From the main rank alone, to all servers: ms-swift sends a base to none or all of them."""
@@ -233,6 +245,7 @@ class RemoteWriter:
                 "checkpoint."
             )
         self._push_base(f"{len(lost)} rollout servers restarted.")
+        self.engine.check_pushed()
 
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
         """Do it on the main rank; every rank gets its error, or None."""

@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
 from swift_lora_fix.engine.handle import ADAPTER_ID
-from swift_lora_fix.server import checks, receiver, routes, worker
+from swift_lora_fix.server import checks, installing, receiver, routes, worker
 from swift_lora_fix.server.protocol import (
     BYTES,
     CONFIG,
@@ -108,6 +108,9 @@ class FakeConnection:
         method = getattr(self.engine, order["method"])
         self.answers.append(None if self.is_mute else method(*order["args"], **order["kwargs"]))
 
+    def poll(self, seconds: float) -> bool:
+        return bool(self.answers)
+
     def recv(self) -> Any:
         return self.answers.pop()
 
@@ -147,7 +150,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     made = Server(tmp_path)
-    routes.install(made)
+    installing.install(made)
     return made
 
 
@@ -360,12 +363,12 @@ def test_a_server_without_lora(
     server = Server(tmp_path, vllm_enable_lora=False)
     logging.getLogger("swift").propagate = True
     with caplog.at_level(logging.WARNING, "swift.lora_fix"):
-        routes.install(server)
+        installing.install(server)
     assert "stepping aside" in caplog.text and "--vllm_enable_lora true" in caplog.text
     assert TestClient(server.app).get(f"{PREFIX}/status/").status_code == 404
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     with pytest.raises(errors.SettingsError, match="--vllm_enable_lora true"):
-        routes.install(server)
+        installing.install(server)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +383,7 @@ def test_a_server_without_lora(
 def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: Any, phrase: str) -> None:
     logging.getLogger("swift").propagate = True
     with caplog.at_level(logging.WARNING, "swift.lora_fix"):
-        routes.install(Server(tmp_path, **arguments))
+        installing.install(Server(tmp_path, **arguments))
     assert phrase in caplog.text if phrase else not caplog.text
 
 
@@ -399,7 +402,7 @@ def open_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """Where no transport is asked for by name."""
     monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
     made = Server(tmp_path)
-    routes.install(made)
+    installing.install(made)
     return made
 
 
@@ -515,11 +518,36 @@ def test_a_trainer_without_us_is_served_as_before(open_server: Server, nccl: Tes
     assert worker.stager_of(open_server.connections[0].engine) is None
 
 
+def test_a_trainer_with_another_key_changes_nothing(open_server: Server, nccl: TestClient) -> None:
+    assert announce(nccl, 1).status_code == ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
+    open_server._require_api_key = None  # type: ignore[attr-defined]  # from 4.6.0 on
+    for path in ("/update_adapter_param/", "/update_named_param/"):
+        nccl.get(path)
+        nccl.post(path, headers={"Authorization": "Bearer other"})
+    assert status(nccl)["policy"] == policy(1).as_dict() and not status(nccl)["base_is_pushed"]
+
+
+def test_a_worker_that_does_not_answer_is_not_asked_again(
+    open_server: Server, nccl: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert announce(nccl, 1).status_code == ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
+    assert announce(nccl, 2).status_code == 200
+    waited: list[float] = []
+    connection = open_server.connections[0]
+    monkeypatch.setattr(connection, "poll", lambda seconds: bool(waited.append(seconds)))
+    refused(ask(nccl, "receive", 2), 500, "EngineStateError", "Worker 0", "restart the server")
+    assert waited == [300]
+    connection.answers.clear()
+    refused(announce(nccl, 2), 500, "EngineStateError", "Worker 0")
+    assert waited == [300], "its next answer would be to something else"
+
+
 def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) -> None:
     assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200
     engine = open_server.connections[1].llm
-    with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
-        engine.collective_rpc(method="update_flattened_params", args=([],))
+    for method in ("init_communicator", "update_flattened_params"):
+        with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
+            engine.collective_rpc(method=method, args=([],))
     refused(nccl.post(f"{PREFIX}/pushed/", json={}), 500, "EngineStateError", "1 updates over NCCL failed")
     assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200, "told once"
 
@@ -611,13 +639,13 @@ def test_a_server_that_restarts_keeps_its_port(caplog: pytest.LogCaptureFixture)
         with socket.create_connection(("127.0.0.1", port)), before.accept()[0]:
             pass  # the side that closes first waits a minute (TIME_WAIT)
         args = SimpleNamespace(host="127.0.0.1", port=port + 1)
-        routes._keep_port(args, ["rollout.py", "--port", str(port)])
+        installing._keep_port(args, ["rollout.py", "--port", str(port)])
         assert args.port == port + 1 and f"port {port} is taken" in caplog.text, "somebody listens"
-    routes._keep_port(args, ["rollout.py", "--port", str(port)])
+    installing._keep_port(args, ["rollout.py", "--port", str(port)])
     assert args.port == port
     for command in (["--port", "0"], [], ["--host", "8000"], ["--port=8001"]):
         args.port = 8001
-        routes._keep_port(args, ["rollout.py", *command])
+        installing._keep_port(args, ["rollout.py", *command])
         assert args.port == 8001, command
-    routes._keep_port(args, ["rollout.py", f"--port={port}"])
+    installing._keep_port(args, ["rollout.py", f"--port={port}"])
     assert args.port == port

@@ -17,6 +17,7 @@ import torch
 
 from swift_lora_fix import adapter, errors
 from swift_lora_fix.digest import checksum
+from swift_lora_fix.engine import base
 from swift_lora_fix.server import remote
 from swift_lora_fix.server.client import Servers
 from swift_lora_fix.server.protocol import POLICY_HEADER, PREFIX
@@ -72,7 +73,7 @@ class Scripted:
                 fault = fault()
             if fault is not None:
                 return fault
-        if route == "stage":
+        if route in ("stage", "find"):
             self.staged = content["policy"]
         elif route == "commit":
             if self.staged != content["policy"]:
@@ -109,6 +110,13 @@ def scripts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         script.http.server_close()
 
 
+class Client(SimpleNamespace):
+    """``connect`` stands for what ms-swift's does to one server's connection."""
+
+    def init_communicator(self, device: Any) -> None:
+        self.pynccl_comms = [self.connect(self)]
+
+
 class Trainer(SimpleNamespace):
     """A namespace that can be referred to weakly."""
 
@@ -117,7 +125,7 @@ def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
     sessions = [SimpleNamespace(headers={}, mount=lambda *_: None) for _ in scripts]
     return Trainer(
         model=model,
-        vllm_client=SimpleNamespace(
+        vllm_client=Client(
             base_urls=[script.url for script in scripts],
             sessions=sessions,
             num_servers=len(scripts),
@@ -258,6 +266,23 @@ def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: 
         engine.generate(lambda: exec("raise RuntimeError('out of memory')"))
 
 
+def test_a_server_that_restarted_between_two_steps_is_looked_after(model: Any, scripts: list[Scripted]) -> None:
+    """ms-swift syncs first: nobody asked for a rollout in between."""
+    _, writer = writer_for(model, scripts)
+    writer.prove_base(model)
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].calls.clear()
+    change(model)
+    send(writer)
+    assert scripts[1].routes() == ["base", "stage", "commit"], "the base is compared with this one's"
+    assert writer.engine.make_ready() and not writer.engine.make_ready(), "and the gate is due, once"
+    scripts[1].policy, scripts[1].boot = None, "third"
+    scripts[1].sums = {name: [dtype, shape, value + 1] for name, (dtype, shape, value) in scripts[1].sums.items()}
+    with pytest.raises(errors.BaseMismatchError):
+        send(writer)
+
+
 def test_a_rollout_of_another_policy_is_refused(model: Any, scripts: list[Scripted]) -> None:
     _, writer = writer_for(model, scripts)
     digest = send(writer)
@@ -358,3 +383,150 @@ def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     servers = Servers(["http://127.0.0.1:9"], deadline=1)
     with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):
         servers.get(0, "status")
+
+
+# ---- over NCCL -----------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """In place of vLLM's ``PyNcclCommunicator``."""
+
+    def __init__(self, world_size: int = 2) -> None:
+        self.world_size, self.rank, self.device = world_size, world_size - 1, torch.device("cpu")
+        self.disabled, self.group = False, SimpleNamespace()
+        self.sent: list[bytes] = []
+        self.works: Any = lambda: None
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        self.works()
+        self.sent.append(bytes(tensor.numpy().tobytes()))
+
+
+@pytest.fixture
+def wired(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Trainer, writer and wires where no transport is asked for by name."""
+    monkeypatch.delenv("SWIFT_LORA_FIX_TRANSPORT")
+    trainer = trainer_for(model, scripts)
+    wires = trainer.vllm_client.pynccl_comms = [Wire() for _ in scripts]
+    trainer.vllm_client.hosts, trainer.vllm_client.group_ports = ["127.0.0.1"] * 2, [1, 2]
+    return trainer, RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model)), wires
+
+
+def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any, tmp_path: Path) -> None:
+    _, writer, wires = wired
+    digest = send(writer)
+    for script, wire in zip(scripts, wires):
+        assert script.routes() == ["stage", "receive", "commit"] and script.policy["digest"] == digest
+        assert len(wire.sent) == 1 and len(wire.sent[0]) == 2 * writer._staging.buffer.numel()
+        assert script.calls[-3][1]["layout"]["dtype"] == "bfloat16"
+    assert wires[0].sent == wires[1].sent and not (tmp_path / "root").exists(), "no folder was needed"
+    change(model)
+    send(writer)
+    again = scripts[0].calls[-3]
+    assert again[0] == "stage" and again[1]["layout"] == writer._layout.key, "the layout is told once"
+    scripts[0].faults["stage"] = [(410, {"message": "not known"}, {})]
+    send(writer)
+    assert [isinstance(c["layout"], str) for r, c in scripts[0].calls[-5:] if r == "stage"] == [True, False]
+
+
+def test_a_server_that_takes_nothing_over_nccl_gets_a_folder(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, writer, wires = wired
+    scripts[1].faults["stage"] = [(501, {"message": "no NCCL connection"}, {})]
+    send(writer)
+    assert scripts[0].routes() == ["stage", "receive", "commit"]
+    assert scripts[1].routes() == ["stage", "stage", "commit"] and "folder" in scripts[1].calls[-2][1]
+    assert not writer.engine.reaches_all and not wires[1].sent
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
+    named = RemoteWriter(wired[0], remote.RemoteEngine(wired[0]), adapter.bind(model))
+    with pytest.raises(errors.RolloutServerError, match=f"no NCCL connection to .*{scripts[1].url}"):
+        send(named)
+
+
+def test_a_broadcast_that_nobody_takes_part_in_is_given_up(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    _, writer, wires = wired
+    over = threading.Event()
+    wires[1].works = over.wait
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} did not take part .* within 3 s"):
+        send(writer)
+    over.set()
+    assert scripts[0].policy is None, "nobody switched"
+    while not wires[1].sent:
+        time.sleep(0.01)
+    send(writer)
+    assert len(wires[1].sent) == 1, "what waits on it would come before whatever is sent next"
+
+
+def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    _, writer, wires = wired
+    over = threading.Event()
+    wires[0].works = over.wait
+    scripts[0].faults["receive"] = [(422, {"message": "digest differs"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="digest differs"):
+        send(writer)
+    over.set()
+    assert not writer.engine.nccl.is_open(0) and writer.engine.nccl.is_open(1)
+
+
+def test_where_one_server_fails_to_switch_the_others_find_what_they_had(
+    model: Any, scripts: list[Scripted], wired: Any
+) -> None:
+    _, writer, wires = wired
+    digest = send(writer)
+    change(model)
+    scripts[0].faults["commit"] = [(500, {"message": "no room"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="no room"):
+        send(writer)
+    for script, wire in zip(scripts, wires):
+        assert script.routes()[-2:] == ["find", "commit"] and len(wire.sent) == 2
+        assert script.policy["digest"] == digest and script.policy["version"] == 3
+
+
+def test_a_base_that_differs_is_sent_and_sent_again(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, writer, _ = wired
+    trainer.vllm_client.connect = lambda one: Wire()
+    pushes: list[list[str]] = []
+    monkeypatch.setattr(base, "send", lambda *_: pushes.append([s.routes()[-1] for s in scripts]))
+    with torch.no_grad():
+        model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
+    writer.prove_base(model)
+    send(writer)
+    assert pushes == [["pushed", "pushed"]], "what had failed before is not this push's"
+    assert scripts[0].routes()[-4:] == ["pushed", "stage", "receive", "commit"], "and it is asked how it went"
+    scripts[1].policy, scripts[1].boot = None, "second"
+    writer.ranks = 2  # the other ranks are elsewhere while the main one looks after servers
+    writer._on_main = None
+    writer.engine.make_ready()
+    assert len(pushes) == 2 and scripts[1].policy is not None
+    scripts[0].faults["pushed"] = [None, (500, {"message": "1 updates over NCCL failed"}, {})]
+    del writer._on_main
+    writer.ranks = 1
+    with pytest.raises(errors.RolloutServerError, match="1 updates over NCCL failed"):
+        writer.prove_base(model)
+
+
+def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    with pytest.raises(errors.SettingsError, match=f"{scripts[0].url} has opened NCCL"):
+        remote.RemoteEngine(wired[0])
+
+
+def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    trainer, writer, wires = wired
+    send(writer)
+    fresh = Wire()
+    seen: list[Any] = []
+
+    def connect(one: Any) -> Wire:
+        seen.append((one.base_urls, one.group_ports, one.num_servers))
+        return fresh
+
+    client = trainer.vllm_client
+    client.connect = connect
+    scripts[1].policy, scripts[1].boot = None, "second"
+    assert writer.engine.make_ready()
+    assert seen == [([scripts[1].url], [2], 1)] and client.num_servers == 2
+    assert len(fresh.sent) == 1 and len(wires[0].sent) == 1 and scripts[1].policy == scripts[0].policy
