@@ -37,12 +37,12 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    """The second one with vLLM's asynchronous engine. The first one's vLLM can be sent a base, which on the CPU takes a
-    shim that reaches into its processes."""
+    """The first one with tensor parallelism, the second one with vLLM's asynchronous engine. The first one's vLLM can be
+    sent a base, which on the CPU takes a shim that reaches into its processes."""
     shims = {"SLF_EVERYWHERE": str(PLUGINS / "slf_cpu_shims.py")}
     environment = {**WIRE, "SWIFT_LORA_FIX_ROOT": str(folder / "root"), "SLF_SPOIL": str(folder / "spoil")}
     made = [
-        RolloutServer(model, folder / "one", environment={**environment, **shims}).start(),
+        RolloutServer(model, folder / "one", {"vllm_tensor_parallel_size": 2}, {**environment, **shims}).start(),
         RolloutServer(model, folder / "two", {"vllm_use_async_engine": "true"}, environment).start(),
     ]
     try:
