@@ -37,8 +37,8 @@ def model(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    """The first one with tensor parallelism, the second one with vLLM's asynchronous engine. The first one's vLLM can be
-    sent a base, which on the CPU takes a shim that reaches into its processes."""
+    """The first one with tensor parallelism, the second one with vLLM's asynchronous engine. The first one's vLLM can
+    be sent a base, which on the CPU takes a shim that reaches into its processes."""
     shims = {"SLF_EVERYWHERE": str(PLUGINS / "slf_cpu_shims.py")}
     environment = {**WIRE, "SWIFT_LORA_FIX_ROOT": str(folder / "root"), "SLF_SPOIL": str(folder / "spoil")}
     made = [
