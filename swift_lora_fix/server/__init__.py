@@ -6,7 +6,7 @@ In the order of the data, first the trainer, then each server::
     remote.py    what a sync, the gate and a rollout ask of an engine, answered by servers: all of them switch, or none
     parcel.py    one policy as it is sent: one buffer, and a PEFT folder where that is asked for (store.py)
     client.py    the calls: deadlines, retries, and errors that name the server; nccl.py: ms-swift's connections
-    protocol.py  the routes, what a policy is, and the digest that both sides compute
+    protocol.py  the routes, and what a policy is; content.py: the digest of its files that both sides compute
     routes.py    in the process of the web server: the routes, who may call them, all workers or none
     guard.py     around ms-swift's own routes; requests.py: what a request has in it
     files.py     the only way in to an adapter's bytes on disk: below the root, no links, limited

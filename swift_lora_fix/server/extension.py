@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from .. import releases
+from .nccl import release_port
 from .protocol import SWIFT_EXTENSION
 from .receiver import Receiver, raise_together
 
@@ -26,7 +27,22 @@ def _swift_extension() -> Any:
 class RolloutWorkerExtension(_swift_extension()):  # type: ignore[misc]
     """ms-swift's extension, and a `Receiver`. ``self`` is vLLM's worker."""
 
+    communicator: Any  # ms-swift's
     swift_lora_fix_state: Receiver | None = None
+    swift_lora_fix_kept: tuple[Any, ...] = ()  # not freed: NCCL would wait for a trainer that is gone
+
+    def init_communicator(self, *args: Any, **kwargs: Any) -> None:
+        """A trainer connects: the one before is gone, also where it was killed and did not say so. ms-swift's own
+        stays with that one."""
+        self.close_communicator()
+        super().init_communicator(*args, **kwargs)
+
+    def close_communicator(self) -> None:
+        """And free the port, which the next trainer wants."""
+        communicator, self.communicator, self.client_rank = self.communicator, None, None
+        if communicator is not None:
+            release_port(communicator)
+            self.swift_lora_fix_kept += (communicator,)
 
     def swift_lora_fix_receiver(self, command: str, **arguments: Any) -> None:
         """`protocol.RPC`: do one of the `Receiver`'s commands. What fails in one worker fails for all of them."""

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..adapter_files import TensorHeader, read_header
 from ..errors import AccessError, SegmentError, StagingError
-from .protocol import CONFIG, LIMIT_VARIABLE, ROOT_VARIABLE, WEIGHTS, content_hash
+from .content import ContentHash, content_digest
+from .protocol import CONFIG, LIMIT_VARIABLE, ROOT_VARIABLE, WEIGHTS
 
 CONFIG_LIMIT = 1 << 20
 _UNSEEN = {errno.ENOENT, errno.EACCES}  # another host's folder, or another user's: its bytes can come over HTTP
@@ -28,7 +29,7 @@ _LINKS = {errno.ELOOP, errno.ENOTDIR}
 class Source:
     """Where a worker reads an adapter: a folder, or what the parent process spooled and its config.
 
-    digest: `protocol.content_digest` of both, as whoever sent it computed it.
+    digest: `content_digest` of both, as whoever sent it computed it.
     """
 
     digest: str
@@ -54,10 +55,9 @@ class Source:
 
 def check_digest(expected: str, config: bytes, weights: bytes) -> None:
     """Raise StagingError where these are not the bytes that were sent."""
-    hashed = content_hash(config)
-    hashed.update(weights)
-    if hashed.hexdigest() != expected:
-        raise different_digest(expected, hashed.hexdigest(), len(weights))
+    found = content_digest(config, weights)
+    if found != expected:
+        raise different_digest(expected, found, len(weights))
 
 
 def different_digest(expected: str, found: str, size: int) -> StagingError:
@@ -149,7 +149,7 @@ class Spool:
     """
 
     def __init__(self, config: bytes, limit: int) -> None:
-        self.limit, self.size, self._hash = limit, 0, content_hash(config)
+        self.limit, self.size, self._hash = limit, 0, ContentHash(config)
         self._descriptor = os.memfd_create("swift-lora-fix-spool", os.MFD_CLOEXEC)
 
     @property

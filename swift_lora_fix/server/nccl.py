@@ -96,8 +96,7 @@ class Connections:
 
 def drop(client: Any) -> None:
     """Connections of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to
-    each server as the process ends, and wait for one that hangs; and of vLLM 0.17's group, Python closes the socket
-    that the store goes on listening on, which ends the process with SIGABRT.
+    each server as the process ends, and wait for one that hangs.
 
     Raises SettingsError where the servers have opened NCCL.
     """
@@ -109,10 +108,17 @@ def drop(client: Any) -> None:
             )
     atexit.unregister(client.close_communicator)
     for communicator in client.pynccl_comms:
-        listening = getattr(communicator.group, "socket", None)
-        if listening is not None:
-            listening.detach()  # the store closes it
+        release_port(communicator)
     client.pynccl_comms.clear()
+
+
+def release_port(communicator: Any) -> None:
+    """Let go the group of a ``PyNcclCommunicator``, with the store that listens where it was made. Of vLLM 0.17's
+    group, Python would close the socket that the store goes on listening on, and the process end with SIGABRT."""
+    listening = getattr(communicator.group, "socket", None)
+    if listening is not None:
+        listening.detach()  # the store closes it
+    communicator.group = None
 
 
 def _works(client: Any, index: int) -> bool:
@@ -131,8 +137,9 @@ class _Broadcast(threading.Thread):
         self._error: Exception | None = None
 
     def run(self) -> None:
-        communicator, content = self._communicator, self._buffer.to(self._communicator.device).view(torch.uint8)
+        communicator = self._communicator
         try:
+            content = self._buffer.to(communicator.device).view(torch.uint8)
             if not content.is_cuda:
                 communicator.broadcast(content, src=communicator.rank)
                 self._is_done = lambda: True

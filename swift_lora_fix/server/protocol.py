@@ -27,7 +27,7 @@ import enum
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -128,19 +128,6 @@ class Layout:
         if any(size < 1 for _, shape in entries for size in shape):
             raise ProtocolError("The layout has a shape with a size below 1.")
         return made
-
-
-def content_digest(config: bytes, weights: bytes | Iterable[bytes]) -> str:
-    """SHA-256 of an adapter's two files, in hexadecimal. ``weights`` may come in chunks."""
-    digest = content_hash(config)
-    for chunk in (weights,) if isinstance(weights, (bytes, bytearray, memoryview)) else weights:
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def content_hash(config: bytes) -> hashlib._Hash:
-    """The hash of `content_digest` before the first byte of the weights. The length keeps the two files apart."""
-    return hashlib.sha256(len(config).to_bytes(8, "big") + config)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

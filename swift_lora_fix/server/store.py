@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from ..errors import SettingsError
 from ..fork.atomic import all_or_nothing
 from ..settings import Settings
-from .protocol import CONFIG, WEIGHTS, Policy, config_bytes, content_digest
+from .content import content_digest
+from .protocol import CONFIG, WEIGHTS, Policy, config_bytes
 
-CHUNK = 1 << 20  # bytes
 KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
 
 
@@ -68,9 +68,12 @@ class Store:
         self._folders.append(folder)
         while len(self._folders) > KEPT:
             shutil.rmtree(self._folders.pop(0), ignore_errors=True)
-        with open(folder / WEIGHTS, "rb") as file:
-            chunks = iter(partial(file.read, CHUNK), b"")
-            return Stored(folder, content_digest((folder / CONFIG).read_bytes(), chunks))
+        with (
+            open(folder / WEIGHTS, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as weights,
+        ):
+            return Stored(folder, content_digest((folder / CONFIG).read_bytes(), weights))
 
     def clear(self) -> None:
         """Remove what is left of this run, at its end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def test_what_arrives_otherwise_is_served_nowhere(
     assert "agree at step 0" in run.log and "agree at step 2" not in run.log
     served = [status(server)["policy"] for server in servers]
     assert served[0] == served[1] and served[0] is not None, "the last one that both could take"
+
+
+def test_a_trainer_that_was_killed_does_not_keep_its_place(
+    model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
+) -> None:
+    """It said no good-bye, and the next one connects by the same ports."""
+    killed = trainer("killed", model, folder, servers, WIRE)
+    killed.environment["SLF_KILL_AT_STEP"] = "1"
+    assert killed.start().returncode == -signal.SIGKILL
+    ports = killed.arguments["vllm_server_group_port"]
+    after = trainer("after", model, folder, servers, WIRE, max_steps=2, vllm_server_group_port=ports).start()
+    assert_serves_the_trainer(after)
+    assert all(status(server)["policy"] is not None for server in servers)
 
 
 def pissa(name: str, model: Path, folder: Path, servers: list[RolloutServer]) -> Run:

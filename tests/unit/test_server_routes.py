@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 from swift_lora_fix import errors
 from swift_lora_fix.engine.handle import ADAPTER_ID
 from swift_lora_fix.server import checks, installing, receiver, routes, worker
+from swift_lora_fix.server.content import content_digest
 from swift_lora_fix.server.protocol import (
     BYTES,
     CONFIG,
@@ -29,7 +30,6 @@ from swift_lora_fix.server.protocol import (
     WEIGHTS,
     Layout,
     Policy,
-    content_digest,
 )
 
 MODULE = "model.layers.0.self_attn.q_proj"
