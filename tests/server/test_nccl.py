@@ -23,7 +23,7 @@ WIRE = {
         [str(REPOSITORY / "tests/support/nccl_over_store"), os.environ.get("PYTHONPATH", "")]
     ),
 }
-SAVED, KILLED = 2, 3  # steps: a checkpoint; the rollout before which one server is killed
+SAVED, KILLED = 2, 3  # steps: a checkpoint; the rollout before which a server, or the trainer, is killed
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,15 @@ def trained(model: Path, folder: Path, servers: list[RolloutServer]) -> Run:
 
 @pytest.fixture(scope="module")
 def resumed(model: Path, folder: Path, servers: list[RolloutServer], trained: Run) -> Run:
-    checkpoint = trained.output / f"checkpoint-{SAVED}"
-    return trainer("resumed", model, folder, servers, WIRE, resume_from_checkpoint=checkpoint).start()
+    """From a run that was killed, and said no good-bye; by the same ports."""
+    killed = trainer("killed", model, folder, servers, WIRE)
+    killed.environment["SLF_KILL_AT_STEP"] = str(KILLED)
+    assert killed.start().returncode == -signal.SIGKILL, killed.log[-4000:]
+    arguments = {
+        "resume_from_checkpoint": killed.output / f"checkpoint-{SAVED}",
+        "vllm_server_group_port": killed.arguments["vllm_server_group_port"],
+    }
+    return trainer("resumed", model, folder, servers, WIRE, **arguments).start()
 
 
 def status(server: RolloutServer) -> dict[str, object]:
@@ -84,7 +91,7 @@ def test_a_server_that_comes_back_is_connected_again(trained: Run, servers: list
     assert f"sent the policy of step {KILLED} again to 1 rollout servers" in trained.log
 
 
-def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: Run) -> None:
+def test_after_a_killed_run_the_resumed_one_is_served_from_its_first_rollout(resumed: Run, trained: Run) -> None:
     assert_serves_the_trainer(resumed)
     first, before = resumed.probes()[0], trained.probes()[SAVED]
     assert first["step"] == SAVED and first["policies"] == before["policies"], "the very policy, digest and all"
@@ -103,19 +110,6 @@ def test_what_arrives_otherwise_is_served_nowhere(
     assert "agree at step 0" in run.log and "agree at step 2" not in run.log
     served = [status(server)["policy"] for server in servers]
     assert served[0] == served[1] and served[0] is not None, "the last one that both could take"
-
-
-def test_a_trainer_that_was_killed_does_not_keep_its_place(
-    model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
-) -> None:
-    """It said no good-bye, and the next one connects by the same ports."""
-    killed = trainer("killed", model, folder, servers, WIRE)
-    killed.environment["SLF_KILL_AT_STEP"] = "1"
-    assert killed.start().returncode == -signal.SIGKILL
-    ports = killed.arguments["vllm_server_group_port"]
-    after = trainer("after", model, folder, servers, WIRE, max_steps=2, vllm_server_group_port=ports).start()
-    assert_serves_the_trainer(after)
-    assert all(status(server)["policy"] is not None for server in servers)
 
 
 def pissa(name: str, model: Path, folder: Path, servers: list[RolloutServer]) -> Run:

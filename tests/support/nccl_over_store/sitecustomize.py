@@ -14,7 +14,7 @@ import wrapt
 
 if not torch.cuda.is_available():  # what ms-swift asks of a backend as it sends weights, and the CPU lacks
     torch.cpu.device = lambda device: contextlib.nullcontext()
-    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.synchronize = torch.cuda.current_stream = lambda device=None: None
 
 
 class StoreCommunicator:
