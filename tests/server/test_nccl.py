@@ -67,11 +67,17 @@ def trained(model: Path, folder: Path, servers: list[RolloutServer]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def resumed(model: Path, folder: Path, servers: list[RolloutServer], trained: Run) -> Run:
-    """From a run that was killed, and said no good-bye; by the same ports."""
-    killed = trainer("killed", model, folder, servers, WIRE)
-    killed.environment["SLF_KILL_AT_STEP"] = str(KILLED)
-    assert killed.start().returncode == -signal.SIGKILL, killed.log[-4000:]
+def killed(model: Path, folder: Path, servers: list[RolloutServer], trained: Run) -> Run:
+    """It is gone without a good-bye."""
+    run = trainer("killed", model, folder, servers, WIRE)
+    run.environment["SLF_KILL_AT_STEP"] = str(KILLED)
+    assert run.start().returncode == -signal.SIGKILL, run.log[-4000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(model: Path, folder: Path, servers: list[RolloutServer], killed: Run) -> Run:
+    """By the same ports."""
     arguments = {
         "resume_from_checkpoint": killed.output / f"checkpoint-{SAVED}",
         "vllm_server_group_port": killed.arguments["vllm_server_group_port"],
@@ -99,9 +105,9 @@ def test_a_server_that_comes_back_is_connected_again(trained: Run, servers: list
 
 
 @newest
-def test_after_a_killed_run_the_resumed_one_is_served_from_its_first_rollout(resumed: Run, trained: Run) -> None:
+def test_after_a_killed_run_the_resumed_one_is_served_from_its_first_rollout(resumed: Run, killed: Run) -> None:
     assert_serves_the_trainer(resumed)
-    first, before = resumed.probes()[0], trained.probes()[SAVED]
+    first, before = resumed.probes()[0], killed.probes()[SAVED]
     assert first["step"] == SAVED and first["policies"] == before["policies"], "the very policy, digest and all"
     assert first["tokens"] == before["tokens"]
 
