@@ -508,6 +508,24 @@ def test_a_base_that_differs_is_sent_and_sent_again(
         writer.prove_base(model)
 
 
+def test_a_server_with_a_base_of_another_run(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model folder says nothing of what it computes with."""
+    pushes: list[int] = []
+    monkeypatch.setattr(base, "send", lambda *_: pushes.append(1))
+    trainer, writer, _ = wired
+    writer.prove_base(model)
+    assert not pushes
+    scripts[1].is_pushed = True
+    writer.engine.check_fit()
+    writer.prove_base(model)
+    assert pushes == [1], "so it is sent the trainer's"
+    writer.engine.nccl.close(1, "a test")
+    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[1].url} has a base that was sent to it"):
+        writer.prove_base(model)
+
+
 def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     with pytest.raises(errors.SettingsError, match=f"{scripts[0].url} has opened NCCL"):
