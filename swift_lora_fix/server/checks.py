@@ -35,6 +35,7 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
     if not sides:
         raise StagingError(f"{WEIGHTS} has no tensors: an adapter has at least one lora_A and one lora_B.")
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
+    smaller_are_fine = _has_scaling_in_b(config)
     for module, pair in sides.items():
         if len(pair) < 2:
             raise StagingError(f"{WEIGHTS} has only lora_{next(iter(pair))} of {module!r}: A and B go together.")
@@ -46,8 +47,15 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
                 f"{module!r} has rank {rank}, this server has room for {max_rank}: start it with "
                 f"--vllm_max_lora_rank {rank}."
             )
-        if rank not in ranks:
+        if rank not in ranks and not (smaller_are_fine and rank < config["r"]):
             raise StagingError(f"{module!r} has rank {rank}, {CONFIG} says {sorted(map(str, ranks))}.")
+
+
+def _has_scaling_in_b(config: Mapping[str, Any]) -> bool:
+    """As a trainer of ours sends it (``engine.loader.plain_config``): ``r`` is the largest rank, and vLLM scales
+    nothing, whatever rank a module has (rank_pattern)."""
+    patterns = config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_rslora")
+    return not patterns and isinstance(config.get("r"), int) and config.get("lora_alpha") == config["r"]
 
 
 def check_shapes(tensors: Mapping[str, torch.Tensor], base: Mapping[str, TensorHeader]) -> None:

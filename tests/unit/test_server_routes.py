@@ -602,6 +602,20 @@ def test_the_base_comes_from_the_files(kwargs: dict[str, Any], load_format: str,
         worker._building.reset(token)
 
 
+def test_modules_of_smaller_rank() -> None:
+    """Where the scaling is in B nothing depends on a module's rank; else the config must name it."""
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": torch.zeros(shape)
+        for module, rank in (("a.q_proj", 4), ("a.k_proj", 2))
+        for side, shape in (("A", (rank, 8)), ("B", (6, rank)))
+    }
+    checks.check_names(tensors, {"r": 4, "lora_alpha": 4, "rank_pattern": {}}, 4)
+    checks.check_names(tensors, {"r": 4, "lora_alpha": 8, "rank_pattern": {"k_proj": 2}}, 4)
+    for config in ({"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 4, "use_rslora": True}, {"r": 2, "lora_alpha": 2}):
+        with pytest.raises(errors.StagingError, match="has rank"):
+            checks.check_names(tensors, config, 4)
+
+
 def test_modules_that_the_files_do_not_name_are_left_to_vllm() -> None:
     base = {"model.layers.0.self_attn.q_proj.weight": _header(6, 8)}
 
