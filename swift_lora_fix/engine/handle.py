@@ -51,9 +51,13 @@ class EngineHandle:
         return self.llm_engine.vllm_config.lora_config
 
     @property
+    def worker(self) -> Any:
+        return self.executor.driver_worker.worker
+
+    @property
     def manager(self) -> Any:
         """vLLM's ``LRUCacheLoRAModelManager`` of this process's worker."""
-        return self.executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+        return self.worker.model_runner.lora_manager._adapter_manager
 
     @property
     def lora_dtype(self) -> torch.dtype:
@@ -114,13 +118,9 @@ class WorkerHandle(EngineHandle):
         return self.engine  # it has vllm_config, add_lora, remove_lora, list_loras
 
     @property
-    def executor(self) -> Any:
-        raise AssertionError("a worker has no executor")
+    def worker(self) -> Any:
+        return self.engine
 
     @property
     def model(self) -> torch.nn.Module:
         return self.engine.get_model()
-
-    @property
-    def manager(self) -> Any:
-        return self.engine.model_runner.lora_manager._adapter_manager

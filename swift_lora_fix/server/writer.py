@@ -38,7 +38,6 @@ class RemoteWriter:
         self.device, self.ranks = trainer.accelerator.device, int(trainer.accelerator.num_processes)
         self._trainer = weakref.ref(trainer)
         self._dtype = engine.lora_dtype or torch.bfloat16
-        self._report = WriteReport("none")
         self._staging: Staging | None = None
         self._sent: Parcel | None = None
         self._layout: Layout | None = None
@@ -163,8 +162,7 @@ class RemoteWriter:
         clock.lap("write")
         clock.laps.update(self.engine.seconds)
         path = "nccl" if self.engine.reaches_all else "reload"
-        self._report = WriteReport(path, clock.laps, staging.buffer.numel() * staging.buffer.element_size(), digest)
-        return self._report
+        return WriteReport(path, clock.laps, staging.buffer.numel() * staging.buffer.element_size(), digest)
 
     @torch.no_grad()
     def _stage(self) -> tuple[Staging, str]:

@@ -69,7 +69,7 @@ def test_rollouts_follow_the_trainer(model: Path, tmp_path: Path, started: Any, 
     """By NCCL with the engine of ``swift rollout``'s default once more after it was killed."""
     settings = {"SWIFT_LORA_FIX_TRANSPORT": "" if transport == "nccl" else transport}
     server = started(settings, vllm_use_async_engine=engine, **(GRAPHS if engine == "true" else {}))
-    run = trainer(f"{transport}", model, tmp_path, [server], {**settings, "CUDA_VISIBLE_DEVICES": "0"}, **LORA)
+    run = trainer(transport, model, tmp_path, [server], {**settings, "CUDA_VISIBLE_DEVICES": "0"}, **LORA)
     if transport == "nccl" and engine == "false":
         killing(run, server, 2)
         assert f"NCCL to rollout server {server.url} is open again" in run.log, run.log[-3000:]

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.driver import make_model, this_python
+
 
 @pytest.fixture(scope="session", autouse=True)
 def alone() -> Iterator[None]:
     with open(Path(tempfile.gettempdir()) / "swift-lora-fix-server-tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    """In the ``folder`` of the module that asks."""
+    return make_model(this_python(), folder / "models")

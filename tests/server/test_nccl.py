@@ -13,8 +13,8 @@ import requests
 from packaging.version import Version
 
 from swift_lora_fix import releases
-from tests.support.driver import PLUGINS, REPOSITORY, Run, make_model, this_python
-from tests.support.rollout_server import RolloutServer
+from tests.support.driver import PLUGINS, REPOSITORY, Run
+from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
 pytestmark = pytest.mark.e2e
@@ -39,25 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return make_model(this_python(), folder / "models")
-
-
-@pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
     """The first one with tensor parallelism, the second one with vLLM's asynchronous engine. The first one's vLLM can
     be sent a base, which on the CPU takes a shim that reaches into its processes."""
     shims = {"SLF_EVERYWHERE": str(PLUGINS / "slf_cpu_shims.py")}
     environment = {**WIRE, "SWIFT_LORA_FIX_ROOT": str(folder / "root"), "SLF_SPOIL": str(folder / "spoil")}
     made = [
-        RolloutServer(model, folder / "one", {"vllm_tensor_parallel_size": 2}, {**environment, **shims}).start(),
-        RolloutServer(model, folder / "two", {"vllm_use_async_engine": "true"}, environment).start(),
+        RolloutServer(model, folder / "one", {"vllm_tensor_parallel_size": 2}, {**environment, **shims}),
+        RolloutServer(model, folder / "two", {"vllm_use_async_engine": "true"}, environment),
     ]
-    try:
-        yield [server.wait() for server in made]
-    finally:
-        for server in made:
-            server.stop()
+    with running(made) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")

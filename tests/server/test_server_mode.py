@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.support.driver import Run, make_model, this_python
-from tests.support.rollout_server import RolloutServer
+from tests.support.driver import Run
+from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
 pytestmark = pytest.mark.e2e
@@ -28,19 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    return make_model(this_python(), folder / "models")
-
-
-@pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
     environment = {**TRANSPORT, "SWIFT_LORA_FIX_ROOT": str(folder / "root")}
-    made = [RolloutServer(model, folder / name, environment=environment).start() for name in ("one", "two")]
-    try:
-        yield [server.wait() for server in made]
-    finally:
-        for server in made:
-            server.stop()
+    with running([RolloutServer(model, folder / name, environment=environment) for name in ("one", "two")]) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.support import benchmarks
 from tests.support.driver import PLUGINS, REPOSITORY, make_model
-from tests.support.rollout_server import RolloutServer
+from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import trainer
 
 STOCK = "stock, NCCL"
@@ -64,14 +64,11 @@ def serving(
     if gpu:
         arguments.update(vllm_enforce_eager="false", vllm_gpu_memory_utilization=0.7)
         environment = {**environment, "CUDA_VISIBLE_DEVICES": "1"}
-    environment = {**environment, "SWIFT_LORA_FIX_ROOT": str(folder / "root")}
-    if gpu:
-        environment["SWIFT_LORA_FIX_ROOT"] = f"/dev/shm/bench-{os.getpid()}"
+    root = f"/dev/shm/bench-{os.getpid()}" if gpu else str(folder / "root")
+    environment = {**environment, "SWIFT_LORA_FIX_ROOT": root}
     server = RolloutServer(model, folder / "server", arguments, environment, gpu=gpu)
-    try:
-        yield server.start().wait()
-    finally:
-        server.stop()
+    with running([server]):
+        yield server
 
 
 def summarize(record: dict[str, Any]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,15 @@ class RolloutServer:
         if self.process is not None:
             self.signal(signal.SIGKILL)
             self.process.wait()
+
+
+@contextlib.contextmanager
+def running(servers: list[RolloutServer]) -> Iterator[list[RolloutServer]]:
+    """Started side by side; stopped at the end, with all their processes."""
+    try:
+        for server in servers:
+            server.start()
+        yield [server.wait() for server in servers]
+    finally:
+        for server in servers:
+            server.stop()
