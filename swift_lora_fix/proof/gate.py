@@ -23,6 +23,7 @@ import torch
 
 from .. import adapter as adapters
 from ..adapter import Adapter
+from ..server.protocol import PROBE
 from .findings import Finding
 from .serving import Apart, Fused
 
@@ -275,7 +276,7 @@ def _request(like: Any, index: int, text: str) -> Any:
             fields[name] = []
     for name in ("uuid", "request_id"):
         if name in fields:
-            fields[name] = f"swift-lora-fix-{index}"
+            fields[name] = f"{PROBE}{index}"
     return request
 
 

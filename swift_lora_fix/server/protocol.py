@@ -42,6 +42,7 @@ STAGE, COMMIT, ABORT, SERVE = (f"{PREFIX}/{verb}/" for verb in ("stage", "commit
 RECEIVE, FIND, PUSHED = (f"{PREFIX}/{verb}/" for verb in ("receive", "find", "pushed"))
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
+PROBE = "swift-lora-fix-"  # so begins the ``uuid`` of the gate's requests: no multi-turn scheduler plays with those
 
 # The files of an adapter's folder, as PEFT names them; B is PEFT's own, vLLM scales it by the config.
 CONFIG = "adapter_config.json"

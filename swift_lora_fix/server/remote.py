@@ -295,13 +295,17 @@ class RemoteEngine:
 
 
 def prepare_client(client: Any) -> None:
-    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY. Before it asks servers
-    anything; None is no client."""
+    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY, and each call over a
+    connection of its own. Before it asks servers anything; None is no client."""
     settings = Settings.from_environment()
     if client is None:
         return
-    for session in client.sessions if settings.api_key else ():
-        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+    for session in client.sessions:
+        # a server closes a connection that was idle for 5 s (uvicorn), be it while the next call is on its way
+        session.close()
+        session.headers["Connection"] = "close"
+        if settings.api_key:
+            session.headers["Authorization"] = f"Bearer {settings.api_key}"
     if settings.transport == "reload":
         _be_patient(client, settings)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -35,6 +35,7 @@ from .protocol import (
     GONE,
     METHOD,
     NO_NCCL,
+    PROBE,
     RPC,
     SWIFT_EXTENSION,
     WEIGHTS,
@@ -381,7 +382,8 @@ def stager_of(engine: Any) -> Stager | None:
 
 
 def tag_scheduler(engine: Any) -> None:
-    """What ``get_rollout_engine_type`` made: where that is a scheduler, its rollouts are tagged, too."""
+    """What ``get_rollout_engine_type`` made: where that is a scheduler, its rollouts are tagged, too. The gate's
+    requests go past it: they are none of its tasks, and would take its environment's turns."""
     inner = getattr(engine, "infer_engine", None)
     if inner is None or _STAGER not in vars(inner) or _STAGER in vars(engine):
         return
@@ -391,10 +393,17 @@ def tag_scheduler(engine: Any) -> None:
         stager = stager_of(inner)
         if stager is None:
             return await wrapped(*args, **kwargs)
+        if _is_probe(*args, **kwargs):
+            return await inner.async_infer(*args, **kwargs)
         served = stager.served()
         return tag(stager, served, await wrapped(*args, **kwargs))
 
     engine.async_infer = async_infer
+
+
+def _is_probe(infer_requests: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
+    ids = [each.get("uuid") if isinstance(each, Mapping) else getattr(each, "uuid", None) for each in infer_requests]
+    return bool(ids) and all(str(each).startswith(PROBE) for each in ids)
 
 
 def tag(stager: Stager, served: Served, outputs: Any) -> Any:

@@ -40,6 +40,7 @@ class RolloutServer:
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=quiet_port)
     gpu: bool = False
+    plugins: tuple[Path, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,7 +54,7 @@ class RolloutServer:
     def command(self) -> list[str]:
         script = swift_folder(this_python()) / "cli" / "rollout.py"
         plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py"]
-        plugins.append(FIX)
+        plugins += [*self.plugins, FIX]
         command = [str(this_python()), str(script), "--external_plugins", *map(str, plugins)]
         defaults = {
             "model": self.model,

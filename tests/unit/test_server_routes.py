@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
 from swift_lora_fix.engine.handle import ADAPTER_ID
-from swift_lora_fix.server import checks, installing, receiver, routes, worker
+from swift_lora_fix.server import checks, installing, protocol, receiver, routes, worker
 from swift_lora_fix.server.content import content_digest
 from swift_lora_fix.server.protocol import (
     BYTES,
@@ -555,29 +555,37 @@ def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) 
 # ---- in the worker -------------------------------------------------------------------------------------------------
 
 
-async def _async_rollouts() -> list[Any]:
-    return [SimpleNamespace(rollout_infos={"num_turns": 2})]
+async def _turns(infer_requests: list[Any]) -> list[Any]:
+    return [SimpleNamespace(rollout_infos={"num_turns": 2}) for _ in infer_requests]
+
+
+async def _answers(infer_requests: list[Any]) -> list[Any]:
+    return [SimpleNamespace(rollout_infos={}) for _ in infer_requests]
 
 
 def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
     import asyncio
 
     engine = SimpleNamespace(engine=FakeAsyncLLM(), model_dir=server.args.model_dir, enable_lora=True)
+    engine.async_infer = _answers
     worker.build_engine(lambda arguments: engine, SimpleNamespace(vllm_use_async_engine=True))
-    scheduler = SimpleNamespace(infer_engine=engine, async_infer=_async_rollouts)
+    scheduler = SimpleNamespace(infer_engine=engine, async_infer=_turns)
     worker.tag_scheduler(scheduler)
     folder, command = adapter(server, 4.0), getattr(engine, routes.METHOD)
     source = routes.Source(digest_of(folder), folder=str(folder))
 
+    sample, probe = SimpleNamespace(uuid="f00"), {"uuid": f"{protocol.PROBE}0"}
+
     async def everything() -> list[Any]:
         with pytest.raises(errors.EngineStateError):
-            await scheduler.async_infer()
+            await scheduler.async_infer([sample])
         for name, arguments in (("stage", {"source": source}), ("commit", {})):
             answer = await command(name, policy=policy(1).as_dict(), **arguments)
             assert "error" not in answer, answer
-        return list(await scheduler.async_infer())
+        return [*await scheduler.async_infer([sample]), *await scheduler.async_infer(infer_requests=[probe])]
 
-    (output,) = asyncio.run(everything())
+    output, answer = asyncio.run(everything())
+    assert answer.rollout_infos == {}, "the gate asks the engine, not the scheduler"
     assert engine.engine.loads == [4.0]
     assert output.rollout_infos == {"num_turns": 2, **{f"policy_{k}": v for k, v in policy(1).as_dict().items()}}
 

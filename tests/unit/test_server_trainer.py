@@ -379,6 +379,38 @@ def test_a_server_that_hangs_in_a_rollout_is_given_up(scripts: list[Scripted], m
         client.sessions[0].post(f"{scripts[0].url}/infer/", json={})
 
 
+class Impatient(BaseHTTPRequestHandler):
+    """Answers the first request of a connection, and closes it as the second one comes."""
+
+    protocol_version = "HTTP/1.1"
+    has_answered = False
+
+    def do_POST(self) -> None:  # noqa: N802
+        if self.has_answered:
+            self.close_connection = True
+            return
+        self.has_answered = True
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_connection_that_was_idle_is_not_used_again() -> None:
+    """ms-swift's client would, and ends the run where the server closes it at that moment."""
+    client = SimpleNamespace(sessions=[requests.Session()])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Impatient) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        client.sessions[0].post(url)
+        remote.prepare_client(client)
+        assert [client.sessions[0].post(url).status_code for _ in range(3)] == [200] * 3
+        client.sessions[0].close()
+        server.shutdown()
+
+
 def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     servers = Servers(["http://127.0.0.1:9"], deadline=1)
     with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):

@@ -1,0 +1,52 @@
+"""Rollouts of several turns, as ms-swift's multi-turn schedulers make them: each turn by the trainer's policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.driver import PLUGINS, Run, this_python
+from tests.support.rollout_server import RolloutServer, running
+from tests.support.server_runs import assert_serves_the_trainer, trainer
+
+pytestmark = pytest.mark.e2e
+
+SCHEDULER = PLUGINS / "slf_turns.py"
+TURNS = {"multi_turn_scheduler": "slf_turns", "max_turns": 2}
+TRANSPORT = {"SWIFT_LORA_FIX_TRANSPORT": "reload"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("turns")
+
+
+def assert_took_turns(run: Run) -> None:
+    """The gate's own requests took none: they are no tasks of the scheduler's."""
+    assert [line["num_turns"] for line in run.metrics()] == [2.0] * 3
+    assert run.log.count("engine and trainer agree at step") == 3
+
+
+def test_in_a_rollout_server(model: Path, folder: Path) -> None:
+    """Which the asynchronous engine makes; before ms-swift 4.5.0 without the adapter (ms-swift 9855)."""
+    root = {"SWIFT_LORA_FIX_ROOT": str(folder / "root")}
+    turns = folder / "turns.txt"
+    arguments = {"vllm_use_async_engine": "true", **TURNS}
+    environment = {**TRANSPORT, **root, "SLF_TURNS_FILE": str(turns)}
+    made = RolloutServer(model, folder / "one", arguments, environment, plugins=(SCHEDULER,))
+    with running([made]) as servers:
+        run = trainer("train", model, folder, servers, TRANSPORT, max_steps=3).start()
+    assert_serves_the_trainer(run)
+    assert_took_turns(run)
+    assert "Consider the following list" not in turns.read_text()
+
+
+def test_in_the_trainers_own_engine(model: Path, folder: Path) -> None:
+    run = Run("colocated", this_python(), model, folder / "colocated", True, {**TURNS, "max_steps": 3})
+    run.plugins = (SCHEDULER,)
+    run.environment = {"SWIFT_LORA_FIX_GATE_EVERY": "1"}
+    run.start()
+    assert run.returncode == 0, run.log[-4000:]
+    assert_took_turns(run)
+    assert all(probe["base_changed"] == 0.0 and probe["merge_calls"] == 0 for probe in run.probes())
