@@ -122,15 +122,18 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     )
 
 
-def of_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Adapter:
+def of_tensors(
+    name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scales: Mapping[str, float] | None = None
+) -> Adapter:
     """An adapter that an engine received: ``tensors`` by PEFT key, in the trainer's order and chunks, with the scaling
-    in B already. config: PEFT's, as in ``adapter_config.json``."""
+    in B already, or in ``scales`` by key. config: PEFT's, as in ``adapter_config.json``."""
     entries = []
     for key, tensor in tensors.items():
         is_b = "lora_B" in key or "lora_embedding_B" in key
         rank = int(tensor.shape[1] if is_b else tensor.shape[0])
         parameter: Any = tensor  # whoever reads an adapter reads values alone
-        entries.append(AdapterEntry(key, parameter, 1.0, rank, {key: tensor}, key, None))
+        scale = (scales or {}).get(key, 1.0)
+        entries.append(AdapterEntry(key, parameter, scale, rank, {key: tensor}, key, None))
     parameters = tuple(entry.parameter for entry in entries)
     return Adapter(name, tuple(entries), config, "none", (), tuple(_chunks(entries)), parameters)
 

@@ -27,6 +27,7 @@ class Staging:
         sizes = [_padded(chunk) for chunk in adapter.chunks]
         self._starts = dict(zip(map(id, adapter.chunks), accumulate(sizes, initial=0))) if whole else {}
         self.buffer = torch.zeros(sum(sizes) if whole else max(sizes), dtype=dtype, device=device)
+        self._host: torch.Tensor | None = None
 
     def entries(self, chunk: Chunk) -> list[torch.Tensor]:
         """A view for each entry of the chunk, of its whole shape."""
@@ -58,9 +59,11 @@ class Staging:
         return checksum(self._part(chunk))
 
     def on_host(self) -> dict[str, torch.Tensor]:
-        """The whole adapter by PEFT key: views of one copy of ``buffer`` on the CPU."""
+        """The whole adapter by PEFT key: views of one copy of ``buffer`` on the CPU, which the next call writes to."""
         assert self._starts, "one chunk at a time"
-        buffer = self.buffer.to("cpu", copy=True)
+        if self._host is None:
+            self._host = torch.empty_like(self.buffer, device="cpu", pin_memory=self.buffer.is_cuda)
+        buffer = self._host.copy_(self.buffer)
         return {
             entry.key: view
             for chunk in self.adapter.chunks

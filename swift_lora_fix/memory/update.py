@@ -116,7 +116,7 @@ class DirectWriter:
         bad = [name for name, tensor in content.tensors.items() if not segment.is_finite(tensor)]
         if bad:
             raise segment.not_finite(bad, len(content.tensors))
-        for name, scale in _scales(content):
+        for name, scale in scales_of(content):
             staged = self.staged[name]
             staged.copy_(content.tensors[name])
             if scale != 1.0:
@@ -188,7 +188,7 @@ def _pinned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if torch.cuda.is_available() else tensors
 
 
-def _scales(content: Content) -> Iterator[tuple[str, float]]:
+def scales_of(content: Content) -> Iterator[tuple[str, float]]:
     """For each tensor what vLLM multiplies it by: the scaling that it reads from the config, for B."""
     helper = PEFTHelper.from_dict(content.config)
     for name in content.tensors:

@@ -6,6 +6,7 @@ values (``meta``), where only what an adapter says of itself is checked.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from ..adapter_files import TensorHeader
 from ..errors import NonFiniteAdapterError, StagingError
 from ..memory.segment import DTYPES, is_finite
-from .protocol import CONFIG, WEIGHTS
+from .protocol import CONFIG, ORDER, WEIGHTS
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?")
 _FLOATS = ("F64", "F32", "BF16", "F16", "F8")
@@ -35,7 +36,7 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
     if not sides:
         raise StagingError(f"{WEIGHTS} has no tensors: an adapter has at least one lora_A and one lora_B.")
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
-    smaller_are_fine = _has_scaling_in_b(config)
+    smaller_are_fine = scales_nothing(config)
     for module, pair in sides.items():
         if len(pair) < 2:
             raise StagingError(f"{WEIGHTS} has only lora_{next(iter(pair))} of {module!r}: A and B go together.")
@@ -51,9 +52,21 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
             raise StagingError(f"{module!r} has rank {rank}, {CONFIG} says {sorted(map(str, ranks))}.")
 
 
-def _has_scaling_in_b(config: Mapping[str, Any]) -> bool:
-    """As a trainer of ours sends it (``engine.loader.plain_config``): ``r`` is the largest rank, and vLLM scales
-    nothing, whatever rank a module has (rank_pattern)."""
+def order_of(text: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names in the order that a file's metadata tells. Raises StagingError where they are not those of the file."""
+    try:
+        order = json.loads(text)
+    except ValueError:
+        order = []
+    names = isinstance(order, list) and all(isinstance(name, str) for name in order)
+    if not names or sorted(order) != sorted(tensors):
+        raise StagingError(f"{ORDER} in the metadata of {WEIGHTS} is not a list of its {len(tensors)} tensors.")
+    return list(order)
+
+
+def scales_nothing(config: Mapping[str, Any]) -> bool:
+    """As a trainer of ours sends it (``engine.loader.plain_config``): the scaling is in B, ``r`` is the largest rank,
+    and vLLM scales nothing, whatever rank a module has (rank_pattern)."""
     patterns = config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_rslora")
     return not patterns and isinstance(config.get("r"), int) and config.get("lora_alpha") == config["r"]
 

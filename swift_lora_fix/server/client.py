@@ -79,15 +79,20 @@ class Servers:
             return _json(url, response)
 
 
-class Patient(requests.adapters.HTTPAdapter):
-    """Of a session whose calls name no timeout: ``seconds`` to answer, once connected."""
+class Fresh(requests.adapters.HTTPAdapter):
+    """Of a session that asks seldom: each call has a connection of its own. One that was idle is closed by the server
+    (uvicorn: after 5 s), maybe just as the next call is on its way. seconds: to answer, once connected, where the call
+    names no timeout; None: as long as it takes."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         super().__init__()
         self.seconds = seconds
 
     def send(self, request: Any, stream: Any = False, timeout: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return super().send(request, stream, timeout or (CONNECT_SECONDS, self.seconds), *args, **kwargs)
+        self.close()  # those in the pool; calls under way keep theirs
+        if timeout is None and self.seconds is not None:
+            timeout = (CONNECT_SECONDS, self.seconds)
+        return super().send(request, stream, timeout, *args, **kwargs)
 
 
 class _Patience:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 BLOCK = 8 << 20  # bytes
@@ -36,11 +37,27 @@ class ContentHash:
 
     def of(self, data: bytes | memoryview) -> str:
         """The digest with ``data`` as the whole weights."""
-        view, whole = memoryview(data), self._whole.copy()
-        blocks = [view[start : start + BLOCK] for start in range(0, len(view), BLOCK)]
-        # hashing lets other threads run
-        with ThreadPoolExecutor(max_workers=min(max(1, len(blocks)), os.cpu_count() or 1)) as pool:
-            for digest in pool.map(_digest, blocks):
+        view = memoryview(data)
+        return self._of_blocks(len(view), lambda start: _digest(view[start : start + BLOCK]))
+
+    def copy(self, source: int, target: int, size: int) -> str:
+        """Write the first ``size`` bytes of the file with descriptor ``source`` to ``target``; the digest of what was
+        written (of a file that has become shorter, another one)."""
+
+        def block(start: int) -> bytes:
+            data = os.pread(source, min(BLOCK, size - start), start)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.pwrite(target, rest, start + len(data) - len(rest)) :]
+            return _digest(data)
+
+        return self._of_blocks(size, block)
+
+    def _of_blocks(self, size: int, digest_at: Callable[[int], bytes]) -> str:
+        """``digest_at`` the start of each block, by all cores: reading, writing and hashing let other threads run."""
+        starts, whole = range(0, size, BLOCK), self._whole.copy()
+        with ThreadPoolExecutor(max_workers=min(max(1, len(starts)), os.cpu_count() or 1)) as pool:
+            for digest in pool.map(digest_at, starts):
                 whole.update(digest)
         return whole.hexdigest()
 
@@ -50,5 +67,5 @@ def content_digest(config: bytes, weights: bytes | memoryview) -> str:
     return ContentHash(config).of(weights)
 
 
-def _digest(block: memoryview) -> bytes:
+def _digest(block: bytes | memoryview) -> bytes:
     return hashlib.sha256(block).digest()

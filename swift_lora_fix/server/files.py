@@ -1,63 +1,44 @@
 """The only way in to an adapter's bytes: a folder right below the root, opened without following a link, limited.
 
-A worker reads the bytes once and checks their digest; what it then parses are these, whatever becomes of the file.
+The web server's process copies the bytes once and checks their digest; what its workers then parse is that copy, which
+is sealed, whatever becomes of the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Callable
 
 from ..adapter_files import TensorHeader, read_header
 from ..errors import AccessError, SegmentError, StagingError
-from .content import ContentHash, content_digest
+from .content import ContentHash
 from .protocol import CONFIG, LIMIT_VARIABLE, ROOT_VARIABLE, WEIGHTS
 
 CONFIG_LIMIT = 1 << 20
 _UNSEEN = {errno.ENOENT, errno.EACCES}  # another host's folder, or another user's: its bytes can come over HTTP
 _LINKS = {errno.ELOOP, errno.ENOTDIR}
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a worker reads an adapter: a folder, or what the parent process spooled and its config.
+    """An adapter's bytes that the web server's process holds while its workers stage them (`Spool`).
 
-    digest: `content_digest` of both, as whoever sent it computed it.
+    digest: of both, `content_digest`; it was checked. config: the bytes of an ``adapter_config.json``. weights: path of
+    a safetensors file that nobody can change any more, which processes of this host and user can open.
     """
 
     digest: str
-    folder: str | None = None
-    spool: str = ""
-    config: bytes = b""
-
-    def read(self, root: str, limit: int) -> tuple[bytes, bytes]:
-        """Config and weights, after their digest was checked; nothing was parsed yet.
-
-        Raises AccessError, or StagingError (404: not seen from here, 413: too large, 422: another digest).
-        """
-        if self.folder is not None:
-            with opened(self.folder, root, limit) as (config, weights):
-                found = _read(config), _read(weights)
-        else:
-            descriptor = os.open(self.spool, os.O_RDONLY | os.O_CLOEXEC)
-            with _closing(descriptor):
-                found = self.config, _read(descriptor)
-        check_digest(self.digest, *found)
-        return found
-
-
-def check_digest(expected: str, config: bytes, weights: bytes) -> None:
-    """Raise StagingError where these are not the bytes that were sent."""
-    found = content_digest(config, weights)
-    if found != expected:
-        raise different_digest(expected, found, len(weights))
+    config: bytes
+    weights: str
 
 
 def different_digest(expected: str, found: str, size: int) -> StagingError:
@@ -143,22 +124,21 @@ def _closing(descriptor: int) -> Iterator[None]:
 
 
 class Spool:
-    """The weights that come in a request's body, in memory without a name that the workers of this host can open.
+    """The weights of one adapter, in memory without a name that the processes of this host can open.
 
-    They are hashed as they come. The kernel frees them with the last process that has them open.
+    They come in parts, or whole from a file, and are hashed meanwhile. The kernel frees them with the last process that
+    has them open.
     """
 
     def __init__(self, config: bytes, limit: int) -> None:
-        self.limit, self.size, self._hash = limit, 0, ContentHash(config)
-        self._descriptor = os.memfd_create("swift-lora-fix-spool", os.MFD_CLOEXEC)
+        self.config, self.limit, self.size = config, limit, 0
+        self._hash = ContentHash(config)
+        self._digest: Callable[[], str] = self._hash.hexdigest
+        self._descriptor = os.memfd_create("swift-lora-fix-spool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
     @property
     def path(self) -> str:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
-
-    @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
 
     def write(self, chunk: bytes) -> None:
         """Raises StagingError (413) before more than the limit is held, SegmentError where there is no memory."""
@@ -167,11 +147,25 @@ class Spool:
             raise too_large("The adapter in the request's body", self.size, self.limit)
         self._hash.update(chunk)
         rest = memoryview(chunk)
-        try:
+        with _memory():
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
+
+    def copy(self, file: int) -> None:
+        """All of a file, by its descriptor. Raises SegmentError where there is no memory."""
+        self.size = min(os.fstat(file).st_size, self.limit)  # what grows meanwhile has another digest anyway
+        with _memory():
+            digest = self._hash.copy(file, self._descriptor, self.size)
+        self._digest = lambda: digest
+
+    def sealed(self, digest: str) -> Source:
+        """Nothing is added or changed from here on. Raises StagingError where these are not the bytes that were sent
+        as ``digest``."""
+        found = self._digest()
+        if found != digest:
+            raise different_digest(digest, found, self.size)
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return Source(digest, self.config, self.path)
 
     def __enter__(self) -> Spool:
         return self
@@ -180,6 +174,22 @@ class Spool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
+
+
+@contextlib.contextmanager
+def spooled(folder: str, root: str, limit: int) -> Iterator[Spool]:
+    """A folder's files, copied. Raises what `opened` raises, and SegmentError where there is no memory."""
+    with opened(folder, root, limit) as (config, weights), Spool(_read(config), limit) as spool:
+        spool.copy(weights)
+        yield spool
 
 
 def base_shapes(model: str) -> dict[str, TensorHeader]:

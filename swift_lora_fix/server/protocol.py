@@ -47,6 +47,9 @@ PROBE = "swift-lora-fix-"  # so begins the ``uuid`` of the gate's requests: no m
 # The files of an adapter's folder, as PEFT names them; B is PEFT's own, vLLM scales it by the config.
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# In the weights' safetensors metadata: the names, as JSON, in the order that the policy's digest is of. Where it is
+# there (a trainer of ours wrote them, with the scaling in B), each vLLM worker proves that digest of what it holds.
+ORDER = "swift_lora_fix_order"
 
 ROOT_VARIABLE, LIMIT_VARIABLE = "SWIFT_LORA_FIX_ROOT", "SWIFT_LORA_FIX_MAX_MIB"  # see Settings
 
@@ -103,7 +106,7 @@ class Policy:
 @dataclass(frozen=True)
 class Layout:
     """What one buffer holds. entries: (PEFT key, shape) in the order of the trainer's adapter; dtype: as in
-    ``bfloat16``; config: of the adapter, as in ``adapter_config.json``."""
+    ``bfloat16``; config: of the adapter, as in ``adapter_config.json``; over NCCL one that scales nothing."""
 
     dtype: str
     entries: tuple[tuple[str, tuple[int, ...]], ...]

@@ -1,6 +1,7 @@
-"""In each of vLLM's workers: an adapter arrives over NCCL, is checked, and goes straight into the LoRA slots.
+"""In each of vLLM's workers: an adapter arrives, over NCCL or from a file, is checked, and goes straight into the LoRA
+slots.
 
-It arrives as one buffer, laid out as the trainer staged it (engine/staging.py), beside the one that is served: so what
+It arrives in one buffer, laid out as the trainer staged it (engine/staging.py), beside the one that is served: so what
 was served before is there to go back to. From the buffer on it is the sync of a colocated engine (engine/writer.py):
 a write plan learnt from vLLM's loader, proved against it, and read back.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import torch
 
 from .. import adapter as adapters
@@ -29,16 +32,19 @@ _TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
 
 @dataclass
 class _Held:
-    """A whole adapter, laid out. digest: of what it holds, None while that is unknown."""
+    """A whole adapter, laid out. digest: what the server calls it, None while that is unknown. found: the policy digest
+    of what it holds, in this layout."""
 
     adapter: adapters.Adapter
     staging: Staging
     digest: str | None = None
+    found: str = ""
 
     @classmethod
-    def make(cls, layout: Layout, dtype: torch.dtype, device: torch.device) -> _Held:
+    def make(cls, layout: Layout, scales: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> _Held:
+        """scales: by PEFT key, of what comes without them in B."""
         shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
-        planned = adapters.of_tensors("default", shapes, layout.config)
+        planned = adapters.of_tensors("default", shapes, layout.config, scales)
         staging = Staging(planned, dtype, device, whole=True)
         views = [view for chunk in planned.chunks for view in staging.entries(chunk)]
         return cls(adapters.of_tensors("default", dict(zip(shapes, views)), layout.config), staging)
@@ -56,47 +62,71 @@ class Receiver:
         self.other: _Held | None = None  # what arrives; after a switch what was served before
 
     def do(self, command: str, **arguments: Any) -> None:
-        commands = {"prepare": self.prepare, "receive": self.receive, "find": self.find, "serve": self.serve}
+        commands = {
+            "prepare": self.prepare,
+            "receive": self.receive,
+            "make_room": self.make_room,
+            "read": self.read,
+            "find": self.find,
+            "serve": self.serve,
+        }
         commands[command](**arguments)
 
     def prepare(self, layout: dict[str, Any]) -> None:
-        """Have room for what is about to come. Raises StagingError where it cannot come over NCCL (`NO_NCCL`)."""
-        communicator = self.worker.communicator
+        """Have room for what is about to come over NCCL. Raises StagingError where it cannot (`NO_NCCL`)."""
+        communicator, dtype = self.worker.communicator, self.engine.lora_dtype
         if communicator is None or getattr(communicator, "disabled", False):
             raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
-        asked = Layout.from_dict(layout)
-        if asked != self.layout:
-            self._make_room(asked)
-
-    def _make_room(self, layout: Layout) -> None:
-        dtype, device = self.engine.lora_dtype, self.worker.communicator.device
-        if layout.dtype != str(dtype).removeprefix("torch."):
+        if layout["dtype"] != str(dtype).removeprefix("torch."):
             raise StagingError(
-                f"Over NCCL an adapter comes as the engine holds it, in {dtype}, not in {layout.dtype} (--torch_dtype, "
-                "or lora_dtype of --vllm_engine_kwargs, of servers that differ).",
+                f"Over NCCL an adapter comes as the engine holds it, in {dtype}, not in {layout['dtype']} "
+                "(--torch_dtype, or lora_dtype of --vllm_engine_kwargs, of servers that differ).",
                 NO_NCCL,
             )
+        self.make_room(layout, {})
+
+    def make_room(self, layout: dict[str, Any], scales: dict[str, float]) -> None:
+        """For adapters of this layout, in the engine's dtype; what there was of another layout is given up."""
+        asked, device = Layout.from_dict(layout), torch.device(self.worker.device)
+        if asked == self.layout:
+            return
+        dtype = self.engine.lora_dtype
         self.layout = self.served = self.other = self.writer = self.check = None
-        served, other = _Held.make(layout, dtype, device), _Held.make(layout, dtype, device)
-        request_class = _request_class(self.worker)
-        self.writer = AdapterWriter(self.engine, served.adapter, request_class, torch.device(device))
-        self.check = FiniteCheck(other.adapter, dtype, torch.device(device), lambda fine: fine)
-        self.layout, self.served, self.other = layout, served, other
+        served, other = (_Held.make(asked, scales, dtype, device) for _ in range(2))
+        self.writer = AdapterWriter(self.engine, served.adapter, _request_class(self.worker), device)
+        self.check = FiniteCheck(other.adapter, dtype, device, lambda fine: fine)
+        self.layout, self.served, self.other = asked, served, other
 
     @torch.no_grad()
     def receive(self, digest: str) -> None:
         """The adapter with this digest arrives. Raises StagingError or NonFiniteAdapterError: it is not served then."""
-        assert self.other is not None and self.check is not None, "prepare() comes first"
+        assert self.other is not None, "prepare() comes first"
         self.other.digest = None
         buffer, communicator = self.other.staging.buffer, self.worker.communicator
         stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
         communicator.broadcast(buffer.view(torch.uint8), src=self.worker.client_rank, stream=stream)
-        found = self.other.staging.digest()
-        if found != digest:
-            raise StagingError(f"What arrived over NCCL has digest {found}, {digest} was announced: send it again.")
-        self.check.begin([parameter.data_ptr() for parameter in self.other.adapter.parameters])
+        self._accept(self.other, digest, "arrived over NCCL", True)
+
+    @torch.no_grad()
+    def read(self, path: str, digest: str, is_proved: bool) -> None:
+        """The same, from a safetensors file that nobody can change any more. is_proved: ``digest`` is the policy's, of
+        what the engine is to hold; else only what the server calls these values."""
+        assert self.other is not None, "make_room() comes first"
+        self.other.digest = None
+        staging = self.other.staging
+        with safetensors.safe_open(path, framework="pt") as file:
+            for chunk in staging.adapter.chunks:
+                staging.fill(chunk, [file.get_tensor(entry.key) for entry in chunk.entries])
+        self._accept(self.other, digest, "was read", is_proved)
+
+    def _accept(self, held: _Held, digest: str, came: str, is_proved: bool) -> None:
+        assert self.check is not None
+        held.found = held.staging.digest()
+        if is_proved and held.found != digest:
+            raise StagingError(f"What {came} has digest {held.found}, {digest} was announced: send it again.")
+        self.check.begin([parameter.data_ptr() for parameter in held.adapter.parameters])
         self.check.finish()
-        self.other.digest = digest
+        held.digest = digest
 
     def find(self, digest: str) -> None:
         """Raise StagingError (`GONE`) where this adapter is no longer here."""
@@ -114,8 +144,10 @@ class Receiver:
             self.writer.forget()  # somebody else wrote to the slots
         report = self.writer.write()
         self.writer.finish()
-        if report.digest != digest:
-            raise EngineStateError(f"vLLM's LoRA layers were given {report.digest} where {digest} was to be served.")
+        if report.digest != self.served.found:
+            raise EngineStateError(
+                f"vLLM's LoRA layers were given {report.digest} where {self.served.found} was to be served."
+            )
         if self.writer.plan is not None and self.writer.read_back() != self.writer.expected:
             self.writer.forget()
             raise EngineStateError("vLLM's LoRA slots do not hold what was written to them.")
@@ -124,11 +156,13 @@ class Receiver:
     def _swap(self) -> None:
         """The two buffers change their contents, a part at a time: the write plan is bound to one of them."""
         assert self.served is not None and self.other is not None
-        for mine, theirs in zip(self.served.staging.buffer.split(1 << 24), self.other.staging.buffer.split(1 << 24)):
-            kept = mine.clone()
-            mine.copy_(theirs)
-            theirs.copy_(kept)
-        self.served.digest, self.other.digest = self.other.digest, self.served.digest
+        for here, there in zip(self.served.staging.buffer.split(1 << 24), self.other.staging.buffer.split(1 << 24)):
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
+        mine, theirs = self.served, self.other
+        mine.digest, theirs.digest = theirs.digest, mine.digest
+        mine.found, theirs.found = theirs.found, mine.found
 
 
 def _request_class(worker: Any) -> Any:
@@ -152,11 +186,12 @@ def raise_together(problem: Exception | None) -> None:
     from vllm.distributed.parallel_state import get_tp_group
 
     group = get_tp_group()
-    told: list[Any] = [None if problem is None else _tell(problem)]
+    mine = None if problem is None else _tell(problem)
+    texts: list[Any] = [mine]
     if group.world_size > 1:
-        mine, told = told[0], [None] * group.world_size
-        torch.distributed.all_gather_object(told, mine, group=group.cpu_group)
-    failed = [text for text in told if text is not None]
+        texts = [None] * group.world_size
+        torch.distributed.all_gather_object(texts, mine, group=group.cpu_group)
+    failed = [text for text in texts if text is not None]
     if failed and group.rank_in_group == group.world_size - 1:
         raise EngineStateError(failed[0])
 

@@ -19,7 +19,7 @@ from ..engine.writer import Clock
 from ..errors import EngineStateError, PolicyMismatchError, RolloutServerError
 from ..log import info, warning
 from ..settings import Settings
-from .client import Patient, Servers
+from .client import Fresh, Servers
 from .nccl import Connections, drop
 from .parcel import Parcel
 from .protocol import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
@@ -53,7 +53,7 @@ class RemoteEngine:
                 drop(self.engine)
             else:
                 self.nccl = Connections.of(self.engine)
-            _be_patient(self.engine, settings)
+            _mount(self.engine, settings.rollout_deadline)  # it would wait for ever for a rollout
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.check_fit()
 
@@ -300,21 +300,16 @@ def prepare_client(client: Any) -> None:
     settings = Settings.from_environment()
     if client is None:
         return
-    for session in client.sessions:
-        # a server closes a connection that was idle for 5 s (uvicorn), be it while the next call is on its way
-        session.close()
-        session.headers["Connection"] = "close"
-        if settings.api_key:
-            session.headers["Authorization"] = f"Bearer {settings.api_key}"
-    if settings.transport == "reload":
-        _be_patient(client, settings)
+    for session in client.sessions if settings.api_key else ():
+        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+    _mount(client, settings.rollout_deadline if settings.transport == "reload" else None)
 
 
-def _be_patient(client: Any, settings: Settings) -> None:
-    """It waits for ever: have it give a rollout up after SWIFT_LORA_FIX_ROLLOUT_DEADLINE."""
+def _mount(client: Any, seconds: float | None) -> None:
+    """Have its sessions, which a thread each uses, ask by `Fresh`."""
     for session in client.sessions:
         for scheme in ("http://", "https://"):
-            session.mount(scheme, Patient(settings.rollout_deadline))
+            session.mount(scheme, Fresh(seconds))
 
 
 def why_not(trainer: Any) -> str | None:

@@ -24,7 +24,7 @@ from ..errors import AccessError, ProtocolError, StagingError
 from ..log import info, warning
 from ..settings import Settings
 from . import protocol
-from .files import Source, Spool, base_sums, different_digest
+from .files import Source, Spool, base_sums, spooled
 from .guard import Guard
 from .protocol import (
     METHOD,
@@ -138,8 +138,9 @@ class Policies:
             if "layout" in body:
                 return self._announce(Policy.from_dict(body["policy"]), body["layout"])
             check_fields(body, ("digest", "folder"))
-            source = Source(text_of(body, "digest"), folder=text_of(body, "folder"))
-            return self._stage(Policy.from_dict(body["policy"]), source)
+            policy, digest = Policy.from_dict(body["policy"]), text_of(body, "digest")
+            with spooled(text_of(body, "folder"), self.root, self.limit) as spool:
+                return self._stage(policy, spool.sealed(digest))
         about = check_fields(
             parse_object(request.headers.get(POLICY_HEADER, ""), f"The header {POLICY_HEADER}"),
             ("policy", "digest", "config"),
@@ -151,9 +152,7 @@ class Policies:
         with Spool(config, self.limit) as spool:
             async for chunk in body_of(request, self.limit):
                 spool.write(chunk)
-            if spool.digest != digest:
-                raise different_digest(digest, spool.digest, spool.size)
-            return self._stage(policy, Source(digest, spool=spool.path, config=config))
+            return self._stage(policy, spool.sealed(digest))
 
     def _stage(self, policy: Policy, source: Source) -> dict[str, Any]:
         if policy != self.policy:  # else a trainer did not hear of its commit

@@ -18,7 +18,7 @@ from ..errors import SettingsError
 from ..fork.atomic import all_or_nothing
 from ..settings import Settings
 from .content import content_digest
-from .protocol import CONFIG, WEIGHTS, Policy, config_bytes
+from .protocol import CONFIG, ORDER, WEIGHTS, Policy, config_bytes
 
 KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
 
@@ -56,15 +56,16 @@ class Store:
             )
 
     def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:
-        """Write a policy's ``config``, which JSON can hold, and its CPU ``tensors`` by PEFT key. Raises
-        AdapterFileError where that is not possible; nothing is left of it then."""
+        """Write a policy's ``config``, which JSON can hold, and its CPU ``tensors`` by PEFT key, in the order that its
+        digest is of. Raises AdapterFileError where that is not possible; nothing is left of it then."""
         from safetensors.torch import save_file
 
         self._make_root()
         folder = self.root / f"{self.run}-v{policy.version}"
         with all_or_nothing(folder) as temporary:
             (temporary / CONFIG).write_bytes(config_bytes(config))
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
+            about = {"format": "pt", ORDER: json.dumps(list(tensors))}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS, about)
         self._folders.append(folder)
         while len(self._folders) > KEPT:
             shutil.rmtree(self._folders.pop(0), ignore_errors=True)

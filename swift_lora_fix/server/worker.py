@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import safetensors
-import safetensors.torch
 import torch
 from vllm.lora.request import LoRARequest
 
@@ -26,8 +25,9 @@ from ..log import info
 from ..memory import LoRATensorRequest, update
 from ..memory.segment import DTYPES
 from ..memory.sending import ledger_of
+from ..memory.update import scales_of
 from ..settings import Settings
-from .checks import cast_checked, check_names, check_shapes
+from .checks import cast_checked, check_names, check_shapes, order_of, scales_nothing
 from .files import Source, base_shapes, too_large
 from .protocol import (
     CONFIG,
@@ -35,6 +35,7 @@ from .protocol import (
     GONE,
     METHOD,
     NO_NCCL,
+    ORDER,
     PROBE,
     RPC,
     SWIFT_EXTENSION,
@@ -56,12 +57,12 @@ _building: ContextVar[bool] = ContextVar("building", default=False)
 
 @dataclass(frozen=True)
 class Held:
-    """A policy and the request that makes vLLM serve it. arrived: vLLM's workers have its tensors (`Receiver`), else
-    the request has them."""
+    """A policy and the request that makes vLLM serve it. digest: what vLLM's workers, which have its tensors, call it
+    (`Receiver`); None where the request has them."""
 
     policy: Policy
     request: Any
-    arrived: bool = False
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Stager:
         self.plain = False
         self.is_ours = Settings.from_environment().transport == "reload"  # or a trainer without us may be the one
         self.layout = ""  # key of the one that vLLM's workers have room for
+        self.no_room = ""  # key of the last one that they cannot make room for
         self.failures: list[str] = []  # of ms-swift's own updates, which only logs them
 
     def served(self) -> Served:
@@ -136,9 +138,22 @@ class Stager:
         raise AssertionError(f"{name} waits for something")
 
     async def stage(self, policy: Mapping[str, Any], source: Source) -> None:
-        """Read and check an adapter, and keep it for `commit`. The engine is not touched."""
+        """Check an adapter, and have it read by vLLM's workers, or keep it for vLLM's loader. What is served is not
+        touched."""
         self._begin()
-        self.pending = Held(Policy.from_dict(policy), self._request(source))
+        asked, request, order = Policy.from_dict(policy), *self._mapped(source)
+        names = order or sorted(request.content.tensors)
+        entries = tuple((name, tuple(request.content.tensors[name].shape)) for name in names)
+        dtype = self.engine.engine.vllm_config.lora_config.lora_dtype
+        layout = Layout(str(dtype).removeprefix("torch."), entries, request.content.config)
+        if not await self._has_room(layout, request.content):
+            request.content.tensors = cast_checked(request.content.tensors, dtype)
+            self.pending = Held(asked, request)
+            return
+        is_proved = order is not None and all(tensor.dtype == dtype for tensor in request.content.tensors.values())
+        digest = asked.digest if is_proved else source.digest
+        await self._rpc("read", path=source.weights, digest=digest, is_proved=is_proved)
+        self.pending = Held(asked, _request_by_id(), digest)
 
     async def prepare(self, policy: Mapping[str, Any], layout: Mapping[str, Any] | str) -> None:
         """Check what an adapter says of itself, and have vLLM's workers make room for it."""
@@ -146,15 +161,16 @@ class Stager:
         if layout != self.layout:
             if isinstance(layout, str):
                 raise StagingError("This layout is not the last one that this server was told: send it whole.", GONE)
-            await self._make_room(Layout.from_dict(layout))
-        self.arriving = Held(Policy.from_dict(policy), _request_by_id(), True)
+            await self._prepare(Layout.from_dict(layout))
+        asked = Policy.from_dict(policy)
+        self.arriving = Held(asked, _request_by_id(), asked.digest)
 
     async def receive(self, policy: Mapping[str, Any]) -> None:
         """The bytes come over NCCL now, and are checked."""
         arriving, self.arriving = self.arriving, None
         if arriving is None or arriving.policy.as_dict() != policy:
             raise EngineStateError(f"This worker awaits {arriving and str(arriving.policy)}, not {policy}.")
-        await self._rpc("receive", digest=arriving.policy.digest)
+        await self._rpc("receive", digest=arriving.digest)
         self.pending = arriving
 
     async def find(self, policy: Mapping[str, Any]) -> None:
@@ -163,7 +179,7 @@ class Stager:
         asked = Policy.from_dict(policy)
         self._check_receives()
         await self._rpc("find", digest=asked.digest)
-        self.pending = Held(asked, _request_by_id(), True)
+        self.pending = Held(asked, _request_by_id(), asked.digest)
 
     async def commit(self, policy: Mapping[str, Any]) -> None:
         """Have the engine serve what was staged. What fails leaves it with what it had."""
@@ -217,27 +233,57 @@ class Stager:
         """What was staged before is no longer wanted."""
         self.is_ours, self.pending, self.arriving, self.before = True, None, None, None
 
+    def _why_none_receives(self) -> str | None:
+        """Why vLLM's workers have no `Receiver`, or could not keep what it is given; in words."""
+        parallel = self.engine.engine.vllm_config.parallel_config
+        if parallel.worker_extension_cls != EXTENSION:
+            return f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}"
+        if parallel.data_parallel_size > 1:
+            return "with data parallelism in one asynchronous engine vLLM drops adapters while a rank is idle"
+        return None
+
     def _check_receives(self) -> None:
         """Raise StagingError (`NO_NCCL`) where adapters do not come over NCCL."""
-        parallel, why = self.engine.engine.vllm_config.parallel_config, None
-        if parallel.worker_extension_cls != EXTENSION:
-            why = f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}"
-        elif parallel.data_parallel_size > 1:
-            why = "with data parallelism in one asynchronous engine vLLM drops adapters while a rank is idle"
+        why = self._why_none_receives()
         if why is not None:
             raise StagingError(f"This server takes no adapters over NCCL: {why}.", NO_NCCL)
 
-    async def _make_room(self, layout: Layout) -> None:
+    async def _prepare(self, layout: Layout) -> None:
         self.layout = ""
         self._check_receives()
         self._check_announced(layout)
         await self._rpc("prepare", layout=layout.as_dict())
         self.layout = layout.key
 
+    async def _has_room(self, layout: Layout, content: Any) -> bool:
+        """Whether vLLM's workers take a file of this layout themselves, for which they may have to make room. Never in
+        place of what they serve: that could not be gone back to."""
+        if layout.key == self.layout:
+            return True
+        serves = self.held is not None and self.held.digest is not None
+        if self._why_none_receives() is not None or serves or layout.key == self.no_room:
+            return False
+        self.layout = ""
+        try:
+            scales = {name: scale for name, scale in scales_of(content) if scale != 1.0}
+            await self._rpc("make_room", layout=layout.as_dict(), scales=scales)
+        except EngineStateError as error:
+            self.no_room = layout.key
+            info(f"adapters go through vLLM's own loader: its workers have no room for them besides. {error}")
+            return False
+        self.layout = layout.key
+        return True
+
     def _check_announced(self, layout: Layout) -> None:
         dtype = getattr(torch, layout.dtype, None)
         if dtype not in DTYPES:
             raise ProtocolError(f"The layout's dtype is {layout.dtype!r}: one of {', '.join(map(str, DTYPES))}.")
+        if not scales_nothing(layout.config):
+            raise ProtocolError(
+                f"The layout's config has r={layout.config.get('r')!r} and lora_alpha="
+                f"{layout.config.get('lora_alpha')!r}: over NCCL the scaling is in B, and the config says 1 (r = "
+                "lora_alpha, no patterns, no rsLoRA)."
+            )
         tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
         check_names(tensors, layout.config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
         check_shapes(tensors, self.base)
@@ -252,25 +298,25 @@ class Stager:
         except Exception as error:
             raise told(error) from error
 
-    def _request(self, source: Source) -> Any:
-        config_bytes, weights = source.read(self.root, self.limit)
-        config = parse_object(config_bytes, CONFIG)
+    def _mapped(self, source: Source) -> tuple[Any, list[str] | None]:
+        """A request whose tensors are those of the file, and their `ORDER` where it says that. Checked: what the
+        adapter says of itself."""
+        config = parse_object(source.config, CONFIG)
         try:
-            tensors = safetensors.torch.load(weights)
+            with safetensors.safe_open(source.weights, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                text = (file.metadata() or {}).get(ORDER)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise StagingError(f"{WEIGHTS} is no safetensors file, or half of one: {error}.") from error
-        del weights
-        lora_config = self.engine.engine.vllm_config.lora_config
-        check_names(tensors, config, lora_config.max_lora_rank)
+        check_names(tensors, config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
         check_shapes(tensors, self.base)
-        tensors = cast_checked(tensors, lora_config.lora_dtype)
         request = LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, config, tensors)
         ledger_of(self.engine.engine).check(request)  # vLLM's own judgement of the config
-        return request
+        return request, None if text is None else order_of(text, tensors)
 
     async def _load(self, held: Held) -> None:
-        if held.arrived:
-            await self._rpc("serve", digest=held.policy.digest)
+        if held.digest is not None:
+            await self._rpc("serve", digest=held.digest)
         elif not await _value(update(self.engine.engine, held.request)):
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
         for name in ("reset_prefix_cache", "reset_encoder_cache"):

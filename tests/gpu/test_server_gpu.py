@@ -59,7 +59,7 @@ def follows(run: Run, server: RolloutServer, path: str) -> None:
     seconds = [1e3 * line["lora_sync/seconds"] for line in run.metrics()]
     print(f"\n{run.name}: {', '.join(means)}; sync {statistics.median(seconds[1:]):.1f} ms, the first {seconds[0]:.1f}")
     assert run.log.count("engine and trainer agree at step") == len(run.probes())
-    assert ("goes straight into vLLM's LoRA slots" in server.log) == (path == "nccl")
+    assert "goes straight into vLLM's LoRA slots" in server.log
     assert ("/swift_lora_fix/receive/" in server.log) == (path == "nccl")
 
 

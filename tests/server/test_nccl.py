@@ -40,12 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    """The first one with tensor parallelism, the second one with vLLM's asynchronous engine. The first one's vLLM can
-    be sent a base, which on the CPU takes a shim that reaches into its processes."""
+    """The first one with tensor parallelism (with the older release: its workers take all cores while they wait), the
+    second one with vLLM's asynchronous engine. The first one's vLLM can be sent a base, which on the CPU takes a shim
+    that reaches into its processes."""
+    parallel = {} if IS_NEWEST else {"vllm_tensor_parallel_size": 2}
     shims = {"SLF_EVERYWHERE": str(PLUGINS / "slf_cpu_shims.py")}
     environment = {**WIRE, "SWIFT_LORA_FIX_ROOT": str(folder / "root"), "SLF_SPOIL": str(folder / "spoil")}
     made = [
-        RolloutServer(model, folder / "one", {"vllm_tensor_parallel_size": 2}, {**environment, **shims}),
+        RolloutServer(model, folder / "one", parallel, {**environment, **shims}),
         RolloutServer(model, folder / "two", {"vllm_use_async_engine": "true"}, environment),
     ]
     with running(made) as servers:

@@ -135,6 +135,25 @@ def test_rollouts_come_from_what_was_committed(
     assert server.stage(again, adapters[0]).status_code == 200, "a stage that is repeated"
 
 
+def folded(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """The same adapter with its scaling in B."""
+    scale, config["lora_alpha"] = config["lora_alpha"] / config["r"], config["r"]
+    assert scale == 1.5
+    for name in tensors:
+        tensors[name] *= scale if "lora_B" in name else 1.0
+
+
+def test_it_is_scaled_as_its_config_says(
+    server: ReloadServer, adapters: list[Path], versions: Versions, served: Policy
+) -> None:
+    """The other one goes by vLLM's own loader: its config is another, and what is served is not given up for it."""
+    with_adapter, twin = server.rollouts(served)[0], versions.next()
+    assert server.stage(twin, altered(adapters[0], "folded", folded)).status_code == 200
+    assert server.commit(twin).status_code == 200
+    assert server.rollouts(twin)[0] == with_adapter
+    assert "goes straight into vLLM's LoRA slots" in server.log
+
+
 def test_rollouts_of_another_policy_are_refused(server: ReloadServer, served: Policy) -> None:
     wrong = Policy(served.version + 1, served.step, served.digest, RUN)
     refused(server.infer(wrong), 409, "PolicyMismatchError", f"version {wrong.version} ", f"version {served.version} ")
@@ -216,7 +235,7 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "name, change, kind, phrase",
     [
-        ("nan", nan, "NonFiniteAdapterError", "1 of the adapter's 28 tensors"),
+        ("nan", nan, "NonFiniteAdapterError", f"not finite in torch.bfloat16: {Q_PROJ}.lora_A.weight (1 tensors)"),
         ("tall", tall, "StagingError", "has rank 32, this server has room for 16"),
         ("lying", lying, "StagingError", "has rank 8, adapter_config.json says ['16']"),
         (

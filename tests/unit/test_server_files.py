@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from swift_lora_fix import errors
 from swift_lora_fix.digest import checksum
 from swift_lora_fix.server.content import BLOCK, ContentHash, content_digest
-from swift_lora_fix.server.files import Source, Spool, base_shapes, base_sums, opened
+from swift_lora_fix.server.files import Source, Spool, base_shapes, base_sums, opened, spooled
 from swift_lora_fix.server.protocol import (
     CONFIG,
     WEIGHTS,
@@ -48,7 +49,13 @@ def write(folder: Path, weights: bytes = b"weights") -> Path:
 
 
 def read(folder: Any, root: Path, digest: str = content_digest(b"{}", b"weights")) -> tuple[bytes, bytes]:
-    return Source(digest, folder=str(folder)).read(str(root), LIMIT)
+    with spooled(str(folder), str(root), LIMIT) as spool:
+        return bytes_of(spool.sealed(digest))
+
+
+def bytes_of(source: Source) -> tuple[bytes, bytes]:
+    assert Path(source.weights).stat().st_size <= LIMIT
+    return source.config, Path(source.weights).read_bytes()
 
 
 # ---- the protocol --------------------------------------------------------------------------------------------------
@@ -102,6 +109,11 @@ def test_what_is_hashed_as_it_comes_has_the_digest_of_the_whole(size: int) -> No
         for start in range(0, size, step):
             hashed.update(weights[start : start + step])
         assert hashed.hexdigest() == content_digest(b"{}", weights) == ContentHash(b"{}").of(memoryview(weights))
+        with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
+            source.write(weights + b"and more")
+            source.flush()
+            assert ContentHash(b"{}").copy(source.fileno(), target.fileno(), size) == hashed.hexdigest()
+            assert target.read() == weights
     if size:
         other = bytearray(weights)
         other[-1] ^= 1
@@ -201,9 +213,8 @@ def test_too_large(root: Path) -> None:
     with pytest.raises(errors.StagingError, match="65537 bytes or more, this server takes 65536") as caught:
         read(write(root / "large", b"\0" * (LIMIT + 1)), root)
     assert caught.value.status == 413
-    assert Source(content_digest(b"{}", b"\0" * LIMIT), folder=str(write(root / "fits", b"\0" * LIMIT))).read(
-        str(root), LIMIT
-    )
+    whole = b"\0" * LIMIT
+    assert read(write(root / "fits", whole), root, content_digest(b"{}", whole))[1] == whole
 
 
 def test_descriptors_are_given_back(folder: Path, root: Path) -> None:
@@ -224,9 +235,12 @@ def test_a_body_is_spooled(root: Path) -> None:
     with Spool(b"{}", LIMIT) as spool:
         for chunk in (b"wei", b"ghts"):
             spool.write(chunk)
-        assert spool.digest == content_digest(b"{}", b"weights")
-        source = Source(spool.digest, spool=spool.path, config=b"{}")
-        assert source.read(str(root), LIMIT) == source.read(str(root), LIMIT) == (b"{}", b"weights")
+        with pytest.raises(errors.StagingError, match="truncated or changed"):
+            spool.sealed("0" * 64)
+        source = spool.sealed(content_digest(b"{}", b"weights"))
+        assert bytes_of(source) == bytes_of(source) == (b"{}", b"weights")
+        with pytest.raises(errors.SegmentError, match="Operation not permitted"):
+            spool.write(b"more")
     assert len(os.listdir("/proc/self/fd")) == before
 
 

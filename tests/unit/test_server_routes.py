@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from fastapi import FastAPI
@@ -20,10 +21,12 @@ from swift_lora_fix import errors
 from swift_lora_fix.engine.handle import ADAPTER_ID
 from swift_lora_fix.server import checks, installing, protocol, receiver, routes, worker
 from swift_lora_fix.server.content import content_digest
+from swift_lora_fix.server.files import Source
 from swift_lora_fix.server.protocol import (
     BYTES,
     CONFIG,
     EXTENSION,
+    ORDER,
     POLICY_HEADER,
     PREFIX,
     RPC,
@@ -34,12 +37,14 @@ from swift_lora_fix.server.protocol import (
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIGURATION = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
+A, B = (f"base_model.model.{MODULE}.lora_{side}.weight" for side in "AB")
 KEY = {"Authorization": "Bearer sesame"}
 SWIFTS = "swift.pipelines.infer.rollout.WeightSyncWorkerExtension"
 
 
 class FakeLLM:
-    """What a stager asks of vLLM. ``loads`` are the tensors it was given; ``fail`` is raised by the next loads."""
+    """What a stager asks of vLLM. ``loads`` are the adapters that it served, by what their A begins with, ``loader``
+    those of them that its own loader was given; ``fail`` is raised by the next loads."""
 
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(
@@ -50,6 +55,8 @@ class FakeLLM:
         self.unfinished = False
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
         self.loads: list[float] = []
+        self.loader: list[float] = []
+        self._read: dict[str, float] = {}  # by digest
         self.fail: list[Exception] = []
         self.resets = True
 
@@ -57,7 +64,8 @@ class FakeLLM:
         assert request.lora_int_id == ADAPTER_ID and request.load_inplace
         if self.fail:
             raise self.fail.pop(0)
-        self.loads.append(request.content.tensors[f"base_model.model.{MODULE}.lora_A.weight"][0, 0].item())
+        self.loader.append(request.content.tensors[A][0, 0].item())
+        self.loads.append(self.loader[-1])
         return True
 
     def reset_prefix_cache(self) -> bool:
@@ -69,6 +77,12 @@ class FakeLLM:
         self.rpcs.append((arguments.pop("command"), arguments))
         if self.fail:
             raise self.fail.pop(0)
+        command, digest = self.rpcs[-1][0], arguments.get("digest", "")
+        if command == "read":
+            with safetensors.safe_open(arguments["path"], framework="pt") as file:
+                self._read[digest] = file.get_tensor(A)[0, 0].item()
+        if command == "serve" and digest in self._read:
+            self.loads.append(self._read[digest])
         return [None]
 
 
@@ -164,19 +178,22 @@ def policy(version: int) -> Policy:
     return Policy(version, 10 * version, f"digest-{version}", "ab")
 
 
-def adapter(server: Server, value: float, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """A folder whose A begins with ``value``."""
+def adapter(
+    server: Server,
+    value: float,
+    change: Callable[[dict[str, Any]], None] | None = None,
+    about: dict[str, str] | None = None,
+    **config: Any,
+) -> Path:
+    """A folder whose A begins with ``value``. about: its safetensors metadata."""
     folder = server.root / f"adapter-{len(list(server.root.iterdir()))}"
     folder.mkdir()
     a = torch.full((2, 8), value)
-    tensors = {
-        f"base_model.model.{MODULE}.lora_A.weight": a,
-        f"base_model.model.{MODULE}.lora_B.weight": torch.ones(6, 2),
-    }
+    tensors = {A: a, B: torch.ones(6, 2)}
     if change is not None:
         change(tensors)
-    safetensors.torch.save_file(tensors, str(folder / WEIGHTS))
-    (folder / CONFIG).write_text(json.dumps(CONFIGURATION, sort_keys=True))
+    safetensors.torch.save_file(tensors, str(folder / WEIGHTS), about)
+    (folder / CONFIG).write_text(json.dumps({**CONFIGURATION, **config}, sort_keys=True))
     return folder
 
 
@@ -250,6 +267,68 @@ def test_a_folder_outside_the_root(server: Server, client: TestClient, served: i
     refused(client.post(f"{PREFIX}/stage/", json=body), 403, "AccessError", "not right below this server's root")
     body["folder"] = str(server.root / "absent")
     refused(client.post(f"{PREFIX}/stage/", json=body), 404, "StagingError", "cannot be opened on the server")
+
+
+def test_a_file_goes_straight_to_vllms_workers(server: Server, client: TestClient) -> None:
+    """Which are told once what it looks like, and how its B is scaled."""
+    folders = [adapter(server, value) for value in (1.0, 2.0)]
+    for version, folder in enumerate(folders, 1):
+        assert stage(client, version, folder).status_code == commit(client, version).status_code == 200
+    first, second = (digest_of(folder) for folder in folders)
+    calls = ["make_room", f"read {first}", f"serve {first}", f"read {second}", f"serve {second}"]
+    assert rpcs(server) == [calls] * 2
+    layout = Layout("bfloat16", ((A, (2, 8)), (B, (6, 2))), CONFIGURATION)
+    room, read = (arguments for _, arguments in server.connections[0].llm.rpcs[:2])
+    assert room == {"layout": layout.as_dict(), "scales": {B: 2.0}}
+    assert read["is_proved"] is False, "the policy's digest is of a trainer's order, which this file does not tell"
+    assert [c.llm.loader for c in server.connections] == [[], []]
+
+
+def bfloat16(tensors: dict[str, Any]) -> None:
+    tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
+def test_a_trainers_file_is_proved_by_the_policys_digest(server: Server, client: TestClient) -> None:
+    folder = adapter(server, 1.0, bfloat16, {ORDER: json.dumps([B, A])}, lora_alpha=2)
+    assert stage(client, 1, folder).status_code == commit(client, 1).status_code == 200
+    (_, room), (_, read), (_, serve) = server.connections[1].llm.rpcs
+    assert [key for key, _ in room["layout"]["entries"]] == [B, A] and room["scales"] == {}
+    assert read["is_proved"] is True and read["digest"] == serve["digest"] == policy(1).digest
+
+
+@pytest.mark.parametrize("order", ["", "{}", "[1, 2]", json.dumps([A]), json.dumps([A, B, B])])
+def test_an_order_that_is_not_the_files(server: Server, client: TestClient, order: str) -> None:
+    refused(stage(client, 1, adapter(server, 1.0, about={ORDER: order})), 422, "StagingError", "list of its 2 tensors")
+
+
+def short(tensors: dict[str, Any]) -> None:
+    tensors.update({A: tensors[A][:1].clone(), B: tensors[B][:, :1].clone()})
+
+
+def test_what_is_served_is_not_given_up_for_another_layout(server: Server, client: TestClient, served: int) -> None:
+    """It goes by vLLM's loader, the next one of its kind straight again."""
+    for version in (2, 3):
+        folder = adapter(server, float(version), short, r=1, lora_alpha=1)
+        assert stage(client, version, folder).status_code == commit(client, version).status_code == 200
+    assert [c.llm.loads for c in server.connections] == [[1.0, 2.0, 3.0]] * 2
+    assert [c.llm.loader for c in server.connections] == [[2.0]] * 2
+
+
+def test_where_vllms_workers_cannot_take_it_its_loader_does(
+    server: Server, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("swift").propagate = True
+    one, other = (connection.llm for connection in server.connections)
+    one.vllm_config.parallel_config.data_parallel_size = 2
+    other.fail = [RuntimeError(receiver._tell(torch.OutOfMemoryError("Tried to allocate 20 GiB.")))]
+    for version in (1, 2):
+        with caplog.at_level(logging.INFO, "swift.lora_fix"):
+            assert stage(client, version, adapter(server, float(version))).status_code == 200
+        assert commit(client, version).status_code == 200
+    assert one.loader == other.loader == [1.0, 2.0]
+    assert caplog.text.count("Tried to allocate") == 1
+    bad = adapter(server, float("nan"))
+    refused(stage(client, 3, bad), 422, "NonFiniteAdapterError", "1 of the adapter's 2 tensors")
 
 
 # ---- one of the workers fails --------------------------------------------------------------------------------------
@@ -392,8 +471,8 @@ def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: A
 
 LAYOUT = Layout(
     "bfloat16",
-    ((f"base_model.model.{MODULE}.lora_A.weight", (2, 8)), (f"base_model.model.{MODULE}.lora_B.weight", (6, 2))),
-    CONFIGURATION,
+    ((A, (2, 8)), (B, (6, 2))),
+    {**CONFIGURATION, "lora_alpha": 2},
 )
 
 
@@ -450,7 +529,8 @@ def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> No
         ({"entries": (*LAYOUT.entries[:1], (LAYOUT.entries[1][0], (7, 2)))}, 422, "are for (7, 8)"),
         ({"entries": ()}, 422, "has no tensors"),
         ({"dtype": "int8"}, 400, "dtype is 'int8'"),
-        ({"config": {**CONFIGURATION, "r": 3}}, 422, "rank 2"),
+        ({"config": {**CONFIGURATION, "r": 1, "lora_alpha": 1}}, 422, "rank 2"),
+        ({"config": CONFIGURATION}, 400, "r=2 and lora_alpha=4: over NCCL the scaling is in B"),
     ],
 )
 def test_what_is_announced_is_checked_before_any_byte(
@@ -572,8 +652,7 @@ def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
     scheduler = SimpleNamespace(infer_engine=engine, async_infer=_turns)
     worker.tag_scheduler(scheduler)
     folder, command = adapter(server, 4.0), getattr(engine, routes.METHOD)
-    source = routes.Source(digest_of(folder), folder=str(folder))
-
+    source = Source(digest_of(folder), (folder / CONFIG).read_bytes(), str(folder / WEIGHTS))
     sample, probe = SimpleNamespace(uuid="f00"), {"uuid": f"{protocol.PROBE}0"}
 
     async def everything() -> list[Any]:

@@ -289,7 +289,8 @@ def _install(module):
         kwargs = dict(kwargs)
         requests = args[0] if args else kwargs.pop("infer_requests")
         config = args[1] if len(args) > 1 else kwargs.pop("request_config")
-        _probe(wrapped, trainer, requests, config, kwargs)
+        if requests:  # a multi-turn loop asks once more, for nobody
+            _probe(wrapped, trainer, requests, config, kwargs)
         return wrapped(requests, config, **kwargs)
 
 
