@@ -67,11 +67,12 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
     loaded = engine.llm_engine.add_lora(request_class(**fields))
     if loaded is False:
         raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
-    _check_served(engine)
+    check_served(engine)
 
 
-def _check_served(engine: EngineHandle) -> None:
-    """Raise EngineStateError naming the modules of the loaded adapter that no layer of the engine applies."""
+def check_served(engine: EngineHandle) -> None:
+    """Raise EngineStateError naming the modules of the loaded adapter that no layer of the engine applies: vLLM itself
+    looks at the last part of their names alone."""
     manager = engine.manager
     loaded = manager.list_adapters()[ADAPTER_ID]
     ignored = sorted(name for name in loaded.loras if name not in manager.modules)

@@ -9,10 +9,10 @@ In the order of the data, first the trainer, then each server::
     protocol.py  the routes, and what a policy is; content.py: the digest of its files that both sides compute
     routes.py    in the process of the web server: the routes, who may call them, all workers or none
     guard.py     around ms-swift's own routes; requests.py: what a request has in it
-    files.py     the only way in to an adapter's bytes on disk: below the root, no links, limited
+    files.py     the only way in to an adapter's bytes on disk: below the root, no links, limited; a sealed copy
     worker.py    in each ``llm_worker``: checks (checks.py), keeps, switches, and tells what each rollout came from
-    receiver.py  in each of vLLM's workers: from NCCL into the LoRA slots; extension.py: how it gets there
+    receiver.py  in each of vLLM's workers: from NCCL or that copy into the LoRA slots; extension.py: how it gets there
 
-The hooks are in patches/server.py; what comes in files goes into vLLM by ``swift_lora_fix.memory``. Importing this
-package loads neither FastAPI nor vLLM.
+The hooks are in patches/server.py. What vLLM's workers cannot take themselves goes through its loader, by
+``swift_lora_fix.memory``. Importing this package loads neither FastAPI nor vLLM.
 """

@@ -80,9 +80,9 @@ class Servers:
 
 
 class Fresh(requests.adapters.HTTPAdapter):
-    """Of a session that asks seldom: each call has a connection of its own. One that was idle is closed by the server
-    (uvicorn: after 5 s), maybe just as the next call is on its way. seconds: to answer, once connected, where the call
-    names no timeout; None: as long as it takes."""
+    """Of a session that asks seldom, one call at a time: each has a connection of its own. One that was idle is closed
+    by the server (uvicorn: after 5 s), maybe just as the next call is on its way. seconds: to answer, once connected,
+    where the call names no timeout; None: as long as it takes."""
 
     def __init__(self, seconds: float | None = None) -> None:
         super().__init__()

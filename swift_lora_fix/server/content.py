@@ -40,15 +40,13 @@ class ContentHash:
         view = memoryview(data)
         return self._of_blocks(len(view), lambda start: _digest(view[start : start + BLOCK]))
 
-    def copy(self, source: int, target: int, size: int) -> str:
-        """Write the first ``size`` bytes of the file with descriptor ``source`` to ``target``; the digest of what was
-        written (of a file that has become shorter, another one)."""
+    def copy(self, source: int, write: Callable[[bytes, int], None], size: int) -> str:
+        """``write`` the first ``size`` bytes of the file with descriptor ``source``, in blocks, each with where it
+        starts; the digest of what was written (of a file that has become shorter, another one)."""
 
         def block(start: int) -> bytes:
             data = os.pread(source, min(BLOCK, size - start), start)
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.pwrite(target, rest, start + len(data) - len(rest)) :]
+            write(data, start)
             return _digest(data)
 
         return self._of_blocks(size, block)

@@ -108,11 +108,10 @@ def too_large(what: str, size: int, limit: int) -> StagingError:
     )
 
 
-def _read(descriptor: int) -> bytes:
-    """As much as it had when it was opened: what grows meanwhile has another digest anyway."""
-    size = os.fstat(descriptor).st_size
+def _read(descriptor: int, limit: int) -> bytes:
+    """No more than that, though it may grow meanwhile: then it has another digest anyway."""
     with open(descriptor, "rb", closefd=False) as file:
-        return file.read(size)
+        return file.read(limit)
 
 
 @contextlib.contextmanager
@@ -146,17 +145,22 @@ class Spool:
         if self.size > self.limit:
             raise too_large("The adapter in the request's body", self.size, self.limit)
         self._hash.update(chunk)
-        rest = memoryview(chunk)
-        with _memory():
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+        self._write_at(chunk, self.size - len(chunk))
 
     def copy(self, file: int) -> None:
-        """All of a file, by its descriptor. Raises SegmentError where there is no memory."""
+        """All of a file, by its descriptor. Raises SegmentError where there is no memory, another OSError where it
+        cannot be read."""
         self.size = min(os.fstat(file).st_size, self.limit)  # what grows meanwhile has another digest anyway
-        with _memory():
-            digest = self._hash.copy(file, self._descriptor, self.size)
+        digest = self._hash.copy(file, self._write_at, self.size)
         self._digest = lambda: digest
+
+    def _write_at(self, data: bytes, start: int) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.pwrite(self._descriptor, rest, start + len(data) - len(rest)) :]
+        except OSError as error:
+            raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
 
     def sealed(self, digest: str) -> Source:
         """Nothing is added or changed from here on. Raises StagingError where these are not the bytes that were sent
@@ -177,18 +181,16 @@ class Spool:
 
 
 @contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
-
-
-@contextlib.contextmanager
 def spooled(folder: str, root: str, limit: int) -> Iterator[Spool]:
     """A folder's files, copied. Raises what `opened` raises, and SegmentError where there is no memory."""
-    with opened(folder, root, limit) as (config, weights), Spool(_read(config), limit) as spool:
-        spool.copy(weights)
+    with opened(folder, root, limit) as (config, weights), Spool(_read(config, CONFIG_LIMIT), limit) as spool:
+        try:
+            spool.copy(weights)
+        except SegmentError:
+            raise
+        except OSError as error:
+            where = os.path.join(folder, WEIGHTS)
+            raise StagingError(f"{where} cannot be read on the server ({error.strerror}).", 404) from error
         yield spool
 
 

@@ -13,8 +13,8 @@ All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP stat
 - ``POST receive/`` ``{"policy"}``: every worker takes part in the broadcast of what was announced, and checks it.
 - ``POST find/`` ``{"policy"}``: what was sent under another version is staged as this one; 410 where it is gone.
 - ``POST pushed/``: after ms-swift's own push of the base. What went wrong in a worker, which ms-swift only logs.
-- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once. Answers
-  have ``boot``.
+- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once. With
+  ``"by_reference": true`` by way of vLLM's own loader. Answers have ``boot``.
 - ``POST abort/`` ``{"policy"}``: what was staged is dropped.
 - ``POST serve/`` ``{"plain": bool}``: rollouts from the base alone, or with the adapter again.
 
@@ -44,7 +44,7 @@ POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
 PROBE = "swift-lora-fix-"  # so begins the ``uuid`` of the gate's requests: no multi-turn scheduler plays with those
 
-# The files of an adapter's folder, as PEFT names them; B is PEFT's own, vLLM scales it by the config.
+# The files of an adapter's folder, as PEFT names them; B is PEFT's own, the server scales it by the config.
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # In the weights' safetensors metadata: the names, as JSON, in the order that the policy's digest is of. Where it is
@@ -68,7 +68,8 @@ _DIGEST = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True)
 class Policy:
-    """Which policy: ``version`` only grows within one trainer ``run`` (hexadecimal), ``digest`` is opaque here."""
+    """Which policy: ``version`` only grows within one trainer ``run`` (hexadecimal). digest: over NCCL, and of a file
+    with `ORDER`, the one of engine/staging.py, which is proved; else any text."""
 
     version: int
     step: int

@@ -20,11 +20,13 @@ import torch
 
 from .. import adapter as adapters
 from .. import errors
+from ..engine import loader
 from ..engine.finite import FiniteCheck
-from ..engine.handle import WorkerHandle
+from ..engine.handle import ADAPTER_ID, WorkerHandle
 from ..engine.staging import Staging
 from ..engine.writer import AdapterWriter
 from ..errors import EngineStateError, StagingError, SwiftLoraFixError
+from ..settings import Settings
 from .protocol import GONE, NO_NCCL, Layout, http_status
 
 _TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
@@ -69,6 +71,7 @@ class Receiver:
             "read": self.read,
             "find": self.find,
             "serve": self.serve,
+            "check_served": self.check_served,
         }
         commands[command](**arguments)
 
@@ -93,7 +96,8 @@ class Receiver:
         dtype = self.engine.lora_dtype
         self.layout = self.served = self.other = self.writer = self.check = None
         served, other = (_Held.make(asked, scales, dtype, device) for _ in range(2))
-        self.writer = AdapterWriter(self.engine, served.adapter, _request_class(self.worker), device)
+        direct = Settings.from_environment().writer == "direct"
+        self.writer = AdapterWriter(self.engine, served.adapter, _request_class(self.worker), device, direct)
         self.check = FiniteCheck(other.adapter, dtype, device, lambda fine: fine)
         self.layout, self.served, self.other = asked, served, other
 
@@ -134,15 +138,16 @@ class Receiver:
             raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
 
     @torch.no_grad()
-    def serve(self, digest: str) -> None:
-        """Write the adapter with this digest, which is here, into the LoRA slots, and read it back."""
-        assert self.writer is not None and self.served is not None and self.other is not None, "receive() comes first"
+    def serve(self, digest: str, by_reference: bool = False) -> None:
+        """Write the adapter with this digest, which is here, into the LoRA slots, and read it back. by_reference: by
+        way of vLLM's own loader."""
+        assert self.writer is not None and self.served is not None and self.other is not None, "make_room() comes first"
         self.find(digest)
         if self.served.digest != digest:
             self._swap()
         if not self.writer.is_current():
             self.writer.forget()  # somebody else wrote to the slots
-        report = self.writer.write()
+        report = self.writer.write_by_reference() if by_reference else self.writer.write()
         self.writer.finish()
         if report.digest != self.served.found:
             raise EngineStateError(
@@ -152,6 +157,11 @@ class Receiver:
             self.writer.forget()
             raise EngineStateError("vLLM's LoRA slots do not hold what was written to them.")
         self.writer.accept()
+
+    def check_served(self) -> None:
+        """Raise EngineStateError where vLLM's loader was given modules that vLLM applies no LoRA in."""
+        if ADAPTER_ID in self.worker.list_loras():  # with data parallelism vLLM drops it while a rank is idle
+            loader.check_served(self.engine)
 
     def _swap(self) -> None:
         """The two buffers change their contents, a part at a time: the write plan is bound to one of them."""

@@ -136,9 +136,10 @@ class RemoteEngine:
                 self.nccl.reopen(index)  # type: ignore[union-attr]
                 self._boots[index] = self.statuses[index]["boot"]
 
-    def switch(self, parcel: Parcel, only: list[int] | None = None) -> None:
-        """Have all servers (or ``only`` some) serve a policy. Raises RolloutServerError with the failing servers' own
-        messages: then all of them serve what they served before, unless the message says otherwise."""
+    def switch(self, parcel: Parcel, only: list[int] | None = None, by_reference: bool = False) -> None:
+        """Have all servers (or ``only`` some) serve a policy. by_reference: by way of vLLM's own loader. Raises
+        RolloutServerError with the failing servers' own messages: then all of them serve what they served before,
+        unless the message says otherwise."""
         assert self.servers is not None
         policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
         try:
@@ -149,7 +150,7 @@ class RemoteEngine:
             raise
         clock.lap("stage")
         self.policy = None  # from here on they may differ
-        answers = self._post("commit", policy, only)
+        answers = self._post("commit", {**policy, **({"by_reference": True} if by_reference else {})}, only)
         for index, answer in zip(range(len(self.servers.urls)) if only is None else only, answers):
             self._boots[index] = answer["boot"]
         self.policy = parcel.policy

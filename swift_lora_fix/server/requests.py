@@ -71,6 +71,14 @@ def text_of(body: dict[str, Any], name: str) -> str:
     return value
 
 
+def flag_of(body: dict[str, Any], name: str) -> bool:
+    """False where it is not there."""
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise ProtocolError(f"{name} is {value!r}: true or false is expected.")
+    return value
+
+
 async def drain(request: Request) -> None:
     """Read what is left of the body, so that the client is through with sending and sees the answer."""
     size = 0

@@ -36,7 +36,7 @@ from .protocol import (
     parse_object,
     root_of,
 )
-from .requests import Refused, body_of, check_fields, drain, json_of, text_of
+from .requests import Refused, body_of, check_fields, drain, flag_of, json_of, text_of
 
 
 class Policies:
@@ -211,19 +211,20 @@ class Policies:
             self.is_ours = self.plain = False
 
     async def commit(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
+        body = await json_of(request, ("policy",))
+        policy, by_reference = Policy.from_dict(body["policy"]), flag_of(body, "by_reference")
         if policy != self.policy:
-            self._commit(policy)
+            self._commit(policy, by_reference)
         elif self.plain:
             self._serve(False)
         return {"policy": policy.as_dict(), "boot": self.boot}
 
-    def _commit(self, policy: Policy) -> None:
+    def _commit(self, policy: Policy, by_reference: bool) -> None:
         if policy != self.staged:
             staged = f"staged is {self.staged}" if self.staged is not None else "nothing is staged"
             raise StagingError(f"{policy} is not what every worker staged ({staged}): stage it first.", 409)
         self.staged = None
-        failed = _failures(self._ask("commit", policy=policy.as_dict()))
+        failed = _failures(self._ask("commit", policy=policy.as_dict(), by_reference=by_reference))
         if failed:
             raise _refused(failed, 500, self._go_back(policy))
         self.policy, self.plain = policy, False
@@ -249,9 +250,7 @@ class Policies:
         return {"policy": self.policy and self.policy.as_dict()}
 
     async def serve(self, request: Request) -> dict[str, Any]:
-        plain = (await json_of(request, ("plain",)))["plain"]
-        if not isinstance(plain, bool):
-            raise ProtocolError(f"plain is {plain!r}: true or false is expected.")
+        plain = flag_of(await json_of(request, ("plain",)), "plain")
         self._serve(plain)
         return {"plain": plain}
 

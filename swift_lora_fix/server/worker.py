@@ -45,12 +45,15 @@ from .protocol import (
     http_status,
     limit_of,
     parse_object,
-    root_of,
 )
 from .receiver import told
 
 _STAGER = "swift_lora_fix_stager"
 _UPDATES = {"update_named_param", "update_flattened_params", "process_weights_after_loading"}  # ms-swift's, of the base
+
+# What ms-swift's server asks of an engine for which a batch has nothing (``SwiftRolloutDeploy.infer``), as the gate's
+# four prompts have for the third of three.
+_PLACEHOLDER = [{"role": "user", "content": "<placeholder>"}]
 
 _building: ContextVar[bool] = ContextVar("building", default=False)
 
@@ -86,7 +89,7 @@ class Stager:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.root, self.limit = root_of(), limit_of()
+        self.limit = limit_of()
         self.base = base_shapes(engine.model_dir)
         self.pending: Held | None = None
         self.held: Held | None = None
@@ -95,7 +98,7 @@ class Stager:
         self.plain = False
         self.is_ours = Settings.from_environment().transport == "reload"  # or a trainer without us may be the one
         self.layout = ""  # key of the one that vLLM's workers have room for
-        self.no_room = ""  # key of the last one that they cannot make room for
+        self.no_room = ""  # key of the last one that they could not take: vLLM's loader does
         self.failures: list[str] = []  # of ms-swift's own updates, which only logs them
 
     def served(self) -> Served:
@@ -146,14 +149,13 @@ class Stager:
         entries = tuple((name, tuple(request.content.tensors[name].shape)) for name in names)
         dtype = self.engine.engine.vllm_config.lora_config.lora_dtype
         layout = Layout(str(dtype).removeprefix("torch."), entries, request.content.config)
-        if not await self._has_room(layout, request.content):
-            request.content.tensors = cast_checked(request.content.tensors, dtype)
-            self.pending = Held(asked, request)
-            return
         is_proved = order is not None and all(tensor.dtype == dtype for tensor in request.content.tensors.values())
         digest = asked.digest if is_proved else source.digest
-        await self._rpc("read", path=source.weights, digest=digest, is_proved=is_proved)
-        self.pending = Held(asked, _request_by_id(), digest)
+        if await self._has_room(layout, request.content) and await self._reads(source, digest, is_proved):
+            self.pending = Held(asked, _request_by_id(), digest)
+        else:
+            request.content.tensors = cast_checked(request.content.tensors, dtype)
+            self.pending = Held(asked, request)
 
     async def prepare(self, policy: Mapping[str, Any], layout: Mapping[str, Any] | str) -> None:
         """Check what an adapter says of itself, and have vLLM's workers make room for it."""
@@ -181,14 +183,15 @@ class Stager:
         await self._rpc("find", digest=asked.digest)
         self.pending = Held(asked, _request_by_id(), asked.digest)
 
-    async def commit(self, policy: Mapping[str, Any]) -> None:
-        """Have the engine serve what was staged. What fails leaves it with what it had."""
+    async def commit(self, policy: Mapping[str, Any], by_reference: bool = False) -> None:
+        """Have the engine serve what was staged. What fails leaves it with what it had. by_reference: by way of vLLM's
+        own loader, whatever the write plan."""
         pending, before = self.pending, self.held
         if pending is None or pending.policy.as_dict() != policy:
             raise EngineStateError(f"This worker staged {pending and str(pending.policy)}, not {policy}.")
         self._check_idle()
         try:
-            await self._load(pending)
+            await self._load(pending, by_reference)
         except Exception as error:
             await self._put_back(before, error)
             raise
@@ -249,29 +252,42 @@ class Stager:
             raise StagingError(f"This server takes no adapters over NCCL: {why}.", NO_NCCL)
 
     async def _prepare(self, layout: Layout) -> None:
-        self.layout = ""
         self._check_receives()
         self._check_announced(layout)
-        await self._rpc("prepare", layout=layout.as_dict())
+        before, self.layout = self.layout, ""
+        try:
+            await self._rpc("prepare", layout=layout.as_dict())
+        except StagingError as refused:  # what there was is left as it is
+            self.layout = before if refused.status == NO_NCCL else ""
+            raise
         self.layout = layout.key
 
     async def _has_room(self, layout: Layout, content: Any) -> bool:
-        """Whether vLLM's workers take a file of this layout themselves, for which they may have to make room. Never in
-        place of what they serve: that could not be gone back to."""
-        if layout.key == self.layout:
-            return True
+        """Whether vLLM's workers take a file of this layout themselves, for which they may have to make room. A file is
+        never given the place of what they serve, which could not be gone back to (over NCCL there is no other way)."""
+        if layout.key in (self.layout, self.no_room):
+            return layout.key != self.no_room
         serves = self.held is not None and self.held.digest is not None
-        if self._why_none_receives() is not None or serves or layout.key == self.no_room:
+        if self._why_none_receives() is not None or serves:
             return False
         self.layout = ""
+        scales = {name: scale for name, scale in scales_of(content) if scale != 1.0}
+        if await self._tries(layout.key, "make_room", layout=layout.as_dict(), scales=scales):
+            self.layout = layout.key
+        return bool(self.layout)
+
+    async def _reads(self, source: Source, digest: str, is_proved: bool) -> bool:
+        return await self._tries(self.layout, "read", path=source.weights, digest=digest, is_proved=is_proved)
+
+    async def _tries(self, key: str, command: str, **arguments: Any) -> bool:
+        """Whether vLLM's workers could: where not, vLLM's loader takes files of this layout from now on. What is wrong
+        with the file itself is raised."""
         try:
-            scales = {name: scale for name, scale in scales_of(content) if scale != 1.0}
-            await self._rpc("make_room", layout=layout.as_dict(), scales=scales)
+            await self._rpc(command, **arguments)
         except EngineStateError as error:
-            self.no_room = layout.key
-            info(f"adapters go through vLLM's own loader: its workers have no room for them besides. {error}")
+            self.no_room = key
+            info(f"adapters like this go through vLLM's own loader, its workers cannot take them themselves: {error}")
             return False
-        self.layout = layout.key
         return True
 
     def _check_announced(self, layout: Layout) -> None:
@@ -314,11 +330,17 @@ class Stager:
         ledger_of(self.engine.engine).check(request)  # vLLM's own judgement of the config
         return request, None if text is None else order_of(text, tensors)
 
-    async def _load(self, held: Held) -> None:
+    async def _load(self, held: Held, by_reference: bool = False) -> None:
         if held.digest is not None:
-            await self._rpc("serve", digest=held.digest)
+            try:
+                await self._rpc("serve", digest=held.digest, by_reference=by_reference)
+            except Exception:
+                self.no_room = self.layout  # whoever tries again does so by vLLM's loader
+                raise
         elif not await _value(update(self.engine.engine, held.request)):
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
+        elif self.engine.engine.vllm_config.parallel_config.worker_extension_cls == EXTENSION:
+            await self._rpc("check_served")
         for name in ("reset_prefix_cache", "reset_encoder_cache"):
             reset = getattr(self.engine.engine, name, None)
             if reset is not None and await _value(reset()) is False:
@@ -429,7 +451,7 @@ def stager_of(engine: Any) -> Stager | None:
 
 def tag_scheduler(engine: Any) -> None:
     """What ``get_rollout_engine_type`` made: where that is a scheduler, its rollouts are tagged, too. The gate's
-    requests go past it: they are none of its tasks, and would take its environment's turns."""
+    requests go past it: they are none of its tasks, and would take its environment's turns. So does a placeholder."""
     inner = getattr(engine, "infer_engine", None)
     if inner is None or _STAGER not in vars(inner) or _STAGER in vars(engine):
         return
@@ -448,8 +470,10 @@ def tag_scheduler(engine: Any) -> None:
 
 
 def _is_probe(infer_requests: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
-    ids = [each.get("uuid") if isinstance(each, Mapping) else getattr(each, "uuid", None) for each in infer_requests]
-    return bool(ids) and all(str(each).startswith(PROBE) for each in ids)
+    fields = [each if isinstance(each, Mapping) else vars(each) for each in infer_requests]
+    return bool(fields) and all(
+        str(each.get("uuid")).startswith(PROBE) or each.get("messages") == _PLACEHOLDER for each in fields
+    )
 
 
 def tag(stager: Stager, served: Served, outputs: Any) -> Any:

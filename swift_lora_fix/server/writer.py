@@ -152,11 +152,18 @@ class RemoteWriter:
 
     def write(self, keep_views: bool = True) -> WriteReport:
         """Have every server serve the trainer's adapter as it is now, or none of them. All ranks together."""
+        return self._write(False)
+
+    def write_by_reference(self) -> WriteReport:
+        """The same, by way of vLLM's own loader in each server."""
+        return self._write(True)
+
+    def _write(self, by_reference: bool) -> WriteReport:
         clock = Clock()
         staging, digest = self._stage()
         clock.lap("read")
         self._version += 1
-        problem = self._on_main(lambda: self._send(digest, staging))
+        problem = self._on_main(lambda: self._send(digest, staging, by_reference))
         if problem is not None:
             raise problem
         clock.lap("write")
@@ -176,12 +183,10 @@ class RemoteWriter:
                 self._staging.fill(chunk, values)
         return self._staging, self._staging.digest()
 
-    write_by_reference = write
-
     def finish(self) -> None:
         """The servers have answered."""
 
-    def _send(self, digest: str, staging: Staging) -> None:
+    def _send(self, digest: str, staging: Staging, by_reference: bool) -> None:
         trainer = self._trainer()
         assert trainer is not None
         restarted = self.engine.restarted()
@@ -191,7 +196,7 @@ class RemoteWriter:
         self._layout = self._layout or self._describe()
         parcel = Parcel(policy, self._layout, staging, self._store)
         try:
-            self.engine.switch(parcel)
+            self.engine.switch(parcel, by_reference=by_reference)
         except Exception:
             if self.engine.policy is None and self._sent is not None:
                 self._go_back(self._sent)

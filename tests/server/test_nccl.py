@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 import requests
-from packaging.version import Version
 
-from swift_lora_fix import releases
+from tests.server.conftest import IS_NEWEST, newest, older
 from tests.support.driver import PLUGINS, REPOSITORY, Run
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
 pytestmark = pytest.mark.e2e
-# a run each: what does not depend on ms-swift's release is shown with one
-IS_NEWEST = Version(releases.installed_swift() or "0") >= Version("4.6")
-newest = pytest.mark.skipif(not IS_NEWEST, reason="shown with the newer release")
-older = pytest.mark.skipif(IS_NEWEST, reason="shown with the older release")
 
 WIRE = {
     "SWIFT_LORA_FIX_TRANSPORT": "",
@@ -121,32 +116,18 @@ def test_what_arrives_otherwise_is_served_nowhere(
     assert served[0] == served[1] and served[0] is not None, "the last one that both could take"
 
 
-def pissa(name: str, model: Path, folder: Path, servers: list[RolloutServer]) -> Run:
-    """PiSSA takes the adapter's beginning out of the base."""
-    run = trainer(name, model, folder, servers, WIRE, init_weights="pissa", max_steps=2)
-    run.probe = False
-    return run.start()
-
-
 @older
 def test_a_base_of_the_trainers_own_is_sent(
     model: Path, folder: Path, servers: list[RolloutServer], trained: Run
 ) -> None:
+    """PiSSA takes the adapter's beginning out of the base. (One that does not arrive: test_server_routes.py, where
+    what ms-swift's server only logs is told.)"""
     assert not status(servers[0])["base_is_pushed"]
-    run = pissa("pissa", model, folder, servers[:1])
+    run = trainer("pissa", model, folder, servers[:1], WIRE, init_weights="pissa", max_steps=2)
+    run.probe = False
+    run.start()
     assert run.returncode == 0, run.log[-4000:]
     assert "the base is sent over NCCL, unmerged" in run.log
     assert run.log.count("engine and trainer agree at step") == 2
     assert status(servers[0])["base_is_pushed"] and "/update_adapter" not in servers[0].log
     assert all(line["lora_sync/noise_floor"] < 0.05 for line in run.metrics())
-
-
-@newest
-def test_a_base_that_does_not_arrive_ends_the_run(
-    model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
-) -> None:
-    """vLLM on the CPU has packed its weights away, and cannot load others: ms-swift's server only logs that."""
-    run = pissa("no-base", model, folder, servers[1:])
-    assert run.returncode not in (0, None)
-    assert f"{servers[1].url}/swift_lora_fix/pushed/ answered 500" in run.log and "weight_loader" in run.log
-    assert "agree at step" not in run.log and "update_flattened_params" in servers[1].log

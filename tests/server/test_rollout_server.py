@@ -148,10 +148,12 @@ def test_it_is_scaled_as_its_config_says(
 ) -> None:
     """The other one goes by vLLM's own loader: its config is another, and what is served is not given up for it."""
     with_adapter, twin = server.rollouts(served)[0], versions.next()
+    reads = server.log.count("goes straight into vLLM's LoRA slots")
+    assert reads == 1
     assert server.stage(twin, altered(adapters[0], "folded", folded)).status_code == 200
     assert server.commit(twin).status_code == 200
     assert server.rollouts(twin)[0] == with_adapter
-    assert "goes straight into vLLM's LoRA slots" in server.log
+    assert server.log.count("goes straight into vLLM's LoRA slots") == reads
 
 
 def test_rollouts_of_another_policy_are_refused(server: ReloadServer, served: Policy) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import newest, older
 from tests.support import bounds
 from tests.support.driver import PLUGINS, Run, this_python
 from tests.support.rollout_server import RolloutServer, running
@@ -29,8 +30,9 @@ def assert_took_turns(run: Run) -> None:
     assert run.log.count("engine and trainer agree at step") == 3
 
 
+@older
 def test_in_a_rollout_server(model: Path, folder: Path) -> None:
-    """Which the asynchronous engine makes; before ms-swift 4.5.0 without the adapter (ms-swift 9855)."""
+    """Which the asynchronous engine makes; stock ms-swift before 4.5.0 makes them without the adapter (9855)."""
     root = {"SWIFT_LORA_FIX_ROOT": str(folder / "root")}
     turns = folder / "turns.txt"
     arguments = {"vllm_use_async_engine": "true", **TURNS}
@@ -43,6 +45,7 @@ def test_in_a_rollout_server(model: Path, folder: Path) -> None:
     assert "Consider the following list" not in turns.read_text()
 
 
+@newest
 def test_in_the_trainers_own_engine(model: Path, folder: Path) -> None:
     run = Run("colocated", this_python(), model, folder / "colocated", True, {**TURNS, "max_steps": 3})
     run.plugins = (SCHEDULER,)

@@ -83,7 +83,9 @@ class Run:
     def start(self) -> Run:
         """Run it to its end; the exit status is in ``returncode``, never raised."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # with more, ms-swift wants more ranks
         environment = {
+            **({"CUDA_VISIBLE_DEVICES": first_gpu} if self.gpu and self.ranks == 1 else {}),
             **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if self.ranks > 1 else {}),  # vLLM 0.11 does not know it
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),

@@ -12,6 +12,7 @@ import torch
 
 from swift_lora_fix import errors
 from swift_lora_fix.digest import checksum, combine
+from swift_lora_fix.engine.handle import ADAPTER_ID
 from swift_lora_fix.server import receiver
 from swift_lora_fix.server.protocol import GONE, Layout
 
@@ -81,6 +82,99 @@ def test_what_is_not_finite_as_the_engine_holds_it(
         made.do("read", path=file_of(tmp_path, tensors), digest="a-file", is_proved=False)
     with pytest.raises(errors.StagingError):
         made.do("find", digest="a-file")
+
+
+class Slots:
+    """What ``AdapterWriter`` writes: the values that the engine serves. ``fail`` is raised by the next write."""
+
+    plan = None
+
+    def __init__(self, made: receiver.Receiver) -> None:
+        assert made.served is not None
+        self.adapter, self.staging = made.served.adapter, made.served.staging
+        self.served: list[float] = []
+        self.ways: list[str] = []
+        self.fail: list[Exception] = []
+        self.digest = ""
+
+    def is_current(self) -> bool:
+        return True
+
+    def write(self, way: str = "direct") -> Any:
+        if self.fail:
+            raise self.fail.pop(0)
+        self.ways.append(way)
+        self.served.append(self.adapter.parameters[0][0, 0].item())
+        return SimpleNamespace(digest=self.digest or self.staging.digest())
+
+    def write_by_reference(self) -> Any:
+        return self.write("loader")
+
+    def finish(self) -> None:
+        pass
+
+    accept = finish
+
+
+@pytest.fixture
+def slots(made: receiver.Receiver, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Slots:
+    """The policy ``one``, whose B begins with 1.5, is served."""
+    slots = Slots(made)
+    made.writer = slots  # type: ignore[assignment]
+    arrive(made, tmp_path, tensors, 1.0, "one")
+    made.do("serve", digest="one")
+    return slots
+
+
+def arrive(made: receiver.Receiver, folder: Path, tensors: dict[str, torch.Tensor], value: float, digest: str) -> None:
+    tensors[B][0, 0] = value
+    made.do("read", path=file_of(folder, tensors), digest=digest, is_proved=False)
+
+
+def test_what_was_served_before_is_there_to_go_back_to(
+    made: receiver.Receiver, slots: Slots, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    arrive(made, tmp_path, tensors, 2.0, "two")
+    assert slots.served == [1.5], "what arrives is not served yet"
+    slots.fail = [RuntimeError("no")]
+    with pytest.raises(errors.EngineStateError, match="RuntimeError"):
+        try:
+            made.do("serve", digest="two")
+        except RuntimeError as error:
+            raise receiver.told(RuntimeError(receiver._tell(error))) from error
+    made.do("serve", digest="one")
+    made.do("serve", digest="two", by_reference=True)
+    made.do("serve", digest="one")
+    made.do("serve", digest="one")
+    assert slots.served == [1.5, 1.5, 3.0, 1.5, 1.5] and slots.ways[1:3] == ["direct", "loader"]
+    arrive(made, tmp_path, tensors, 4.0, "three")
+    made.do("find", digest="one")
+    with pytest.raises(errors.StagingError, match="no longer has"):
+        made.do("serve", digest="two")
+
+
+def test_what_was_written_is_what_was_to_be_served(made: receiver.Receiver, slots: Slots) -> None:
+    slots.digest = "0123"
+    with pytest.raises(errors.EngineStateError, match="were given 0123 where [0-9a-f]+ was to be served"):
+        made.do("serve", digest="one")
+
+
+@pytest.mark.parametrize("asked, direct", [("", True), ("direct", True), ("loader", False)])
+def test_the_writer_that_was_asked_for(
+    made: receiver.Receiver, monkeypatch: pytest.MonkeyPatch, asked: str, direct: bool
+) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_WRITER", asked)
+    made.do("make_room", layout={**LAYOUT.as_dict(), "config": {"r": 2, "lora_alpha": 2}}, scales={})
+    assert made.writer is not None and made.writer.wants_plan is direct
+
+
+def test_modules_that_vllm_does_not_serve(made: receiver.Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(receiver.loader, "check_served", asked.append)
+    for loras, times in ((set(), 0), ({ADAPTER_ID}, 1)):
+        made.worker.list_loras = lambda found=loras: found
+        made.do("check_served")
+        assert asked == [made.engine] * times
 
 
 def test_room_is_kept_for_the_same_layout(made: receiver.Receiver, tmp_path: Path, tensors: dict[str, Any]) -> None:

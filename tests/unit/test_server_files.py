@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from swift_lora_fix import errors
 from swift_lora_fix.digest import checksum
+from swift_lora_fix.server import files
 from swift_lora_fix.server.content import BLOCK, ContentHash, content_digest
 from swift_lora_fix.server.files import Source, Spool, base_shapes, base_sums, opened, spooled
 from swift_lora_fix.server.protocol import (
@@ -112,7 +115,8 @@ def test_what_is_hashed_as_it_comes_has_the_digest_of_the_whole(size: int) -> No
         with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
             source.write(weights + b"and more")
             source.flush()
-            assert ContentHash(b"{}").copy(source.fileno(), target.fileno(), size) == hashed.hexdigest()
+            write = partial(os.pwrite, target.fileno())
+            assert ContentHash(b"{}").copy(source.fileno(), write, size) == hashed.hexdigest()
             assert target.read() == weights
     if size:
         other = bytearray(weights)
@@ -215,6 +219,30 @@ def test_too_large(root: Path) -> None:
     assert caught.value.status == 413
     whole = b"\0" * LIMIT
     assert read(write(root / "fits", whole), root, content_digest(b"{}", whole))[1] == whole
+
+
+def test_a_config_that_grows_is_read_to_its_limit(folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = files._check_file
+
+    def grows(descriptor: int, where: str, limit: int) -> None:
+        checked(descriptor, where, limit)
+        (folder / CONFIG).write_bytes(b" " * (files.CONFIG_LIMIT + 10))
+
+    monkeypatch.setattr(files, "_check_file", grows)
+    with spooled(str(folder), str(root), LIMIT) as spool:
+        assert len(spool.config) == files.CONFIG_LIMIT
+
+
+def test_a_file_that_cannot_be_read_can_come_another_way(
+    folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(errors.StagingError, match="v1/adapter_model.safetensors cannot be read.*Stale") as caught:
+        read(folder, root)
+    assert caught.value.status == 404
 
 
 def test_descriptors_are_given_back(folder: Path, root: Path) -> None:

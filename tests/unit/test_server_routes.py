@@ -327,8 +327,40 @@ def test_where_vllms_workers_cannot_take_it_its_loader_does(
         assert commit(client, version).status_code == 200
     assert one.loader == other.loader == [1.0, 2.0]
     assert caplog.text.count("Tried to allocate") == 1
+    assert [name for name, _ in other.rpcs] == ["make_room", "check_served", "check_served"]
     bad = adapter(server, float("nan"))
     refused(stage(client, 3, bad), 422, "NonFiniteAdapterError", "1 of the adapter's 2 tensors")
+
+
+def test_a_worker_that_cannot_read_it_has_vllms_loader_do_so(server: Server, client: TestClient, served: int) -> None:
+    llm = server.connections[1].llm
+    llm.fail = [RuntimeError(receiver._tell(torch.OutOfMemoryError("Tried to allocate 2 GiB.")))]
+    for version in (2, 3):
+        assert stage(client, version, adapter(server, float(version))).status_code == 200
+        assert commit(client, version).status_code == 200
+    assert [c.llm.loader for c in server.connections] == [[], [2.0, 3.0]]
+    assert [c.llm.loads for c in server.connections] == [[1.0, 2.0, 3.0]] * 2
+    corrupt = errors.StagingError("What was read has digest a, b was announced: send it again.")
+    server.connections[0].llm.fail = [RuntimeError(receiver._tell(corrupt))]
+    refused(stage(client, 4, adapter(server, 4.0)), 422, "StagingError", "What was read has digest a")
+
+
+def test_what_could_not_be_switched_to_is_tried_by_vllms_loader(
+    server: Server, client: TestClient, served: int
+) -> None:
+    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    server.connections[0].llm.fail = [RuntimeError("no memory for the plan")]
+    refused(commit(client, 2), 500, "RuntimeError", "no memory", "Every worker serves version 1 ")
+    assert stage(client, 3, adapter(server, 3.0)).status_code == commit(client, 3).status_code == 200
+    assert [c.llm.loader for c in server.connections] == [[3.0], []]
+
+
+def test_by_reference(server: Server, client: TestClient) -> None:
+    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
+    body = {"policy": policy(1).as_dict(), "by_reference": "yes"}
+    refused(client.post(f"{PREFIX}/commit/", json=body), 400, "ProtocolError", "by_reference is 'yes'")
+    assert client.post(f"{PREFIX}/commit/", json={**body, "by_reference": True}).status_code == 200
+    assert server.connections[0].llm.rpcs[-1][1]["by_reference"] is True
 
 
 # ---- one of the workers fails --------------------------------------------------------------------------------------
@@ -506,6 +538,17 @@ def rpcs(server: Server) -> list[list[str]]:
     ]
 
 
+def test_a_layout_that_is_refused_leaves_what_there_is(open_server: Server, nccl: TestClient) -> None:
+    """Over NCCL, which may not be open to a server that takes files."""
+    assert stage(nccl, 1, adapter(open_server, 1.0)).status_code == commit(nccl, 1).status_code == 200
+    closed = errors.StagingError("The server's vLLM workers have no NCCL connection to this trainer.", 501)
+    for connection in open_server.connections:
+        connection.llm.fail = [RuntimeError(receiver._tell(closed))]
+    refused(announce(nccl, 2), 501, "StagingError", "no NCCL connection")
+    assert stage(nccl, 2, adapter(open_server, 2.0)).status_code == commit(nccl, 2).status_code == 200
+    assert [c.llm.loader for c in open_server.connections] == [[], []], "straight, as before"
+
+
 def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> None:
     assert announce(nccl, 1).status_code == 200
     refused(commit(nccl, 1), 409, "StagingError", "nothing is staged")
@@ -654,6 +697,7 @@ def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
     folder, command = adapter(server, 4.0), getattr(engine, routes.METHOD)
     source = Source(digest_of(folder), (folder / CONFIG).read_bytes(), str(folder / WEIGHTS))
     sample, probe = SimpleNamespace(uuid="f00"), {"uuid": f"{protocol.PROBE}0"}
+    nobody = SimpleNamespace(uuid=None, messages=[{"role": "user", "content": "<placeholder>"}])
 
     async def everything() -> list[Any]:
         with pytest.raises(errors.EngineStateError):
@@ -661,10 +705,10 @@ def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
         for name, arguments in (("stage", {"source": source}), ("commit", {})):
             answer = await command(name, policy=policy(1).as_dict(), **arguments)
             assert "error" not in answer, answer
-        return [*await scheduler.async_infer([sample]), *await scheduler.async_infer(infer_requests=[probe])]
+        return [output for asked in (sample, probe, nobody) for output in await scheduler.async_infer([asked])]
 
-    output, answer = asyncio.run(everything())
-    assert answer.rollout_infos == {}, "the gate asks the engine, not the scheduler"
+    output, answer, none = asyncio.run(everything())
+    assert answer.rollout_infos == none.rollout_infos == {}, "the gate asks the engine, not the scheduler"
     assert engine.engine.loads == [4.0]
     assert output.rollout_infos == {"num_turns": 2, **{f"policy_{k}": v for k, v in policy(1).as_dict().items()}}
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import requests
+import safetensors
 import torch
 
 from swift_lora_fix import adapter, errors
 from swift_lora_fix.digest import checksum
 from swift_lora_fix.engine import base
+from swift_lora_fix.engine.staging import host_digest
 from swift_lora_fix.server import remote
 from swift_lora_fix.server.client import Servers
-from swift_lora_fix.server.protocol import POLICY_HEADER, PREFIX
+from swift_lora_fix.server.protocol import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
 from swift_lora_fix.server.writer import RemoteWriter
 from tests.support.peft_models import peft_model
 
@@ -166,8 +168,17 @@ def test_every_server_stages_before_any_switches(model: Any, scripts: list[Scrip
     assert writer.is_current()
     assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
     assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
+    assert digest == digest_in_its_own_order(Path(scripts[0].calls[1][1]["folder"]))
     change(model)
     assert send(writer) != digest and scripts[0].policy["version"] == 2
+
+
+def digest_in_its_own_order(folder: Path) -> str:
+    """As a server's vLLM workers compute it, of the file as it says itself that it is to be read."""
+    with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in json.loads(file.metadata()[ORDER])}
+    config = json.loads((folder / CONFIG).read_text())
+    return host_digest(adapter.of_tensors("default", tensors, config), tensors, torch.bfloat16, fold=False)
 
 
 def test_old_folders_are_pruned_and_the_last_are_gone_at_the_end(
