@@ -90,7 +90,7 @@ class Receiver:
 
     def make_room(self, layout: dict[str, Any], scales: dict[str, float]) -> None:
         """For adapters of this layout, in the engine's dtype; what there was of another layout is given up."""
-        asked, device = Layout.from_dict(layout), torch.device(self.worker.device)
+        asked, device = Layout.from_dict(layout), self.worker.model_runner.device  # 0.17's CPU worker itself has none
         if asked == self.layout:
             return
         dtype = self.engine.lora_dtype

@@ -29,8 +29,9 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> receiver.Receiver:
     monkeypatch.setattr(receiver, "_request_class", lambda worker: None)
+    runner = SimpleNamespace(device=torch.device("cpu"))
     config = SimpleNamespace(lora_config=SimpleNamespace(lora_dtype=torch.bfloat16))
-    found = receiver.Receiver(SimpleNamespace(device="cpu", vllm_config=config, communicator=None))
+    found = receiver.Receiver(SimpleNamespace(model_runner=runner, vllm_config=config, communicator=None))
     found.do("make_room", layout=LAYOUT.as_dict(), scales={B: 1.5})
     return found
 
