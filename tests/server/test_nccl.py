@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.server.conftest import IS_NEWEST, newest, older
+from tests.server.conftest import newest, older
 from tests.support.driver import PLUGINS, REPOSITORY, Run
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.e2e
 
 WIRE = {
     "SWIFT_LORA_FIX_TRANSPORT": "",
-    "VLLM_SLEEP_WHEN_IDLE": "1",  # workers of a tensor-parallel engine spin while they wait
     "PYTHONPATH": os.pathsep.join(
         [str(REPOSITORY / "tests/support/nccl_over_store"), os.environ.get("PYTHONPATH", "")]
     ),
@@ -35,14 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    """The first one with tensor parallelism (with the older release: its workers take all cores while they wait), the
-    second one with vLLM's asynchronous engine. The first one's vLLM can be sent a base, which on the CPU takes a shim
-    that reaches into its processes."""
-    parallel = {} if IS_NEWEST else {"vllm_tensor_parallel_size": 2}
+    """The second one with vLLM's asynchronous engine. The first one's vLLM can be sent a base, which on the CPU takes a
+    shim that reaches into its processes. (Tensor parallelism: test_turns.py; over NCCL itself: tests/gpu.)"""
     shims = {"SLF_EVERYWHERE": str(PLUGINS / "slf_cpu_shims.py")}
     environment = {**WIRE, "SWIFT_LORA_FIX_ROOT": str(folder / "root"), "SLF_SPOIL": str(folder / "spoil")}
     made = [
-        RolloutServer(model, folder / "one", parallel, {**environment, **shims}),
+        RolloutServer(model, folder / "one", {}, {**environment, **shims}),
         RolloutServer(model, folder / "two", {"vllm_use_async_engine": "true"}, environment),
     ]
     with running(made) as servers:

@@ -134,6 +134,13 @@ def test_rollouts_come_from_what_was_committed(
     assert server.commit(again).status_code == 200, "a commit that is repeated"
     assert server.stage(again, adapters[0]).status_code == 200, "a stage that is repeated"
 
+    for seed, expected in ((1, second), (0, first)):  # as a repair does it, and back to the usual way
+        repaired = versions.next()
+        assert server.stage(repaired, adapters[seed]).status_code == 200
+        answer = server.post("commit", policy=repaired.as_dict(), by_reference=seed == 1)
+        assert answer.status_code == 200, answer.text
+        assert server.rollouts(repaired)[0] == expected
+
 
 def folded(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """The same adapter with its scaling in B."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.server.conftest import newest
 from tests.support.driver import Run
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
@@ -75,6 +76,7 @@ def test_a_resumed_run_is_served_from_its_first_rollout(resumed: Run, trained: R
     assert first["tokens"] == before["tokens"]
 
 
+@newest
 def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[RolloutServer], resumed: Run) -> None:
     """--async_generate: the policy waits for the rollouts under way, and the first sync for none."""
     run = trainer("background", model, folder, servers, TRANSPORT, async_generate="true", max_steps=3)
@@ -87,6 +89,7 @@ def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[Rol
     assert status["policy"]["run"] not in str(resumed.probes()) and status["policy"]["step"] >= 2
 
 
+@newest
 def test_a_server_that_hangs_ends_the_run_with_its_name(
     model: Path, folder: Path, servers: list[RolloutServer], resumed: Run
 ) -> None:

@@ -178,6 +178,30 @@ def test_modules_that_vllm_does_not_serve(made: receiver.Receiver, monkeypatch: 
         assert asked == [made.engine] * times
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_in_one_worker_is_raised_in_the_last(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """And by none of the others: vLLM would leave the answers of those after it to its next call."""
+    problem = errors.StagingError("What was read has another digest.", 422)
+    texts = [receiver._tell(problem) if rank == failing else None for rank in range(2)]
+
+    def gather(found: list[Any], mine: Any, group: Any) -> None:
+        assert mine in texts
+        found[:] = texts
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank in range(2):
+        group = SimpleNamespace(world_size=2, rank_in_group=rank, cpu_group=None)
+        monkeypatch.setattr("vllm.distributed.parallel_state.get_tp_group", lambda group=group: group)
+        mine = problem if rank == failing else None
+        if rank == 0:
+            receiver.raise_together(mine)
+            continue
+        with pytest.raises(errors.EngineStateError) as caught:
+            receiver.raise_together(mine)
+        told = receiver.told(caught.value)
+        assert isinstance(told, errors.StagingError) and str(told) == str(problem) and told.status == 422
+
+
 def test_room_is_kept_for_the_same_layout(made: receiver.Receiver, tmp_path: Path, tensors: dict[str, Any]) -> None:
     made.do("read", path=file_of(tmp_path, tensors), digest="a-file", is_proved=False)
     made.do("make_room", layout=LAYOUT.as_dict(), scales={B: 1.5})
