@@ -22,7 +22,7 @@ vLLM nor ms-swift by itself. ``SWIFT_LORA_FIX=off`` keeps everything out.
 from __future__ import annotations
 
 from . import errors
-from .arming import Status, apply, arm, is_console_script, remove, status
+from .install.arming import Status, apply, arm, is_console_script, remove, status
 
 __version__ = "0.1.0"
 __all__ = ["Status", "apply", "errors", "remove", "status", "__version__"]

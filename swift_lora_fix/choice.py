@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import scope, sync
-from .engine.fused import FusedWriter
-from .engine.handle import EngineHandle
-from .engine.writer import AdapterWriter
+from .common.log import info
+from .engine.vllm.handle import EngineHandle
+from .engine.vllm.slots.writer import AdapterWriter
+from .engine.vllm.weights.fused import FusedWriter
 from .errors import UnsupportedAdapterError
-from .log import info
 from .proof import audit
 from .proof.gate import Infer, altered, same_random_state
 from .proof.serving import Apart
-from .server.writer import RemoteWriter
+from .server.trainer.writer import RemoteWriter
 from .state import SyncState
 
 REPEATS = 3

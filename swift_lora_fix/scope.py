@@ -6,11 +6,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import adapter, merging
-from .adapter import DEFAULT_ADAPTER
+from .common.settings import Settings
 from .errors import SettingsError, UnsupportedAdapterError, UnsupportedTrainerError
-from .server import remote
-from .settings import Settings
+from .policy import adapter, merging
+from .policy.adapter import DEFAULT_ADAPTER
+from .server.trainer import remote
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import adapter, origin
-from .engine.base import BaseRecord
-from .engine.fused import FusedWriter
-from .engine.handle import EngineHandle
-from .engine.writer import AdapterWriter, WriteReport
-from .server.remote import RemoteEngine
-from .server.writer import RemoteWriter
+from .engine.vllm.handle import EngineHandle
+from .engine.vllm.slots.writer import AdapterWriter, WriteReport
+from .engine.vllm.weights.base import BaseRecord
+from .engine.vllm.weights.fused import FusedWriter
+from .policy import adapter, origin
+from .server.trainer.remote import RemoteEngine
+from .server.trainer.writer import RemoteWriter
 
 FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair pass the gate
 

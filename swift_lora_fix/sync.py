@@ -7,17 +7,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import adapter as adapters
-from . import merging, origin, scope
-from .engine import base, loader
-from .engine.fused import FusedWriter
-from .engine.handle import EngineHandle
-from .engine.writer import AdapterWriter, Clock
+from . import scope
+from .common.log import info
+from .common.settings import Settings
+from .engine.vllm.handle import EngineHandle
+from .engine.vllm.slots import loader
+from .engine.vllm.slots.writer import AdapterWriter, Clock
+from .engine.vllm.weights import base
+from .engine.vllm.weights.fused import FusedWriter
 from .errors import ResumeMismatchError
-from .log import info
-from .server.remote import RemoteEngine
-from .server.writer import RemoteWriter
-from .settings import Settings
+from .policy import adapter as adapters
+from .policy import merging, origin
+from .server.trainer.remote import RemoteEngine
+from .server.trainer.writer import RemoteWriter
 from .state import SyncState
 
 _states: weakref.WeakKeyDictionary[Any, SyncState] = weakref.WeakKeyDictionary()

@@ -7,9 +7,9 @@ import os
 
 import wrapt
 
-from .. import releases
 from ..errors import ContractError
-from ..patches.registry import PatchSet
+from ..install import releases
+from ..install.registry import PatchSet
 from ..vllm_plugin import PARENT_USES_MEMORY
 
 
@@ -43,6 +43,6 @@ def uninstall() -> None:
 
 
 def _patch_sets() -> tuple[PatchSet, ...]:
-    from ..patches import vllm
+    from . import patches as vllm
 
     return vllm.MEMORY

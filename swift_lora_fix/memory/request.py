@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from vllm.lora.request import LoRARequest
 
-from .. import adapter as adapters
 from ..errors import AdapterFileError, AdapterRequestError
+from ..policy import adapter as adapters
 from . import segment
 
 PENDING = "/swift-lora-fix-memory-not-sent"  # the lora_path of a request whose tensors have no address yet

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from vllm.lora.peft_helper import PEFTHelper
 
-from ..engine import plan as plans
-from ..log import info, warning
+from ..common.log import info, warning
+from ..engine.vllm.slots import plan as plans
 from . import segment, sending
 from .loading import set_loaded_digest, substitute
 from .request import Content, LoRATensorRequest

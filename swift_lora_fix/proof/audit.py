@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..digest import checksum
-from ..engine.base import BaseRecord
-from ..engine.fused import FusedWriter, Placed
-from ..engine.writer import AdapterWriter
+from ..common.digest import checksum
+from ..engine.vllm.slots.writer import AdapterWriter
+from ..engine.vllm.weights.base import BaseRecord
+from ..engine.vllm.weights.fused import FusedWriter, Placed
 from .findings import Finding
 
 ADAPTER = "read-back audit of the adapter"

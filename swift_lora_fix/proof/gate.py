@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from .. import adapter as adapters
-from ..adapter import Adapter
-from ..server.protocol import PROBE
+from ..policy import adapter as adapters
+from ..policy.adapter import Adapter
+from ..server.wire import PROBE
 from .findings import Finding
 from .serving import Apart, Fused
 

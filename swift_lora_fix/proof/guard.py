@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .. import adapter as adapters
 from .. import choice, metrics, sync
-from ..engine.fused import FusedWriter
-from ..engine.writer import ranks_agree
+from ..common.log import info, warning
+from ..common.settings import Settings
+from ..engine.vllm.slots.writer import ranks_agree
+from ..engine.vllm.weights.fused import FusedWriter
 from ..errors import EngineStateError, PolicyMismatchError
-from ..log import info, warning
-from ..server.remote import RemoteEngine
-from ..server.writer import RemoteWriter
-from ..settings import Settings
+from ..policy import adapter as adapters
+from ..server.trainer.remote import RemoteEngine
+from ..server.trainer.writer import RemoteWriter
 from ..state import SyncState
 from . import audit
 from .findings import Finding

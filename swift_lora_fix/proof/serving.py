@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .. import adapter as adapters
-from ..adapter import Adapter
-from ..engine.fused import FusedWriter
-from ..engine.handle import EngineHandle
-from ..merging import MergedModule, twin_of
-from ..server.remote import RemoteEngine
+from ..engine.vllm.handle import EngineHandle
+from ..engine.vllm.weights.fused import FusedWriter
+from ..policy import adapter as adapters
+from ..policy.adapter import Adapter
+from ..policy.merging import MergedModule, twin_of
+from ..server.trainer.remote import RemoteEngine
 
 
 class Apart:

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from swift_lora_fix import releases
-from tests.support.driver import Verification
-
 from .conftest import FAMILY, Runs
+
+from swift_lora_fix.install import releases
+from tests.support.driver import Verification
 
 pytestmark = pytest.mark.e2e
 

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support import forks
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
@@ -153,7 +153,7 @@ def test_an_apply_that_fails_leaves_nothing_behind() -> None:
         load_adapter = vars(peft.PeftModel)["load_adapter"]
         import swift_lora_fix
         assert vars(peft.PeftModel)["load_adapter"] is not load_adapter
-        import swift_lora_fix.releases as releases
+        import swift_lora_fix.install.releases as releases
         releases.CALLS += (releases.Target("NoSuchName", is_function=False),)
         try:
             swift_lora_fix.apply()
@@ -183,7 +183,7 @@ def test_off_keeps_everything_out() -> None:
 def test_megatron_is_refused_by_name_and_left_alone_otherwise() -> None:
     output = run_fresh("""
         import types, wrapt, swift_lora_fix
-        from swift_lora_fix import releases
+        from swift_lora_fix.install import releases
         # Megatron itself needs a GPU stack: a stand-in module under its name is what the import hook sees
         name = releases.megatron_modules()[0]
         sys.modules[name] = types.ModuleType(name)
@@ -205,7 +205,7 @@ def test_vllm_plugin_arms_only_below_an_armed_process() -> None:
         (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "swift_lora_fix"]
         entry.load()()
         import swift_lora_fix.vllm_plugin
-        print("armed", "swift_lora_fix.arming" in sys.modules and sys.modules["swift_lora_fix"].status().armed)
+        print("armed", "swift_lora_fix.install.arming" in sys.modules and sys.modules["swift_lora_fix"].status().armed)
     """
     assert "armed True" in run(script, SWIFT_LORA_FIX_ARMED="1")
 

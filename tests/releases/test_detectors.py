@@ -7,11 +7,10 @@ import textwrap
 from dataclasses import dataclass, replace
 
 import pytest
-
-from swift_lora_fix import releases
-
 from . import detectors
 from .walk import Call, calls_of
+
+from swift_lora_fix.install import releases
 
 # A sync with every defect cured: the unmerged base and the adapter first, then the adapter.
 GOOD_ROLLOUT = """

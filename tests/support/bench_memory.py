@@ -189,7 +189,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     seconds[name].append(time.perf_counter() - start)
     finally:
         shutil.rmtree(shm, ignore_errors=True)
-    from swift_lora_fix import releases
+    from swift_lora_fix.install import releases
 
     return {
         "date": datetime.date.today().isoformat(),

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-
 from . import bounds
 from .bounds import Probe
 

@@ -40,7 +40,7 @@ def trainer_of(engine: Any, model: Any) -> Any:
 
     import torch
 
-    from swift_lora_fix import releases
+    from swift_lora_fix.install import releases
 
     family = releases.family_of(releases.installed_swift() or "0")
     assert family is not None
@@ -75,10 +75,10 @@ def load_reference(engine: Any, trained: Any) -> None:
 def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from swift_lora_fix import adapter, merging
-    from swift_lora_fix.engine import base
-    from swift_lora_fix.engine.fused import FusedWriter
-    from swift_lora_fix.engine.handle import EngineHandle
+    from swift_lora_fix.engine.vllm.handle import EngineHandle
+    from swift_lora_fix.engine.vllm.weights import base
+    from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
+    from swift_lora_fix.policy import adapter, merging
     from swift_lora_fix.proof import audit
 
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from swift_lora_fix import diagnosis, releases
-from swift_lora_fix.settings import Settings
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.install import releases
+from swift_lora_fix.tools.doctor import facts as diagnosis
 from tests.support.environments import Environment, swift_lora_fix
 
 SWIFT = releases.installed_swift() or "0"

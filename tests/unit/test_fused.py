@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import swift_lora_fix
-from swift_lora_fix import adapter, choice, errors, merging, scope, sync
-from swift_lora_fix.engine import base
-from swift_lora_fix.engine.fused import FusedWriter
+from swift_lora_fix import choice, errors, scope, sync
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
+from swift_lora_fix.policy import adapter, merging
 from swift_lora_fix.proof import audit
 from swift_lora_fix.proof.serving import standing_in
-from swift_lora_fix.settings import Settings
 from tests.support.peft_models import peft_model, trainer_of
 
 FIRST = "base_model.model.first.base_layer.weight"

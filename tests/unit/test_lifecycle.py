@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors, releases, scope, sync
-from swift_lora_fix.engine import base, loader
-from swift_lora_fix.engine.handle import ADAPTER_ID, EngineHandle
-from swift_lora_fix.engine.writer import AdapterWriter
+from swift_lora_fix import errors, scope, sync
+from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, EngineHandle
+from swift_lora_fix.engine.vllm.slots import loader
+from swift_lora_fix.engine.vllm.slots.writer import AdapterWriter
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.install import releases
+from swift_lora_fix.policy import adapter
 from swift_lora_fix.proof import guard
 from tests.support.peft_models import peft_model, trainer_of
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors, origin
+from swift_lora_fix import errors
+from swift_lora_fix.policy import adapter, origin
 from tests.support.peft_models import peft_model
 
 

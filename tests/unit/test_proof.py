@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import adapter, digest, errors, metrics, state
-from swift_lora_fix.engine import base, loader, staging
+from swift_lora_fix import errors, metrics, state
+from swift_lora_fix.common import digest
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.engine.vllm.slots import loader, staging
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.policy import adapter
 from swift_lora_fix.proof import audit, gate
-from swift_lora_fix.settings import Settings
 from tests.support.peft_models import peft_model, trainer_of
 from tests.unit.test_writer import planned
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from swift_lora_fix import run_report
-from swift_lora_fix.cli import report as verb
+from swift_lora_fix.tools.report import facts as run_report
+from swift_lora_fix.tools.report import view as verb
 from tests.support.environments import Environment, swift_lora_fix
 
 FLOOR = 0.0014

@@ -16,14 +16,15 @@ import requests
 import safetensors
 import torch
 
-from swift_lora_fix import adapter, errors
-from swift_lora_fix.digest import checksum
-from swift_lora_fix.engine import base
-from swift_lora_fix.engine.staging import host_digest
-from swift_lora_fix.server import remote
-from swift_lora_fix.server.client import Servers
-from swift_lora_fix.server.protocol import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
-from swift_lora_fix.server.writer import RemoteWriter
+from swift_lora_fix import errors
+from swift_lora_fix.common.digest import checksum
+from swift_lora_fix.engine.vllm.slots.staging import host_digest
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.server.trainer import remote
+from swift_lora_fix.server.trainer.client import Servers
+from swift_lora_fix.server.trainer.writer import RemoteWriter
+from swift_lora_fix.server.wire import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
 from tests.support.peft_models import peft_model
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors
-from swift_lora_fix.engine import plan, writer
+from swift_lora_fix import errors
+from swift_lora_fix.engine.vllm.slots import plan, writer
+from swift_lora_fix.policy import adapter
 from tests.support.peft_models import peft_model
 
 
@@ -133,7 +134,7 @@ def test_a_proof_finds_what_vllm_wrote_otherwise_or_besides() -> None:
 
 
 def test_settings() -> None:
-    from swift_lora_fix.settings import Settings
+    from swift_lora_fix.common.settings import Settings
 
     assert Settings.from_environment({}).writer == "direct"
     assert Settings.from_environment({"SWIFT_LORA_FIX_WRITER": "Loader"}).writer == "loader"

@@ -23,9 +23,10 @@ class _Bench:
     def __init__(self, trainer):
         from vllm.lora.request import LoRARequest
 
-        from swift_lora_fix import adapter, merging
-        from swift_lora_fix.engine import base, handle
-        from swift_lora_fix.engine.fused import FusedWriter
+        from swift_lora_fix.engine.vllm import handle
+        from swift_lora_fix.engine.vllm.weights import base
+        from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
+        from swift_lora_fix.policy import adapter, merging
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         bound, modules = adapter.bind(model, apart=False), merging.bind(model, adapter.DEFAULT_ADAPTER)

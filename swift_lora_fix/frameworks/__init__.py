@@ -1,0 +1,1 @@
+"""The training frameworks: what the package asks of a trainer, and how each framework answers."""

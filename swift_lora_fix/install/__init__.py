@@ -1,0 +1,1 @@
+"""What is patched, on which releases, and when the patches go in and out."""
