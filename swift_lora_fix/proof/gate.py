@@ -26,16 +26,10 @@ from ..policy.adapter import Adapter
 from ..server.wire import PROBE
 from .findings import Finding
 from .serving import Apart, Fused
+from .verdict import FLOOR_CEILING, Distance, Verdict, distance_between
 
 GATE = "agreement gate"
 NEW_TOKENS = 16
-# A match may stand this many noise floors off, in the mean. Measured on real runs: a trained LoRA makes logits, and
-# bf16's steps with them, larger than the plain base's, up to 1.9 floors; a double count stood at 20 to 300.
-FLOORS = 4.0
-# Nats. Floors of right engines so far: 0.005 to 0.06. Above this the engine computes something else from the base,
-# which no check of its bits shows: its kernels expect the weights in another layout.
-FLOOR_CEILING = 0.5
-MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
 
@@ -49,59 +43,6 @@ class Answer:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Distance:
-    """|engine - trainer| over the probe's tokens, in nats: mean and maximum; kl is the k3 estimate of
-    KL(engine || trainer), the mean of r - 1 - log r with r = p_trainer / p_engine (http://joschu.net/blog/kl-approx.html).
-    """
-
-    mean: float
-    max: float
-    kl: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One passage through the gate. control_base, control_double: mean |logprob difference| in nats to what the trainer
-    says without the adapter and with twice the adapter. rounding: in fused mode, by how much (the same mean) the one
-    rounding of the merged weights moves what the trainer says; 0 otherwise."""
-
-    distance: Distance
-    floor: Distance
-    control_base: float
-    control_double: float
-    rounding: float = 0.0
-
-    @property
-    def bound(self) -> float:
-        return FLOORS * max(self.floor.mean + self.rounding, MINIMUM_FLOOR)
-
-    @property
-    def agrees(self) -> bool:
-        return self.distance.mean <= self.bound  # False for NaN
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """Whether the engine's answers would have failed with the base alone, and with twice the adapter."""
-        return min(self.control_base, self.control_double) > self.bound
-
-    @property
-    def reservation(self) -> str:
-        """What a match does not tell yet, in words; empty where it tells everything."""
-        controls = {"the plain base": self.control_base, "twice the adapter": self.control_double}
-        near = [name for name, control in controls.items() if not control > self.bound]
-        return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
-
-    def __str__(self) -> str:
-        return (
-            f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
-            f"KL {self.distance.kl:.3g}), "
-            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise"
-            f"{f' and that of rounding the merged weights ({self.rounding:.3g})' if self.rounding else ''}; "
-            f"to the base without the adapter {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}"
-        )
 
 
 class Gate:
@@ -172,13 +113,13 @@ class Gate:
         rounding = 0.0
         if self.serving.rounds:
             rounding = _mean_difference(held, self._score(answers, self.serving.trainer_as_rounded()))
-        controls = [distance_of(answers, scores).mean for scores in (base, double)]
-        return Verdict(distance_of(answers, held), self.floor, controls[0], controls[1], rounding), answers
+        controls = [gap_of(answers, scores).mean for scores in (base, double)]
+        return Verdict(gap_of(answers, held), self.floor, controls[0], controls[1], rounding), answers
 
     def _measure_floor(self, infer: Infer, requests: Sequence[Any], config: Any) -> Distance:
         with self.serving.engine_without_adapter():
             answers = ask(infer, requests[0], config, prompts(self.trainer) * self.serving.copies)
-        return distance_of(*self._worst(answers, self._score(answers, self.serving.trainer_without_adapter())))
+        return gap_of(*self._worst(answers, self._score(answers, self.serving.trainer_without_adapter())))
 
     def _worst(
         self, answers: Sequence[Answer], scores: Sequence[list[float]]
@@ -186,7 +127,7 @@ class Gate:
         """Of several engines' answers to the same prompts, one engine's after the other's, those furthest off."""
         size = len(answers) // self.serving.copies
         parts = [slice(start, start + size) for start in range(0, len(answers), size)]
-        gaps = [distance_of(answers[part], scores[part]).mean for part in parts]
+        gaps = [gap_of(answers[part], scores[part]).mean for part in parts]
         worst = parts[max(range(len(parts)), key=lambda index: math.inf if math.isnan(gaps[index]) else gaps[index])]
         return list(answers[worst]), list(scores[worst])
 
@@ -252,14 +193,11 @@ def score(model: torch.nn.Module, answers: Sequence[Answer], device: torch.devic
     return found
 
 
-def distance_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) -> Distance:
+def gap_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) -> Distance:
     """Between the engine's logprobs and the trainer's ``scores`` of the same tokens."""
-    gaps = [held - served for answer, row in zip(answers, scores) for served, held in zip(answer.logprobs, row)]
-    if not gaps or not all(map(math.isfinite, gaps)):
-        return Distance(math.nan, math.nan, math.nan)
-    kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]
-    sizes = [abs(gap) for gap in gaps]
-    return Distance(sum(sizes) / len(sizes), max(sizes), sum(kl) / len(kl))
+    return distance_between(
+        [held - served for answer, row in zip(answers, scores) for served, held in zip(answer.logprobs, row)]
+    )
 
 
 def _mean_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, Runs
 
 from tests.support import bounds
 from tests.support.driver import Run
+
+from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, Runs
 
 pytestmark = pytest.mark.e2e
 

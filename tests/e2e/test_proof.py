@@ -6,10 +6,11 @@ import json
 import re
 
 import pytest
-from .conftest import Runs
 
 from tests.support.driver import Run
 from tests.support.faults import CLEAN_SYNCS, FAULTS, messages, named, records, verdicts
+
+from .conftest import Runs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.needs("faults", "train_fixed")]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, DOWNCASTS, FIRST_BATCH_BASE, LAST_STEP, Runs
 
 from tests.support import bounds
 from tests.support.driver import Run
+
+from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, DOWNCASTS, FIRST_BATCH_BASE, LAST_STEP, Runs
 
 pytestmark = pytest.mark.e2e
 

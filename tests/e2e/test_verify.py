@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from .conftest import FAMILY, Runs
 
 from swift_lora_fix.install import releases
 from tests.support.driver import Verification
+
+from .conftest import FAMILY, Runs
 
 pytestmark = pytest.mark.e2e
 

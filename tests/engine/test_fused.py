@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from .test_parity import OLD_VLLM, SYNCS, run_cases
 
 from tests.support import forks
+
+from .test_parity import OLD_VLLM, SYNCS, run_cases
 
 pytestmark = pytest.mark.e2e
 

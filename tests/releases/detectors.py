@@ -12,10 +12,10 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from .walk import Call, FunctionNode, calls_of, find_class, methods_of
-
 from swift_lora_fix.install import releases
 from swift_lora_fix.install.releases import ENGINE_CLASS, ROLLOUT_CLASS
+
+from .walk import Call, FunctionNode, calls_of, find_class, methods_of
 
 
 class Source(Hashable, Protocol):

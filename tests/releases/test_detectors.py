@@ -7,10 +7,11 @@ import textwrap
 from dataclasses import dataclass, replace
 
 import pytest
-from . import detectors
-from .walk import Call, calls_of
 
 from swift_lora_fix.install import releases
+
+from . import detectors
+from .walk import Call, calls_of
 
 # A sync with every defect cured: the unmerged base and the adapter first, then the adapter.
 GOOD_ROLLOUT = """

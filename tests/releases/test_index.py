@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from packaging.version import Version
-from . import detectors
-from .wheels import CACHE, Wheel, download_all, published, wheel
 
 from swift_lora_fix.install import releases
+
+from . import detectors
+from .wheels import CACHE, Wheel, download_all, published, wheel
 
 VERSIONS, INDEX_ERROR = published()
 TABLED = [version for version in VERSIONS if releases.family_of(version)]

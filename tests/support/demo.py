@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from swift_lora_fix.install import releases
+
 from . import bounds
 from .demo_report import RELEASE_TITLE, Check, Outcome, save_chart, table
 from .driver import REPOSITORY, Run, make_model, this_python
-
-from swift_lora_fix.install import releases
 
 CHECKPOINT_STEP = 2
 KILL_STEP = 3

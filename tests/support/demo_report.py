@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+
 from . import bounds
 from .bounds import Probe
 

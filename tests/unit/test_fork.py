@@ -16,13 +16,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from .test_origin import decide
 
 from swift_lora_fix import cli, errors
 from swift_lora_fix.policy import adapter
 from swift_lora_fix.policy.files import check_fork, sha256_of
 from swift_lora_fix.tools.fork import Fork, fork
 from tests.support.peft_models import Tiny, peft_model
+
+from .test_origin import decide
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "trainer_state.json"
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

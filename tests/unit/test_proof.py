@@ -173,10 +173,10 @@ def test_a_verdict_is_relative_to_the_floor_and_says_what_it_cannot_tell() -> No
 
 def test_distance_is_mean_max_and_k3() -> None:
     answers = [gate.Answer((1,), (2, 3), (-1.0, -2.0))]
-    found = gate.distance_of(answers, [[-1.5, -2.0]])
+    found = gate.gap_of(answers, [[-1.5, -2.0]])
     assert found.mean == 0.25 and found.max == 0.5
     assert found.kl == pytest.approx((2.718281828**-0.5 - 1 + 0.5) / 2)
-    assert not gate.distance_of(answers, [[float("nan"), 0.0]]).mean == 0
+    assert not gate.gap_of(answers, [[float("nan"), 0.0]]).mean == 0
 
 
 def test_scores_are_the_models_own_whatever_the_padding() -> None:

@@ -197,11 +197,3 @@ def test_progress_is_shown_for_what_takes_long(
     assert verb.run(arguments) == 0
     captured = capsys.readouterr()
     assert ("Reading the log" in captured.err) is shown and "Reading the log" not in captured.out
-
-
-def test_the_bounds_are_the_gates() -> None:
-    from swift_lora_fix.proof import gate
-
-    assert (run_report.FLOORS, run_report.MINIMUM_FLOOR) == (gate.FLOORS, gate.MINIMUM_FLOOR)
-    exact = run_report.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
-    assert exact.is_distinguishable and not exact.is_above, "float32's own rounding"

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ...errors import MissingPackageError, RunLogError
+from ...proof.verdict import FLOORS, MINIMUM_FLOOR
 
 LOG_NAME = "logging.jsonl"
 CHART_NAME = "lora_sync.png"
 PREFIX = "lora_sync/"
 STEP = "global_step/max_steps"
-# The gate's own bounds (proof/gate.py), not imported from there because that loads torch.
-FLOORS = 4.0
-MINIMUM_FLOOR = 1e-5
 STAGES = ("validate", "write", "caches", "wait")  # parts of ``seconds``
 REST = "rest"  # of ``seconds``
 AUDIT = "audit"  # beside ``seconds``, as is the gate, which is rare and would dwarf the rest

@@ -20,8 +20,9 @@ from ...common.digest import checksum
 from ...engine.vllm.handle import EngineHandle
 from ...install import releases
 from ...policy import adapter
-from ...proof.gate import Distance, Gate
+from ...proof.gate import Gate
 from ...proof.serving import Apart
+from ...proof.verdict import Distance
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
 FLOOR = "SWIFT_LORA_FIX_VERIFY_FLOOR"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingPackageError
 from ...proof.findings import CAUSES
+from ...proof.verdict import MINIMUM_FLOOR
 from .runs import Side, Sync
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Result:
                     str(number),
                     f"{sync.mean:.4g}",
                     f"{sync.max:.4g}",
-                    f"{sync.mean / max(sync.floor, 1e-5):.1f}",
+                    f"{sync.mean / max(sync.floor, MINIMUM_FLOOR):.1f}",
                     f"{sync.seconds * 1e3:.1f} ms",
                     f"{sync.base_changed}/{sync.base_tensors}",
                     f"{sync.lora_changed}/{sync.lora_tensors}",
