@@ -197,3 +197,8 @@ def test_progress_is_shown_for_what_takes_long(
     assert verb.run(arguments) == 0
     captured = capsys.readouterr()
     assert ("Reading the log" in captured.err) is shown and "Reading the log" not in captured.out
+
+
+def test_a_mismatch_of_float32s_own_rounding_is_no_alarm() -> None:
+    exact = run_report.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
+    assert exact.is_distinguishable and not exact.is_above
