@@ -144,10 +144,10 @@ def remove() -> Status:
         patch_set.undo()
     _disarm("removed")
     _arming.by_name = False
-    if f"{PACKAGE}.sync" in sys.modules:
-        from .. import sync
+    if f"{PACKAGE}.session" in sys.modules:
+        from .. import session
 
-        sync.forget()
+        session.forget()
     return status()
 
 
@@ -304,9 +304,9 @@ def _server_sets() -> tuple[PatchSet, ...]:
 
 
 def _run() -> dict[str, Any] | None:
-    if f"{PACKAGE}.sync" not in sys.modules:
+    if f"{PACKAGE}.session" not in sys.modules:
         return None
-    from .. import sync
+    from .. import session
 
-    state = sync.latest()
-    return state.summary() if state is not None else None
+    newest = session.latest()
+    return newest.summary() if newest is not None else None

@@ -346,6 +346,11 @@ def rollout_modules() -> tuple[str, ...]:
     return tuple(dict.fromkeys(f.layout.rollout_module for f in reversed(FAMILIES)))
 
 
+def tuner_arguments() -> tuple[str, ...]:
+    """Every name that the argument has had that says what is trained (``lora``), newest first."""
+    return tuple(dict.fromkeys(f.layout.tuner_argument for f in reversed(FAMILIES)))
+
+
 def server_modules() -> tuple[str, ...]:
     """Every module that has held the rollout server, newest first."""
     return tuple(dict.fromkeys(f.layout.server_module for f in reversed(FAMILIES)))

@@ -63,12 +63,14 @@ def record_load(model: Any, adapter_name: str, folder: Any) -> None:
     _loads.setdefault(model, {})[adapter_name] = os.fspath(folder)
 
 
-def determine(model: Any, adapter: Adapter, held: dict[str, torch.Tensor], args: Any, step: int) -> AdapterOrigin:
+def determine(
+    model: Any, adapter: Adapter, held: dict[str, torch.Tensor], claimed: str | None, step: int
+) -> AdapterOrigin:
     """Say where the adapter came from and check it against its file.
 
     Args:
         model: the trainer's PeftModel. adapter: its adapter. held: what the trainer holds of it, whole, on the CPU.
-        args: the training arguments (``resume_from_checkpoint``).
+        claimed: the checkpoint that the run claims to go on from (``resume_from_checkpoint``).
         step: the trainer's ``global_step`` now.
 
     Raises:
@@ -77,8 +79,6 @@ def determine(model: Any, adapter: Adapter, held: dict[str, torch.Tensor], args:
         ResumeMismatchError: the trainer's tensors are not the file's; names both.
     """
     loads = _loads.get(model, {})
-    claimed = getattr(args, "resume_from_checkpoint", None)
-    claimed = claimed if isinstance(claimed, (str, os.PathLike)) else None
     folder = _folder(claimed, loads.get(adapter.name))
     norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
     b_is_zero = not any(bool(value.any()) for key, value in held.items() if _is_b(key))

@@ -16,9 +16,9 @@ class FiniteCheck:
     """One fused check that every value is finite, also once it is scaled and cast to the LoRA dtype."""
 
     def __init__(
-        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, everywhere: Callable[[bool], bool]
+        self, adapter: Adapter, dtype: torch.dtype, device: torch.device, all_ranks: Callable[[bool], bool]
     ) -> None:
-        self.adapter, self.dtype, self.everywhere = adapter, dtype, everywhere
+        self.adapter, self.dtype, self.all_ranks = adapter, dtype, all_ranks
         self.scales = torch.tensor([entry.scale for entry in adapter.entries])
         self.replayed = Replayed(self._check, device)
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -42,7 +42,7 @@ class FiniteCheck:
         """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none."""
         assert self._begun is not None, "begin() comes first"
         (good, all_good), self._begun = self._begun, None
-        if not self.everywhere(bool(all_good)):
+        if not self.all_ranks(bool(all_good)):
             bad = [entry.key for entry, fine in zip(self.adapter.entries, good.tolist()) if not fine]
             raise NonFiniteAdapterError(
                 f"The trainer's adapter has values that are not finite in {self.dtype}: "

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import CacheResetError, EngineStateError
+from ...frameworks.trainer import TrainerPort
 from ...install import releases
 
 # One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora), before
@@ -20,31 +21,31 @@ ADAPTER_PATH = "swift_dummy_lora_path"
 
 @dataclass(frozen=True)
 class EngineHandle:
-    """``engine`` is ms-swift's ``GRPOVllmEngine`` with the executor in this process (colocate)."""
+    """``llm_engine`` is a ``vllm.LLMEngine`` with the executor in this process (colocate)."""
 
-    engine: Any
+    llm_engine: Any
 
-    is_remote: ClassVar[bool] = False
+    is_shared: ClassVar[bool] = False
+
+    def is_of(self, trainer: TrainerPort) -> bool:
+        """Whether the trainer (still) has this engine."""
+        return trainer.vllm_engine is self.llm_engine
 
     def make_ready(self) -> bool:
-        """Before rollouts: whether something had to be brought back. What is in this process is there."""
+        """Nothing has to be brought back: what is in this process is there."""
         return False
 
     def generate(self, infer: Callable[[], Any]) -> Any:
-        """Rollouts, by ms-swift's own way."""
+        """Rollouts, by the framework's own way."""
         return infer()
 
     @property
-    def llm_engine(self) -> Any:
-        return self.engine.engine
-
-    @property
     def executor(self) -> Any:
-        return self.engine.inner_model_executor
+        return self.llm_engine.model_executor
 
     @property
     def model(self) -> torch.nn.Module:
-        return self.engine.inner_model
+        return self.worker.model_runner.model
 
     @property
     def lora_config(self) -> Any:
@@ -65,11 +66,16 @@ class EngineHandle:
 
     @property
     def load_format(self) -> str:
-        return str(getattr(self.llm_engine.vllm_config.load_config, "load_format", ""))
+        return str(self.llm_engine.vllm_config.load_config.load_format)
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of vLLM's prefix cache. Before the engine has decided on one, 16."""
+        return int(self.llm_engine.vllm_config.cache_config.block_size or 16)
 
     @property
     def is_asleep(self) -> bool:
-        return bool(getattr(self.executor, "is_sleeping", False))
+        return bool(self.executor.is_sleeping)
 
     def slot_index(self) -> int | None:
         """Which LoRA slot holds the adapter."""
@@ -111,16 +117,13 @@ class EngineHandle:
 
 @dataclass(frozen=True)
 class WorkerHandle(EngineHandle):
-    """The same, seen from within one of vLLM's workers: ``engine`` is the worker."""
-
-    @property
-    def llm_engine(self) -> Any:
-        return self.engine  # it has vllm_config, add_lora, remove_lora, list_loras
+    """The same, seen from within one of vLLM's workers. ``llm_engine`` is the worker: it has ``vllm_config``,
+    ``add_lora``, ``remove_lora`` and ``list_loras`` as well."""
 
     @property
     def worker(self) -> Any:
-        return self.engine
+        return self.llm_engine
 
     @property
     def model(self) -> torch.nn.Module:
-        return self.engine.get_model()
+        return self.worker.get_model()

@@ -1,41 +1,53 @@
-"""The hooks into ms-swift and PEFT. No logic here: each hands over to the stage it belongs to."""
+"""The hooks into ms-swift and PEFT. No logic here: each hands over to the session of its trainer."""
 
 from __future__ import annotations
 
 from typing import Any, Callable
 
-from ... import sync
+from ... import session as sessions
 from ...install.registry import Patch, PatchSet
 from ...policy import origin
-from ...proof import guard
 from ...server.trainer.remote import prepare_client
+from .port import SwiftRollout, SwiftTrainer, tag
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
 def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    prepare_client(getattr(trainer, "vllm_client", None))
+    prepare_client(SwiftTrainer(trainer).server_client_to_be)
     result = wrapped(*args, **kwargs)
-    sync.begin(trainer)
+    sessions.begin(trainer, SwiftTrainer(trainer))
     return result
 
 
 def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    state = sync.state_of(trainer)
+    session = sessions.session_of(trainer)
     # with --async_generate servers are at work, and answer nothing else: they are asked just before the next rollout
-    if state is not None and not getattr(trainer.args, "async_generate", False):
-        sync.note_losses(trainer, state)
-    return wrapped(*args, **kwargs)
+    if session is not None and not session.trainer.is_asynchronous:
+        session.invalidate_if_lost()
+    result = wrapped(*args, **kwargs)
+    session = sessions.session_of(trainer)
+    if session is not None and session.after_rollout():
+        result = wrapped(*args, **kwargs)
+        session.after_rollout()
+    return result
 
 
 def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    state = sync.state_to_sync(trainer)
-    if state is None:
+    if not sessions.is_known(trainer):
+        sessions.begin(trainer, SwiftTrainer(trainer))
+    session = sessions.session_of(trainer)
+    if session is None:
         return wrapped(*args, **kwargs)
-    if getattr(trainer.args, "async_generate", False) and not _skips_async_check(*args, **kwargs):
-        trainer._wait_queue()  # as ms-swift's own does
-    return sync.synchronize(trainer, state)
+    port = session.trainer
+    if port.is_asynchronous and not _skips_async_check(*args, **kwargs):
+        port.wait_for_rollouts()  # as ms-swift's own does
+    session.synchronize()
+    if port.is_asynchronous and port.is_main_rank:
+        # rollouts are made in another thread, while the next step is trained: only now is the policy the trainer's
+        session.before_rollout(SwiftTrainer(trainer).probe_rollout())
+    return None
 
 
 def _skips_async_check(skip_async_check: bool = False) -> bool:
@@ -43,23 +55,15 @@ def _skips_async_check(skip_async_check: bool = False) -> bool:
 
 
 def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    state = sync.state_of(trainer)
-    if state is None:
+    session = sessions.session_of(trainer)
+    if session is None:
         return wrapped(*args, **kwargs)
 
     def infer(*args: Any, **kwargs: Any) -> Any:
-        engine = (sync.state_of(trainer) or state).engine  # a repair may have made another one
-        return engine.generate(lambda: wrapped(*args, **kwargs))
+        return session.engine.generate(lambda: wrapped(*args, **kwargs))
 
-    if state.engine.make_ready():
-        state.proof.note_disturbance()
-        state.proof.examined = False
-    guard.before_rollout(trainer, state, infer, *_requests_and_config(*args, **kwargs))
-    return guard.tag(sync.state_of(trainer) or state, infer(*args, **kwargs))
-
-
-def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    return infer_requests, request_config
+    session.before_rollout(SwiftRollout(infer, *args, **kwargs))
+    return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
 
 
 def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:

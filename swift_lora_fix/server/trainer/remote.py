@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from ...common.clock import Clock
 from ...common.log import info, warning
 from ...common.settings import Settings
-from ...engine.vllm.slots.writer import Clock
 from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
+from ...frameworks.trainer import TrainerPort
 from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
 from .client import Fresh, Servers
 from .nccl import Connections, drop
@@ -32,12 +33,13 @@ MISSING = 404  # what a server answers that does not see our folders
 class RemoteEngine:
     """The rollout servers of one trainer. ``engine`` is ms-swift's ``VLLMClient``, None but on the main rank."""
 
-    is_remote = True
+    is_shared = True
     is_asleep = False
+    cache_block = 128  # vLLM's largest default, of its CPU backend
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: TrainerPort) -> None:
         settings = Settings.from_environment()
-        self.engine = getattr(trainer, "vllm_client", None) if trainer.accelerator.is_main_process else None
+        self.engine = trainer.server_client
         self.servers: Servers | None = None
         self.policy: Policy | None = None  # what all of them serve
         self.seconds: dict[str, float] = {}  # what the last switch took: ``stage`` and ``commit``
@@ -68,11 +70,9 @@ class RemoteEngine:
     def max_lora_rank(self) -> int:
         return min(int(status["max_lora_rank"]) for status in self.statuses)
 
-    def check_idle(self) -> None:
-        """Servers take one command at a time: a policy waits for the rollouts before it."""
-
-    def reset_caches(self) -> None:
-        """Servers do that when they switch."""
+    def is_of(self, trainer: TrainerPort) -> bool:
+        """Whether the trainer still has this client. On other ranks there is none to lose."""
+        return self.engine is None or trainer.server_client is self.engine
 
     def on_restart(self, restore: Callable[[list[int]], None]) -> None:
         """``restore`` sends the policy to these servers, which lost it; from the main rank alone."""
@@ -313,18 +313,18 @@ def _mount(client: Any, seconds: float | None) -> None:
             session.mount(scheme, Fresh(seconds))
 
 
-def why_not(trainer: Any) -> str | None:
+def why_not(trainer: TrainerPort) -> str | None:
     """Why the trainer's rollout servers take no policies, in words; None where they do. All ranks together."""
     settings = Settings.from_environment()
     reason: list[str | None] = [None]
-    if trainer.accelerator.is_main_process:
-        servers = Servers(trainer.vllm_client.base_urls, settings.api_key, settings.server_deadline)
+    if trainer.is_main_rank:
+        servers = Servers(trainer.server_client.base_urls, settings.api_key, settings.server_deadline)
         try:
             servers.each(lambda index: servers.get(index, "status"))
         except RolloutServerError as error:
             reason = [str(error)]
             if error.status == MISSING:
                 reason = ["the rollout server is without swift_lora_fix: start it with --external_plugins, too"]
-    if trainer.accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(reason, src=0, device=trainer.accelerator.device)
+    if trainer.ranks > 1:
+        torch.distributed.broadcast_object_list(reason, src=0, device=trainer.device)
     return reason[0]

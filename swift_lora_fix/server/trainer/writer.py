@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 
+from ...common.clock import Clock
 from ...common.digest import checksum
 from ...common.log import info, warning
+from ...common.ranks import ranks_agree
+from ...engine.port import ServingPort, WriteReport
 from ...engine.vllm.finite import FiniteCheck
 from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging, host_digest
-from ...engine.vllm.slots.writer import Clock, WriteReport, ranks_agree
 from ...engine.vllm.weights import base
 from ...errors import BaseMismatchError, EngineStateError, RolloutServerError, UnsupportedAdapterError
+from ...frameworks.trainer import TrainerPort
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ..wire import Layout, Policy, plain_config, root_of
@@ -29,15 +32,16 @@ Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, wh
 
 
 class RemoteWriter:
-    """Sends one trainer's adapter to its servers, again and again. ``device`` is the trainer's."""
+    """Sends one trainer's adapter to its servers, again and again."""
 
-    changing: frozenset[str] = frozenset()
-    plan = expected = None  # nobody here sees the servers' slots: they check what they load
+    mode: ClassVar[Literal["adapter", "fused"]] = "adapter"
+    keeps_base = False  # what servers were sent, this object alone knows
+    slots = weights = None  # nobody here sees the servers' memory: they compare what they load
 
-    def __init__(self, trainer: Any, engine: RemoteEngine, adapter: Adapter) -> None:
-        self.engine, self.adapter = engine, adapter
-        self.device, self.ranks = trainer.accelerator.device, int(trainer.accelerator.num_processes)
-        self._trainer = weakref.ref(trainer)
+    def __init__(self, trainer: TrainerPort, engine: RemoteEngine, adapter: Adapter) -> None:
+        self.trainer, self.engine, self.adapter = trainer, engine, adapter
+        self.device, self.ranks = trainer.device, trainer.ranks
+        self.serving: ServingPort = RemoteServing(engine, adapter)
         self._dtype = engine.lora_dtype or torch.bfloat16
         self._staging: Staging | None = None
         self._sent: Parcel | None = None
@@ -46,7 +50,7 @@ class RemoteWriter:
         self._sums: Sums = {}
         self._has_pushed = False  # the base went over NCCL
         self._run = uuid.uuid4().hex[:16]
-        self._check = FiniteCheck(adapter, self._dtype, self.device, self.everywhere)
+        self._check = FiniteCheck(adapter, self._dtype, self.device, self.all_ranks)
         if engine.servers is not None:
             self._store = Store(Path(root_of()), self._run)
             if adapter.max_rank > engine.max_lora_rank:
@@ -61,7 +65,7 @@ class RemoteWriter:
         """Where the adapter ends up, in words."""
         return f"{len(self.engine.servers.urls) if self.engine.servers else 0} rollout servers"
 
-    def everywhere(self, fine: bool) -> bool:
+    def all_ranks(self, fine: bool) -> bool:
         """Whether it is fine on all ranks: only the main one sees the servers."""
         return fine if self.ranks == 1 else ranks_agree(fine, self.device)
 
@@ -73,30 +77,21 @@ class RemoteWriter:
         """Servers refuse rollouts of a policy that they do not serve."""
         return None
 
-    def accept(self) -> None:
-        """Nothing was looked at."""
-
-    def forget(self) -> None:
-        """All servers are sent everything at the next sync anyway."""
-
     def adapted_parameters(self) -> set[str]:
-        return set()
+        return set()  # of the engine's parameters nothing is known here
 
-    def accept_base(self, pushed: Any) -> None:
-        raise AssertionError("servers are asked what they hold (prove_base)")
-
-    def prove_base(self, model: torch.nn.Module) -> None:
+    def send_base(self) -> None:
         """Compare the trainer's base with the model folders that the servers started from, tensor by tensor. Where it
         differs it is sent, if NCCL is open to all of them.
 
         All ranks together. Raises BaseMismatchError where it differs and cannot be sent.
         """
-        self._sums = _sums(model, self.adapter, self.device)
+        self._sums = _sums(self.trainer.model, self.adapter, self.device)
         problem = self._on_main(lambda: self._compare(self._sums))
         if problem is None:
             return
         sends = isinstance(problem, BaseMismatchError) and self.engine.reaches_all
-        if not self.everywhere(sends or self.engine.servers is None):
+        if not self.all_ranks(sends or self.engine.servers is None):
             raise problem
         self._push_base(str(problem))
         failed = self._on_main(self.engine.check_pushed)
@@ -105,12 +100,10 @@ class RemoteWriter:
 
     def _push_base(self, why: str) -> None:
         """All ranks together, which gather what is sharded."""
-        trainer = self._trainer()
-        assert trainer is not None
         if self.engine.servers is not None:
             info(f"the base is sent over NCCL, unmerged. {why}")
             self.engine.forget_failures()
-        base.send(trainer, self.adapter)
+        base.send(self.trainer, self.adapter)
         self._has_pushed = True
 
     def _compare(self, sums: Sums) -> None:
@@ -151,7 +144,7 @@ class RemoteWriter:
         """The policy digest of whole CPU values by PEFT key: of the adapter as the servers are to hold it."""
         return host_digest(self.adapter, held, self._dtype)
 
-    def write(self, keep_views: bool = True) -> WriteReport:
+    def write(self) -> WriteReport:
         """Have every server serve the trainer's adapter as it is now, or none of them. All ranks together."""
         return self._write(False)
 
@@ -184,16 +177,11 @@ class RemoteWriter:
                 self._staging.fill(chunk, values)
         return self._staging, self._staging.digest()
 
-    def finish(self) -> None:
-        """The servers have answered."""
-
     def _send(self, digest: str, staging: Staging, by_reference: bool) -> None:
-        trainer = self._trainer()
-        assert trainer is not None
         restarted = self.engine.restarted()
         if restarted:
             self._renew(restarted)
-        policy = Policy(self._version, trainer.state.global_step, digest, self._run)
+        policy = Policy(self._version, self.trainer.step, digest, self._run)
         self._layout = self._layout or self._describe()
         parcel = Parcel(policy, self._layout, staging, self._store)
         try:
@@ -274,3 +262,25 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
         with adapters.whole([parameter], adapter.sharding, device) as (value,):
             found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
     return found
+
+
+class RemoteServing:
+    """vLLM's LoRA layers of the rollout servers apply it. Nothing is rounded that the trainer does not round too."""
+
+    rounds, reset_caches = False, None
+
+    def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
+        self._servers, self._adapter = engine, adapter
+        # ms-swift's client gives each server its share of the requests, one after the other
+        self.copies = len(engine.servers.urls) if engine.servers is not None else 1
+
+    @contextlib.contextmanager
+    def engine_without_adapter(self) -> Iterator[None]:
+        with self._servers.plain():
+            yield
+
+    def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        return adapters.scaled(self._adapter, 0.0)
+
+    def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
+        raise AssertionError("nothing is rounded here")

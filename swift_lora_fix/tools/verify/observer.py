@@ -17,11 +17,13 @@ import torch
 import wrapt
 
 from ...common.digest import checksum
+from ...engine.vllm.colocated import AdapterServing
 from ...engine.vllm.handle import EngineHandle
+from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
+from ...frameworks.trainer import RolloutPort
 from ...install import releases
 from ...policy import adapter
 from ...proof.gate import Gate
-from ...proof.serving import Apart
 from ...proof.verdict import Distance
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
@@ -32,8 +34,8 @@ class Observer:
     """Watches one trainer."""
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.trainer = SwiftTrainer(trainer)
+        self.model = self.trainer.model
         self.base = self._base_checksums()
         self.gate: Gate | None = None
         self.seconds = 0.0
@@ -50,20 +52,21 @@ class Observer:
         self.lora_changed = sum(a != b for a, b in zip(before, self._lora()))
         return result
 
-    def look(self, infer: Any, requests: Any, config: Any) -> None:
+    def look(self, rollout: RolloutPort) -> None:
         """At the first rollout after a sync."""
-        if not self.is_new or not requests:
+        if not self.is_new or not rollout.has_requests:
             return
         self.is_new = False
         if self.gate is None:
-            bound = adapter.bind(self.model)
-            self.gate = Gate(self.trainer, bound, lambda fine: fine, Apart(EngineHandle(self.trainer.engine), bound))
+            bound, engine = adapter.bind(self.model), EngineHandle(self.trainer.vllm_engine)
+            serving = AdapterServing(self.trainer, engine, bound)
+            self.gate = Gate(self.trainer, bound, serving, engine.cache_block, lambda fine: fine)
             known = os.environ.get(FLOOR)
             self.gate.floor = Distance(*json.loads(known)) if known else None
-        verdict, finding = self.gate.check(infer, requests, config)
+        verdict, finding = self.gate.judge(self.gate.ask(rollout), rollout)
         now = self._base_checksums()
         record = {
-            "step": self.trainer.state.global_step,
+            "step": self.trainer.step,
             "seconds": self.seconds,
             "verdict": asdict(verdict),
             "agrees": verdict.agrees,
@@ -102,15 +105,11 @@ def _wrap(module: Any) -> None:
         return of(trainer).sync(wrapped, *args, **kwargs)
 
     def infer(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-        of(trainer).look(wrapped, *_requests_and_config(*args, **kwargs))
+        of(trainer).look(SwiftRollout(wrapped, *args, **kwargs))
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "RolloutTrainerMixin._move_model_to_vllm", sync)
     wrapt.wrap_function_wrapper(module, "RolloutTrainerMixin._engine_infer", infer)
-
-
-def _requests_and_config(infer_requests: Any, request_config: Any = None, **kwargs: Any) -> tuple[Any, Any]:
-    return infer_requests, request_config
 
 
 def _sum_up(parameter: torch.nn.Parameter) -> tuple[int, torch.dtype]:

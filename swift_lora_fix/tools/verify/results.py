@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingPackageError
-from ...proof.findings import CAUSES
+from ...proof.causes import CAUSES
 from ...proof.verdict import MINIMUM_FLOOR
 from .runs import Side, Sync
 

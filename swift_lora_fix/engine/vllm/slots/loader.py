@@ -14,21 +14,9 @@ from typing import Any
 
 import torch
 
-from ....errors import EngineStateError, UnsupportedAdapterError
+from ....errors import EngineStateError
 from ....policy.adapter import Adapter
 from ..handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
-
-
-def check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
-    """Raise UnsupportedAdapterError where the adapter's rank is above what the engine has room for."""
-    limit = engine.lora_config.max_lora_rank
-    if adapter.max_rank > limit:
-        entry = max(adapter.entries, key=lambda e: e.rank)
-        raise UnsupportedAdapterError(
-            f"Adapter {adapter.name!r} has rank {entry.rank} ({entry.key}), the engine was started with "
-            f"max_lora_rank={limit}. ms-swift takes that from --lora_rank: set --lora_rank {entry.rank}, "
-            "also where the adapter is loaded with --adapters."
-        )
 
 
 def stage(

@@ -11,30 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ....policy.adapter import Adapter, AdapterEntry, Chunk
 from ..handle import EngineHandle
+from ..watch import CopyRecorder, Region
 
 
 class PlanError(Exception):
     """vLLM's loading cannot be replayed; the message says which module and why. Handled by falling back."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A region (offset, size, stride) of a tensor of the trainer's, and ``destination``, the engine's view it goes to.
-
-    offset counts elements from the tensor's first, whose elements lie one after the other (contiguous).
-    """
-
-    destination: torch.Tensor
-    offset: int
-    stride: tuple[int, ...]
-
-    def region(self, value: torch.Tensor) -> torch.Tensor:
-        """The region of a whole value (contiguous)."""
-        return value.as_strided(self.destination.shape, self.stride, value.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -78,7 +62,7 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
 
     Raises PlanError where an entry was not copied, or only after it was transformed into another tensor.
     """
-    with _CopyRecorder(staged) as recorder:
+    with CopyRecorder(staged) as recorder:
         load()
     entries = {entry.key: entry for entry in adapter.entries}
     by_entry: dict[str, list[Copy]] = {}
@@ -123,25 +107,3 @@ def prove(
     for slot in plan.slots:
         if bool(slot.any()):
             raise PlanError("vLLM's loader wrote to a LoRA slot what no recorded copy explains")
-
-
-class _CopyRecorder(TorchDispatchMode):
-    """Records copies out of staging tensors, and the slot rows that are set to a constant."""
-
-    def __init__(self, staged: dict[str, torch.Tensor]) -> None:
-        super().__init__()
-        self.keys = {tensor.untyped_storage().data_ptr(): key for key, tensor in staged.items()}
-        self.copies: list[tuple[str, torch.Tensor, int, tuple[int, ...]]] = []
-        self.cleared: list[torch.Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and args[0].untyped_storage().data_ptr() not in self.keys:
-            destination, source = args[0], args[1]
-            key = self.keys.get(source.untyped_storage().data_ptr())
-            if key is not None and destination.shape == source.shape:
-                self.copies.append((key, destination, source.storage_offset(), tuple(source.stride())))
-            elif key is None and source.numel() == 1:  # slot[index] = 0
-                self.cleared.append(destination)
-        elif func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default):
-            self.cleared.append(args[0])
-        return func(*args, **(kwargs or {}))

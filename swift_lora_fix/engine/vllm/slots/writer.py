@@ -6,43 +6,30 @@ goes through it for the rest of the run, after one warning.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from ....common.clock import Clock
 from ....common.digest import combine
 from ....common.log import info, warning
+from ....common.ranks import ranks_agree
 from ....policy import adapter as adapters
 from ....policy.adapter import Adapter, Chunk
+from ...port import WriteReport
 from ..finite import FiniteCheck
 from ..handle import EngineHandle
 from ..kernels.replay import Replayed
-from ..weights.base import Pushed
 from . import loader, plan
 from .staging import Staging, checksum_of, copy_all, covers_entries, host_digest, regions
 
 
-@dataclass
-class WriteReport:
-    """What one write did: ``path`` is ``direct`` or ``loader``; seconds by stage; bytes put into the slots.
-
-    digest: of the whole adapter as it was staged for the engine (scaled, LoRA dtype), the same on every rank; known
-    once ``AdapterWriter.finish`` has returned.
-    """
-
-    path: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    bytes_written: int = 0
-    digest: str = ""
-
-
 class AdapterWriter:
-    """Writes one trainer's adapter into one engine, again and again. ``device`` is the trainer's."""
+    """Writes one adapter into one engine's LoRA slots, again and again.
 
-    changing: frozenset[str] = frozenset()  # parameters of the trainer's whose place in the engine it writes to
+    device: where the adapter's values are. direct: a plan may be learnt; else vLLM's own loader writes each time.
+    """
 
     def __init__(
         self, engine: EngineHandle, adapter: Adapter, request_class: Any, device: torch.device, direct: bool = True
@@ -58,7 +45,7 @@ class AdapterWriter:
         self._report = WriteReport("none")
         self._checksums: torch.Tensor | None = None  # on the device: by chunk of the whole entries, of what was written
         self._staging: Staging | None = None
-        self._check = FiniteCheck(adapter, engine.lora_dtype, device, self.everywhere)
+        self._check = FiniteCheck(adapter, engine.lora_dtype, device, self.all_ranks)
         self._write_replayed = Replayed(self._write_live, device)
         self._read_replayed = Replayed(self._read_slots, device)
 
@@ -75,9 +62,6 @@ class AdapterWriter:
         """Name what keeps the adapter from being served, or None."""
         return self.engine.what_is_missing()
 
-    def accept_base(self, pushed: Pushed) -> None:
-        """The engine holds the trainer's base, which the adapter lies beside."""
-
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
         """The policy digest of whole CPU values by PEFT key: of the adapter as the engine is to hold it."""
         return host_digest(self.adapter, held, self.engine.lora_dtype)
@@ -85,7 +69,7 @@ class AdapterWriter:
     def accept(self) -> None:
         """The slots were read back and hold what was written, whoever wrote it last."""
         if self.plan is not None:
-            self.written_versions = self.plan.versions()
+            self.slots_are_intact, self.written_versions = True, self.plan.versions()
 
     def forget(self) -> None:
         """The engine slept: what the slots hold is unknown, unused rank rows included."""
@@ -165,7 +149,7 @@ class AdapterWriter:
             if slot.untyped_storage().data_ptr() in written
         }
 
-    def staged(self) -> Any:
+    def staged(self) -> Iterator[tuple[Sequence[plan.Copy], list[torch.Tensor]]]:
         """Walk the adapter again as ``(copies, regions)`` by chunk: where it lies, and what should be there, staged
         from the trainer as it is now; valid until the next step of the walk. All ranks of a sharded trainer together.
         """
@@ -252,7 +236,7 @@ class AdapterWriter:
             failure = None
         except plan.PlanError as error:
             failure = str(error)
-        if not self.everywhere(failure is None):  # ranks that gather together must go the same way
+        if not self.all_ranks(failure is None):  # ranks that gather together must go the same way
             self._give_up(failure or "another rank cannot replay vLLM's loading")
             return
         # vLLM keeps the staged tensors as its copy of the adapter: let that be a policy of this run
@@ -262,7 +246,7 @@ class AdapterWriter:
         copies = sum(len(copies) for _, copies in learnt.copies)
         info(f"the adapter goes straight into vLLM's LoRA slots: {copies} copies, proved against vLLM's own loader.")
 
-    def everywhere(self, fine: bool) -> bool:
+    def all_ranks(self, fine: bool) -> bool:
         """Whether it is fine on all ranks that hold parts of this adapter."""
         return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
 
@@ -272,27 +256,3 @@ class AdapterWriter:
         self._write_replayed.forget()
         self._read_replayed.forget()
         warning(f"the adapter goes through vLLM's own loader for the rest of this run: {why}.")
-
-
-def ranks_agree(fine: bool, device: torch.device) -> bool:
-    """Whether it is fine on every rank of this run; all of them must ask."""
-    flag = torch.tensor(int(fine), device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag)
-
-
-class Clock:
-    """Seconds by name; a name that comes again adds up. last: when it was looked at last, on ``time.perf_counter``."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.start()
-
-    def start(self) -> None:
-        """Leave out what has passed since the last look."""
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
-        self.last = now

@@ -15,7 +15,7 @@ import torch
 
 from ....common.log import warning
 from ....policy.merging import Factors
-from ..slots.plan import Region
+from ..watch import Region
 
 Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 PROOF_ROWS = 1024  # compared at a time: the proof's memory stays below that of a layer

@@ -16,18 +16,20 @@ from typing import Any
 
 import torch
 
-from ....common.digest import combine
+from ....common.clock import Clock
+from ....common.digest import checksum, combine
 from ....common.log import info, warning
+from ....common.ranks import ranks_agree
 from ....errors import UnsupportedAdapterError
 from ....policy import adapter as adapters
 from ....policy.adapter import Adapter
 from ....policy.merging import MergedModule, Values
+from ...port import WriteReport
 from ..finite import FiniteCheck
 from ..handle import EngineHandle
 from ..kernels.replay import Replayed
-from ..slots.plan import Region
 from ..slots.staging import Staging, host_digest
-from ..slots.writer import Clock, WriteReport, ranks_agree
+from ..watch import Region
 from . import folding
 from .base import Pushed
 
@@ -36,8 +38,12 @@ Reload = Callable[[Collection[str], Callable[[str], torch.Tensor]], "set[str]"]
 
 @dataclass(frozen=True)
 class Placed:
-    """One region of one of the engine's weights: what it should hold is ``rounded``, computed as it is written, before
-    it is rounded ``value`` (float32), and without the adapter ``plain``. Valid until the next one."""
+    """One region of one of the engine's weights, and what should be there. Valid until the next one.
+
+    rounded: the expected bits, computed as they are written.
+    value: the same in float32, before rounding.
+    plain: the base weight.
+    """
 
     source: str
     region: Region
@@ -58,6 +64,8 @@ class FusedWriter:
     """Writes the trainer's merged weights into one engine, again and again. ``device`` is the trainer's.
 
     reload: sends the named parameters of the trainer with other values, see ``base.reload``.
+    regions: where each of the trainer's parameters lies in the engine; None when the weights go through
+        ``load_weights``, so that their regions are unknown.
     """
 
     def __init__(
@@ -70,14 +78,15 @@ class FusedWriter:
     ) -> None:
         self.engine, self.adapter, self.modules, self.device = engine, adapter, tuple(modules), device
         self.changing = frozenset(source for module in modules for source in module.sources)
-        self.regions: dict[str, tuple[Region, ...]] | None = None  # None: not known, so through ``reload``
+        self.regions: dict[str, tuple[Region, ...]] | None = None
+        self._audited: list[int] | None = None  # checksums of what a whole audit found right
         self._reload = reload
         self._intact = False
         self._report = WriteReport("none")
         self._digests: torch.Tensor | None = None  # on the device: by chunk of the adapter that was written
         self._staging: Staging | None = None
         self._dtype = next(p.dtype for p in engine.model.parameters() if p.is_floating_point())
-        self._check = FiniteCheck(adapter, self._dtype, device, self.everywhere)
+        self._check = FiniteCheck(adapter, self._dtype, device, self.all_ranks)
         self._folding = folding.of(device)
         self._folded: dict[int, MergedModule] = {}  # by id: those that the kernel writes
         self._replayed = Replayed(self._write_folded, device)
@@ -94,13 +103,7 @@ class FusedWriter:
         """What the engine holds of it is rounded to."""
         return self.regions[source][0].destination.dtype if self.regions else self._dtype
 
-    def what_is_missing(self) -> str | None:
-        """Name what would keep the merged weights from being what is served, or None."""
-        if getattr(self.engine.engine, "enable_lora", False):
-            return "ms-swift's engine would add a LoRA request on top of the merged weights (engine.enable_lora)"
-        return None
-
-    def everywhere(self, fine: bool) -> bool:
+    def all_ranks(self, fine: bool) -> bool:
         """Whether it is fine on all ranks that hold parts of this adapter."""
         return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
 
@@ -114,10 +117,31 @@ class FusedWriter:
 
     def accept(self) -> None:
         """What the engine holds was looked at and is what was written."""
+        self._intact = True
 
-    def adapted_parameters(self) -> set[str]:
-        """Names of the engine's base parameters beside which it holds the adapter: none."""
-        return set()
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known where the weights lie in the engine."""
+        return self.regions is not None
+
+    def note_audited(self) -> None:
+        """All weights were compared with the trainer's: from now on the engine alone tells whether they changed."""
+        self._audited = self._engine_checksums()
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether all of what was written last was compared with the trainer's."""
+        return self._audited is not None
+
+    def engine_changed(self) -> bool:
+        """Whether the engine's weights are no longer what the last whole audit found; the trainer is not asked."""
+        return self._audited is not None and self._audited != self._engine_checksums()
+
+    @torch.no_grad()
+    def _engine_checksums(self) -> list[int]:
+        assert self.regions is not None
+        sums = [checksum(region.destination) for regions in self.regions.values() for region in regions]
+        return torch.stack(sums).tolist()
 
     def accept_base(self, pushed: Pushed) -> None:
         """The engine holds the trainer's plain base: learn where each of its weights lies, and prove it by that.
@@ -125,7 +149,7 @@ class FusedWriter:
         Raises UnsupportedAdapterError where vLLM made other tensors out of a weight that the adapter changes: those
         would stay the plain base's.
         """
-        if not self.everywhere(not pushed.derived):
+        if not self.all_ranks(not pushed.derived):
             names = ", ".join(sorted(pushed.derived)[:2]) or "weights of another rank"
             raise UnsupportedAdapterError(
                 f"vLLM makes another tensor out of {names}, "
@@ -135,9 +159,9 @@ class FusedWriter:
         self._folded = {}
         self._replayed.forget()
         problem = self._missing(pushed)
-        if self.everywhere(problem is None):
+        if self.all_ranks(problem is None):
             problem = self._misplaced(pushed)
-        if self.everywhere(problem is None):
+        if self.all_ranks(problem is None):
             self.regions = pushed.regions
             if self._folded:
                 info(f"fused mode: a kernel, proved against float64, folds {len(self._folded)} of {len(self.modules)}.")
@@ -190,7 +214,7 @@ class FusedWriter:
     def write(self, keep_views: bool = True) -> WriteReport:
         """Make the engine hold the merged weights of the trainer as it is now; ``finish`` waits for the device."""
         clock = Clock()
-        self._intact = False
+        self._intact, self._audited = False, None
         if self.adapter.sharding == "none":
             self._digests = self._digest_replayed.run([p.data_ptr() for p in self.adapter.parameters])
         else:
@@ -205,10 +229,6 @@ class FusedWriter:
         clock.lap("write")
         self._report = WriteReport(path, clock.laps, written)
         return self._report
-
-    def write_by_reference(self) -> WriteReport:
-        """The same; the base was sent through vLLM's own loading just before, and its places were proved again."""
-        return self.write()
 
     def finish(self) -> None:
         """Wait until the engine holds what was written: vLLM may generate on another stream."""
@@ -235,6 +255,15 @@ class FusedWriter:
                     rounded = torch.empty_like(region.destination)
                     write(rounded)
                     yield Placed(source, region, rounded, region.region(plain[source]), values)
+
+    def expected(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of each weight that the adapter changes ``(value, rounded, plain)``, whole, from the trainer alone: value in
+        float32. All ranks of a sharded trainer together."""
+        for module in self.modules:
+            with self.whole(module) as whole:
+                plain = module.plain_values(whole)
+                for source, value in module.values(whole).items():
+                    yield value, value.to(self.dtype_of(source)), plain[source]
 
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
