@@ -116,7 +116,7 @@ def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs:
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
     trained = peft_model(model, 1, config, dtype)
     cpu = torch.device("cpu")
-    handle, bound = EngineHandle(engine), adapter.bind(trained)
+    handle, bound = EngineHandle(engine.engine), adapter.bind(trained)
     writer = AdapterWriter(handle, bound, request_class(), cpu)
     result: dict[str, Any] = {"differing": 0, "trainer_changed": 0}
     generator = torch.Generator().manual_seed(3)

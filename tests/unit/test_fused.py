@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import swift_lora_fix
-from swift_lora_fix import choice, errors, scope, sync
+from swift_lora_fix import auto, errors, scope
 from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.engine.vllm.colocated import FusedModeWriter, standing_in
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
 from swift_lora_fix.policy import adapter, merging
 from swift_lora_fix.proof import audit
-from swift_lora_fix.proof.serving import standing_in
-from tests.support.peft_models import peft_model, trainer_of
+from tests.support.fakes.trainer import port_of
+from tests.support.peft_models import peft_model
 
 FIRST = "base_model.model.first.base_layer.weight"
 
@@ -45,28 +46,12 @@ class Engine(torch.nn.Module):
                 self.second.weight.data.copy_(value.clone().t())
 
 
-def trainer_for(model: torch.nn.Module, engine: Engine) -> Any:
-    trainer = trainer_of(model, load=engine.load, split_batches=lambda: ([[]], [None]))
-
-    def move() -> None:
-        parameters = {
-            n.removeprefix("base_model.model.").replace(".base_layer", ""): p.data
-            for n, p in model.named_parameters()
-            if "lora_" not in n
-        }
-        trainer._load_state_dict_to_vllm(parameters)
-
-    trainer._move_full_model_to_vllm = move
-    return trainer
-
-
 def writer_for(model: torch.nn.Module, engine: Engine) -> tuple[FusedWriter, base.Pushed]:
-    trainer, bound = trainer_for(model, engine), adapter.bind(model, apart=False)
-    handle: Any = SimpleNamespace(model=engine, load_format="auto", engine=SimpleNamespace(enable_lora=False))
+    trainer, bound = port_of(model, take=engine.load, has_lora=False), adapter.bind(model, apart=False)
+    handle: Any = SimpleNamespace(model=engine, load_format="auto")
     cpu = torch.device("cpu")
-    writer = FusedWriter(
-        handle, bound, merging.bind(model, "default"), cpu, lambda *what: base.reload(trainer, bound, *what)
-    )
+    reload = partial(base.reload, trainer, handle, bound)
+    writer = FusedWriter(handle, bound, merging.bind(model, "default"), cpu, reload)
     pushed = base.push(trainer, handle, bound, writer.changing)
     writer.accept_base(pushed)
     return writer, pushed
@@ -199,10 +184,14 @@ def test_whether_it_is_current_is_known_whatever_happens(made: tuple, monkeypatc
     assert not writer.is_current(), "half of it may be written"
 
 
-def test_a_lora_request_on_top_of_the_merged_weights_is_noticed(made: tuple) -> None:
-    _, _, writer, _ = made
+def test_a_lora_request_on_top_of_the_merged_weights_is_noticed() -> None:
+    model, engine = peft_model(), Engine()
+    trainer = port_of(model, take=engine.load, has_lora=False, names_adapter=False)
+    handle: Any = SimpleNamespace(model=engine, load_format="auto", reset_caches=lambda: None)
+    bound = adapter.bind(model, apart=False)
+    writer = FusedModeWriter(trainer, handle, bound, merging.bind(model, "default"))
     assert writer.what_is_missing() is None
-    writer.engine.engine.enable_lora = True
+    trainer.attach_adapter(True)
     assert "on top of the merged weights" in str(writer.what_is_missing())
 
 
@@ -303,10 +292,8 @@ def test_a_forward_that_somebody_put_there_is_theirs_again_and_not_the_twins() -
 
 
 def given(model: torch.nn.Module, enable_lora: bool = False, quantization: str | None = None) -> Any:
-    args = SimpleNamespace(use_vllm=True, tuner_type="lora")
     config = SimpleNamespace(model_config=SimpleNamespace(quantization=quantization))
-    engine = SimpleNamespace(engine=SimpleNamespace(vllm_config=config))
-    return trainer_of(model, args=args, vllm_mode="colocate", rollout_enable_lora=enable_lora, engine=engine)
+    return port_of(model, has_lora=enable_lora, llm=SimpleNamespace(vllm_config=config))
 
 
 @pytest.mark.parametrize(
@@ -387,12 +374,12 @@ def test_the_mode_as_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.from_environment().mode == "fused"
 
 
-COSTS = {"fast sync": choice.Costs(0.002, 1000.0), "fast generation": choice.Costs(0.02, 1400.0)}
+COSTS = {"fast sync": auto.Costs(0.002, 1000.0), "fast generation": auto.Costs(0.02, 1400.0)}
 
 
 @pytest.mark.parametrize("tokens, faster", [(10, False), (60, False), (70, True), (100_000, True)])
 def test_auto_weighs_the_sync_against_the_rollout(tokens: int, faster: bool) -> None:
-    measured = choice.Measured(COSTS["fast sync"], COSTS["fast generation"], tokens)
+    measured = auto.Measured(COSTS["fast sync"], COSTS["fast generation"], tokens)
     assert measured.fused_is_faster is faster
     assert str(measured).splitlines()[1].split()[:3] == ["adapter", "2", "ms"]
 
@@ -410,9 +397,30 @@ def test_auto_gives_the_fused_mode_up_where_too_much_is_lost(
     share: float | None, change: str | None, made: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, writer, _ = made
-    state: Any = SimpleNamespace(writer=writer, auto=True, proof=SimpleNamespace(rounding=audit.Rounding(share)))
-    taken: list[str] = []
-    monkeypatch.setattr(sync, "change_mode", lambda trainer, state, mode: taken.append(mode))
-    answered = choice.consider(None, state, bool, lambda requests, config: [], [], None, bound=0.5)
-    assert answered is (change is not None) and taken == ([change] if change else [])
-    assert state.auto is (change is None)
+    monkeypatch.setattr(auto.audit, "rounding", lambda weights: audit.Rounding(share))
+    choice, using = auto.Auto(), SimpleNamespace(weights=writer, mode="fused")
+    assert choice.choose(None, using, bool, bound=0.5) == change  # type: ignore[arg-type]
+    assert choice.is_settled is (change is not None)
+
+
+def test_auto_goes_the_way_that_all_ranks_go(made: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank measures times of its own. One that decided by its own would enter other collectives than the rest."""
+    _, _, writer, _ = made
+    choice: Any = auto.Auto()
+    choice._throughput, choice.measured = (
+        {"adapter": 1000.0, "fused": 1400.0},
+        auto.Measured(COSTS["fast sync"], COSTS["fast generation"], 100_000),
+    )
+    assert choice.measured.fused_is_faster
+    asked: list[bool] = []
+
+    def another_rank_is_slower(fine: bool) -> bool:
+        asked.append(fine)
+        return fine and len(asked) != 4  # known, foldable, an update, then: faster
+
+    monkeypatch.setattr(auto.audit, "rounding", lambda weights: audit.Rounding(0.1))
+    monkeypatch.setattr(auto, "FusedModeWriter", lambda *_: SimpleNamespace(weights=writer))
+    monkeypatch.setattr(auto.scope, "why_not_fused", lambda trainer: None)
+    trainer, using = port_of(made[0]), SimpleNamespace(weights=None, mode="adapter")
+    assert choice.choose(trainer, using, another_rank_is_slower, bound=0.5) is None
+    assert asked == [True] * 5 and choice.is_settled, "settled for good on this rank, as on the slower one"

@@ -144,13 +144,13 @@ def test_settings() -> None:
 
 def test_ranks_that_gather_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = writer_for(peft_model())
-    assert made.everywhere(True) and not made.everywhere(False), "alone, a rank decides for itself"
+    assert made.all_ranks(True) and not made.all_ranks(False), "alone, a rank decides for itself"
     made.adapter = dataclasses.replace(made.adapter, sharding="zero3")
     other_rank = 0
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.clamp_(max=other_rank))
-    assert not made.everywhere(True)
+    assert not made.all_ranks(True)
     other_rank = 1
-    assert made.everywhere(True) and not made.everywhere(False)
+    assert made.all_ranks(True) and not made.all_ranks(False)
 
 
 def test_a_parameter_that_is_not_contiguous_is_read_anew_each_time() -> None:

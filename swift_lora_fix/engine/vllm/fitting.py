@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from ...errors import UnsupportedAdapterError
 from ...policy.adapter import Adapter
 from .handle import EngineHandle
-from .weights.names import tail
+from .weights.names import Names
 
+PEFT_PREFIX = "base_model.model."
 TOWER_OPTION = "enable_tower_connector_lora"  # of vLLM's LoRAConfig: LoRA on a vision tower and on an aligner
 
 
@@ -41,15 +40,15 @@ def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
     a fused MoE layer have names of their own in vLLM, which says itself whether it takes them."""
     manager = engine.manager
     parts = [part for parts in manager.packed_modules.values() for part in parts]
-    served = {tail(name) for name in (*manager.modules, *parts)}
-    modules = dict.fromkeys(entry.key.rsplit(".lora_", 1)[0] for entry in adapter.entries)
-    return [module for module in modules if tail(module) not in served and ".experts" not in module]
+    served = Names((*manager.modules, *parts))
+    modules = dict.fromkeys(entry.key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for entry in adapter.entries)
+    return [module for module in modules if module not in served and ".experts" not in module]
 
 
 def _tower_advice(modules: list[str], engine: EngineHandle) -> str:
     """The option is worth a word where vLLM knows it and has it off, and the modules are none of a language model's."""
     config = engine.lora_config
-    known = TOWER_OPTION in {field.name for field in dataclasses.fields(config)}
+    known = hasattr(config, TOWER_OPTION)  # older releases of vLLM do not have it
     if not known or getattr(config, TOWER_OPTION) or not all(_is_tower(module) for module in modules):
         return ""
     return f"or --vllm_engine_kwargs '{{\"{TOWER_OPTION}\": true}}' where vLLM serves this model's tower, "

@@ -30,7 +30,7 @@ class _Bench:
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         bound, modules = adapter.bind(model, apart=False), merging.bind(model, adapter.DEFAULT_ADAPTER)
-        self.trainer, self.handle, self.ids = trainer, handle.EngineHandle(trainer.engine), itertools.count()
+        self.trainer, self.handle, self.ids = trainer, handle.EngineHandle(trainer.engine.engine), itertools.count()
         self.writer = FusedWriter(
             self.handle, bound, modules, trainer.accelerator.device, lambda *what: base.reload(trainer, bound, *what)
         )

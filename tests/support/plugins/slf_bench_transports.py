@@ -14,10 +14,10 @@ def _bench(wrapped, trainer):
     import torch
 
     import swift_lora_fix
-    from swift_lora_fix import sync
+    from swift_lora_fix import session
 
     count = int(os.environ.get("SLF_BENCH_SYNCS", "20"))
-    engine = sync.state_of(trainer).engine
+    engine = session.session_of(trainer).engine
     nccl = engine.nccl
     named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     parameters = [p for n, p in named.items() if "lora_" in n]

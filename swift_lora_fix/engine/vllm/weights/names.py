@@ -7,7 +7,7 @@ and then vLLM's ``load_weights`` dies of a KeyError for the other parts, and for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,26 @@ WRAPPED = "base_layer"
 TAIL = 4
 
 
+class Names:
+    """Paths of modules, to be asked by another model's path of the same module."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        parts = [path.split(".") for path in paths]
+        self._ends = {".".join(part[-size:]) for part in parts for size in range(1, min(TAIL, len(part)) + 1)}
+        self._short = {".".join(part) for part in parts if len(part) < TAIL}
+
+    def __contains__(self, path: str) -> bool:
+        parts = path.split(".")[-TAIL:]
+        ends = {".".join(parts[-size:]) for size in range(1, len(parts) + 1)}
+        return ".".join(parts) in self._ends or bool(ends & self._short)
+
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+
 def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
     """What gives each weight of a wrapped layer the name that vLLM loads it by."""
-    wrapped = _wrapped_tails(engine.model)
+    wrapped = Names(_wrapped(engine.model))
 
     def rename(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         return {_renamed(name, wrapped): value for name, value in weights.items()}
@@ -29,24 +46,17 @@ def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tens
     return rename if wrapped else lambda weights: weights
 
 
-def _renamed(name: str, wrapped: set[str]) -> str:
+def _renamed(name: str, wrapped: Names) -> str:
     module, _, parameter = name.rpartition(".")
-    if module.endswith(f".{WRAPPED}") or tail(module) not in wrapped:
+    if module.endswith(f".{WRAPPED}") or module not in wrapped:
         return name
     return f"{module}.{WRAPPED}.{parameter}"
 
 
-def _wrapped_tails(model: Any) -> set[str]:
+def _wrapped(model: Any) -> Iterator[str]:
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})  # not every model packs
-    found = set()
     for path, module in model.named_modules():
         if isinstance(getattr(module, WRAPPED, None), torch.nn.Module):
             parent, _, name = path.rpartition(".")
             for part in (name, *packed.get(name, ())):
-                found.add(tail(f"{parent}.{part}" if parent else part))
-    return found
-
-
-def tail(module: str) -> str:
-    """The last parts of a module's path, which the trainer's model and vLLM's have in common."""
-    return ".".join(module.split(".")[-TAIL:])
+                yield f"{parent}.{part}" if parent else part
