@@ -157,7 +157,7 @@ def from_peft_model(
     Where PEFT scales a module otherwise than vLLM reads from the config (rank_pattern, alpha_pattern, a changed
     scaling), PEFT's own factor is multiplied into B in fp32, and the config says 1.
 
-    Raises UnsupportedAdapterError for what vLLM cannot serve (see `swift_lora_fix.adapter.bind`).
+    Raises UnsupportedAdapterError for what vLLM cannot serve (see `swift_lora_fix.policy.adapter.bind`).
     """
     bound = adapters.bind(model, adapter)
     tensors = adapters.read_to_host(bound, bound.parameters[0].device)

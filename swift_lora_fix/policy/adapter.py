@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import TrainerModifiedError, UnsupportedAdapterError
+from . import kinds
 
 DEFAULT_ADAPTER = "default"  # the adapter that ms-swift trains; --ref_adapters loads another one beside it
 CHUNK_BYTES = 64 << 20
@@ -41,7 +42,7 @@ class AdapterEntry:
 
     @property
     def is_b(self) -> bool:
-        return "lora_B" in self.key or "lora_embedding_B" in self.key
+        return kinds.is_b(self.key)
 
     @property
     def shape(self) -> torch.Size:
@@ -88,27 +89,19 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
             adapter is everything that is trained: DoRA's magnitudes, ``modules_to_save``, biases too.
 
     Raises:
-        UnsupportedAdapterError: no such adapter, or not LoRA. With ``apart`` also where it has parts that vLLM's LoRA
-            kernels cannot serve (vLLM's ``PEFTHelper`` rejects the same ones): DoRA, ``modules_to_save``, a trained
-            bias. Or a parameter beside the LoRA is trained, which the engine, given the base once, would never see.
+        UnsupportedAdapterError: no such adapter, or it is of a kind that is not served this way, or of one that
+            nobody knows (policy/kinds.py). Or with ``apart`` a parameter beside the LoRA is trained, which the engine,
+            given the base once, would never see.
     """
     from peft.tuners.lora import LoraLayer
 
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise UnsupportedAdapterError(f"The model has no PEFT adapter {adapter_name!r}; it has {sorted(configs)}.")
-    config = configs[adapter_name]
-    _check_type(adapter_name, config)
-    if apart:
-        _check_servable(adapter_name, config)
-
+    config = kinds.config_of(model, adapter_name)
+    kinds.check(model, adapter_name, "adapter" if apart else "fused")
     layers: list[Any] = []
     entries: list[AdapterEntry] = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.scaling:
             layers.append(module)
-            if apart and getattr(module, "use_dora", {}).get(adapter_name):
-                raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"DoRA (use_dora) in module {name!r}"))
             entries += _entries(clean_name(name), module, adapter_name)
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
@@ -129,8 +122,7 @@ def of_tensors(
     in B already, or in ``scales`` by key. config: PEFT's, as in ``adapter_config.json``."""
     entries = []
     for key, tensor in tensors.items():
-        is_b = "lora_B" in key or "lora_embedding_B" in key
-        rank = int(tensor.shape[1] if is_b else tensor.shape[0])
+        rank = int(tensor.shape[1] if kinds.is_b(key) else tensor.shape[0])
         parameter: Any = tensor  # whoever reads an adapter reads values alone
         scale = (scales or {}).get(key, 1.0)
         entries.append(AdapterEntry(key, parameter, scale, rank, {key: tensor}, key, None))
@@ -275,29 +267,15 @@ def _partition(parameter: Any) -> torch.Tensor:
 
 
 def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[AdapterEntry]:
-    """The module's A and B, under the keys of PEFT's ``get_peft_model_state_dict``. That function itself gives none
-    from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds. And what
-    else is trained of the module: the bias of B, DoRA's magnitude (whose key has lost its ``.weight``, as PEFT's has).
+    """What is trained of the module, under the keys of PEFT's ``get_peft_model_state_dict``. That function itself gives
+    none from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds.
     """
     scaling, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
-    for attribute in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-        container: Any = getattr(module, attribute, {})
-        if adapter_name in container:
-            scale = scaling if attribute.endswith("B") else 1.0
-            key, holder, name = f"{module_name}.{attribute}", container, adapter_name
-            if not attribute.startswith("lora_embedding"):  # a Linear; an embedding has the parameter itself there
-                key, holder, name = f"{key}.weight", container[adapter_name], "weight"
-            yield AdapterEntry(key, holder._parameters[name], scale, rank, holder._parameters, name, module)
-            if holder._parameters.get("bias") is not None:  # lora_bias
-                bias_key = f"{module_name}.{attribute}.bias"
-                yield AdapterEntry(
-                    bias_key, holder._parameters["bias"], scale, rank, holder._parameters, "bias", module
-                )
-    magnitudes: Any = getattr(module, "lora_magnitude_vector", {})
-    if adapter_name in magnitudes:
-        holder = magnitudes[adapter_name]._parameters
-        key = f"{module_name}.lora_magnitude_vector"
-        yield AdapterEntry(key, holder["weight"], 1.0, rank, holder, "weight", module)
+    for path, key in kinds.tensors_of(module, adapter_name):
+        inner, _, name = path.rpartition(".")
+        holder = module.get_submodule(inner)._parameters
+        scale = scaling if kinds.is_b(key) else 1.0
+        yield AdapterEntry(f"{module_name}.{key}", holder[name], scale, rank, holder, name, module)
 
 
 def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -> Iterator[AdapterEntry]:
@@ -313,24 +291,6 @@ def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -
                 yield AdapterEntry(key, parameter, 1.0, 0, module._parameters, name, None)
 
 
-def _check_type(adapter_name: str, config: Any) -> None:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"a PEFT adapter of type {kind}"))
-
-
-def _check_servable(adapter_name: str, config: Any) -> None:
-    found = {
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        "use_dora": getattr(config, "use_dora", False),
-        "lora_bias": getattr(config, "lora_bias", False),
-        "bias": getattr(config, "bias", "none") not in ("none", None) and config.bias,
-    }
-    for name, value in found.items():
-        if value:
-            raise UnsupportedAdapterError(_cannot_serve(adapter_name, f"{name}={value!r}"))
-
-
 def _check_base_is_frozen(model: torch.nn.Module) -> None:
     # other adapters' LoRA (--ref_adapters) may ask for gradients; it is not active
     trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
@@ -340,10 +300,3 @@ def _check_base_is_frozen(model: torch.nn.Module) -> None:
             "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false (fused "
             "mode)."
         )
-
-
-def _cannot_serve(adapter_name: str, what: str) -> str:
-    return (
-        f"vLLM's LoRA cannot serve adapter {adapter_name!r}: it has {what}. "
-        "Use --vllm_enable_lora false (fused mode) for this adapter, or train it without that."
-    )

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedAdapterError
+from . import kinds
 from .adapter import clean_name, of_another_adapter
 
 Values = Mapping[str, torch.Tensor]  # whole values, by ``MergedModule``'s names of its parameters
@@ -55,6 +56,7 @@ class MergedModule:
         layer's weight, of its shape, what ``modules_to_save`` or a trained bias holds. plain: what they are without the
         adapter. inner, inner_plain: names of the modules in ``module`` that compute the same as it does, with
         these values in them, with the adapter and without; None for a bias, which nothing wraps.
+    is_plain: W + s*B*A is all that PEFT's ``merge`` would make of its one weight; the tests compare the two.
     """
 
     path: str
@@ -65,6 +67,7 @@ class MergedModule:
     plain: Mapping[str, str]
     inner: str | None = None
     inner_plain: str | None = None
+    is_plain: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -87,8 +90,8 @@ class MergedModule:
         return {source: twin.get_parameter(name).data.contiguous() for source, name in self.sent.items()}
 
     def factors(self, whole: Values) -> Factors | None:
-        """Of its one weight, where W + s*B*A is all that PEFT's ``merge`` would do; the tests compare the two."""
-        if not self.is_lora or not _is_linear(self.module, self.adapter):
+        """Of its one weight, or None where it is not plain."""
+        if not self.is_plain:
             return None
         ((_, name),) = self.sent.items()
         a, b = (whole[f"lora_{part}.{self.adapter}.weight"] for part in "AB")
@@ -107,11 +110,15 @@ class MergedModule:
 def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
     """Find them in ``model``, the trainer's unwrapped ``peft.PeftModel``.
 
-    Raises UnsupportedAdapterError naming a LoRA layer around something that has no weight (HQQ, ``target_parameters``).
+    Raises UnsupportedAdapterError naming what this mode does not serve (policy/kinds.py), or a LoRA layer around
+    something that has no weight of its own.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    problem = kinds.find_unserved(model, adapter_name, "fused")
+    if problem is not None:
+        raise UnsupportedAdapterError(f"adapter {adapter_name!r} has {problem}")
     found: list[MergedModule] = []
     known: set[int] = set()
     modules = [(clean_name(path), module) for path, module in model.named_modules()]
@@ -183,17 +190,18 @@ def twin_of(module: Any, values: Values, prefix: str = "") -> Any:
 
 
 def _layer(path: str, layer: Any, adapter_name: str) -> MergedModule:
-    sources = ["weight", "bias"] if getattr(layer, "lora_bias", {}).get(adapter_name) else ["weight"]
-    sent = {f"{path}.base_layer.{name}": f"base_layer.{name}" for name in sources}
     parameters = {
         name: parameter
         for name, parameter in layer.named_parameters()
         if name.startswith("base_layer.") or adapter_name in name.split(".")
     }
+    sources = ["weight", "bias"] if f"lora_B.{adapter_name}.bias" in parameters else ["weight"]
+    sent = {f"{path}.base_layer.{name}": f"base_layer.{name}" for name in sources}
     if any(name not in parameters for name in sent.values()):
-        kinds = f"{type(layer).__name__} around a {type(layer.get_base_layer()).__name__}"
-        raise UnsupportedAdapterError(f"{path} is a {kinds}, which has no weight of its own to fold an adapter into")
-    return MergedModule(path, adapter_name, layer, parameters, sent, sent, "base_layer", "base_layer")
+        what = f"{type(layer).__name__} around a {type(layer.get_base_layer()).__name__}"
+        raise UnsupportedAdapterError(f"{path} is a {what}, which has no weight of its own to fold an adapter into")
+    plain = kinds.is_plain_linear(layer, adapter_name)
+    return MergedModule(path, adapter_name, layer, parameters, sent, sent, "base_layer", "base_layer", plain)
 
 
 def _saved(path: str, wrapper: Any, adapter_name: str) -> MergedModule:
@@ -205,15 +213,3 @@ def _saved(path: str, wrapper: Any, adapter_name: str) -> MergedModule:
     sent = {f"{path}.{inner}.{name}": f"{inner}.{name}" for name in names}
     before = {f"{path}.{inner}.{name}": f"{plain}.{name}" for name in names}
     return MergedModule(path, adapter_name, wrapper, parameters, sent, before, inner, plain)
-
-
-def _is_linear(layer: Any, adapter_name: str) -> bool:
-    from peft.tuners.lora import Linear
-
-    return (
-        type(layer) is Linear
-        and not getattr(layer, "lora_variant", {}).get(adapter_name)
-        and not getattr(layer, "use_dora", {}).get(adapter_name)
-        and not getattr(layer, "lora_bias", {}).get(adapter_name)
-        and not layer.fan_in_fan_out
-    )

@@ -18,6 +18,7 @@ import torch
 from ..errors import AdapterFileError, ResumeMismatchError
 from .adapter import Adapter
 from .files import check_fork, checkpoint_step, sha256_of, weights_file
+from .kinds import is_b
 
 _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -81,7 +82,7 @@ def determine(
     loads = _loads.get(model, {})
     folder = _folder(claimed, loads.get(adapter.name))
     norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
-    b_is_zero = not any(bool(value.any()) for key, value in held.items() if _is_b(key))
+    b_is_zero = not any(bool(value.any()) for key, value in held.items() if is_b(key))
     facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, reference=loads.get("ref_adapter"))
     if folder is None:
         kind = "scratch" if b_is_zero else "memory"
@@ -137,7 +138,3 @@ def _compare(
             f"tensors disagree: {'; '.join(different[:4])}. Check that the base model, --lora_rank and "
             "--target_modules are those of the checkpoint, and that nothing re-initialised the adapter."
         )
-
-
-def _is_b(key: str) -> bool:
-    return "lora_B" in key or "lora_embedding_B" in key

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterFileError, ForkError
+from ...policy.kinds import is_b
 from .source import Source
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ def check_values(source: Source, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise AdapterFileError(f"{source.weights} has NaN or infinity in {name}: fork an earlier checkpoint.")
-    if not any(
-        bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name or "lora_embedding_B" in name
-    ):
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if is_b(name)):
         raise ForkError(
             f"Every lora_B of {source.weights} is zero: the adapter does nothing, and its fork is a run from scratch."
         )
