@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import hangs
 
-SECONDS = 2.0
+SECONDS = 3.0
 
 
 def run(code: str, *files: Path, seconds: float = SECONDS) -> str:
@@ -27,7 +27,7 @@ open({str(child)!r}, "w").write(str(sleeper.pid))
 print("the last words", flush=True)
 time.sleep(3600)
 """
-    with pytest.raises(hangs.Hang, match="(?s)used no processor for 2 s.*the last words"):
+    with pytest.raises(hangs.Hang, match="(?s)used no processor for 3 s.*the last words"):
         run(code)
     pid, ends = int(child.read_text()), time.monotonic() + 60
     while is_running(pid) and time.monotonic() < ends:  # killed, and busy machines take a while over it
@@ -48,7 +48,7 @@ def test_what_computes_in_silence_goes_on() -> None:
 
 
 def test_but_not_for_ever() -> None:
-    with pytest.raises(hangs.Hang, match=f"wrote nothing for {hangs.SILENT_TIMES:g} s"):
+    with pytest.raises(hangs.Hang, match="wrote nothing"):
         run("while True: pass", seconds=1.0)
 
 

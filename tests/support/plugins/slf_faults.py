@@ -142,7 +142,7 @@ def scaling_changed(trainer):
 
 def cache_not_reset(trainer):
     """From now on: the reset after this step's gate, and that of the next sync. The gate of the next step sees it, as
-    the policy changes a lot until then: cached keys and values of one small step before stay within the noise."""
+    the policy is turned around until then: cached keys and values of one small step before stay within the noise."""
     engine, real, left = trainer.engine.engine, trainer.engine.engine.reset_prefix_cache, [2]
 
     def reset(*args, **kwargs):
@@ -156,9 +156,10 @@ def cache_not_reset(trainer):
 
 
 def _jump(trainer):
+    """Not to a larger LoRA, which larger logits and their rounding would come with."""
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(2)
+            parameter.data.mul_(-0.5)
 
 
 def none(trainer):
