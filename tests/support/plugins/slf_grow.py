@@ -35,11 +35,13 @@ def _whole(parameter):
 
 def _write(parameter, whole):
     if hasattr(parameter, "ds_id"):
-        import deepspeed
+        import torch
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, whole)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        part = parameter.ds_tensor
+        part.data.copy_(whole.flatten().narrow(0, part.numel() * torch.distributed.get_rank(), part.numel()))
+        if parameter.numel() == whole.numel():  # so small that every rank keeps it whole as well
             parameter.data.copy_(whole)
     elif hasattr(parameter, "full_tensor"):  # FSDP2
         from torch.distributed.tensor import distribute_tensor
