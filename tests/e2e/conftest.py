@@ -121,7 +121,7 @@ def _adapters(fixed: bool, **arguments: object) -> Callable[[Runs, str], Run]:
 
 def _ddp(fixed: bool) -> Callable[[Runs, str], Run]:
     def build(runs: Runs, name: str) -> Run:
-        return runs.make(name, fixed, ranks=2, max_steps=3, save_steps=100, learning_rate=0.002)
+        return runs.make(name, fixed, ranks=2, max_steps=3, save_steps=100)
 
     return build
 
@@ -145,7 +145,6 @@ def _faults(runs: Runs, name: str) -> Run:
         max_steps=len(faults.FAULTS) + 3,
         save_steps=100,
         max_length=220,  # room for a probe longer than a block of the prefix cache
-        learning_rate=0.002,
     )
     run.probe, run.last_plugins = False, (PLUGINS / "slf_faults.py",)
     return run
@@ -191,9 +190,9 @@ def _emptied(fixed: bool) -> Callable[[Runs, str], Run]:
 
 FUSED = {
     # in one adapter what the LoRA kernels of vLLM cannot serve: magnitudes, a module that is trained whole
-    "dora": dict(use_dora="true", modules_to_save="lm_head", learning_rate=0.01),
+    "dora": dict(use_dora="true", modules_to_save="lm_head"),
     # a changed base, ranks and scalings of their own, embeddings
-    "pissa": dict(init_weights="pissa", target_modules=["all-linear", "all-embedding"], learning_rate=0.002),
+    "pissa": dict(init_weights="pissa", target_modules=["all-linear", "all-embedding"]),
 }
 
 
@@ -218,7 +217,8 @@ def _auto(runs: Runs, name: str) -> Run:
     """Decided once there is an update, and taken back once too much of it is lost."""
     environment = {"SWIFT_LORA_FIX_MODE": "auto", "SWIFT_LORA_FIX_GATE_EVERY": "1"}
     environment["SLF_SET_AT_STEP"] = "3:SWIFT_LORA_FIX_LOST_SHARE=0.001"
-    return runs.make(name, True, environment, max_steps=4, save_steps=100, learning_rate=0.01)
+    plugins = (PLUGINS / "slf_slow_lora.py",)  # so that it is the plugin that makes the fused mode faster, no machine
+    return runs.make(name, True, environment, plugins=plugins, max_steps=4, save_steps=100)
 
 
 def _verify(runs: Runs, name: str) -> Verification:

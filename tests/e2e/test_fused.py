@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from tests.support import bounds
+from tests.support import premises
 from tests.support.driver import Run
 
 from .conftest import CHECKPOINT_STEP, DOUBLE_COUNTS, Runs
@@ -35,7 +35,8 @@ def test_the_engine_agrees_at_every_step(run: Run, name: str) -> None:
         assert probe["mean"] < 2 * noise and line["lora_sync/mismatch_mean"] < 2 * noise, (probe, line)
         assert noise < 0.05 and line["lora_sync/mismatch_rounding"] > 0, "as quiet as bf16 rounding is"
         assert f"engine and trainer agree at step {probe['step']}" in run.log
-    assert bounds.is_large(run.probes()[2], run.probes()[0] | {"mean": 0.005}), "a missing adapter would be noticed"
+    noise = max(line["lora_sync/noise_floor"] for line in run.metrics())
+    premises.large_lora(run.probes()[1:], noise)  # a missing adapter would be noticed
     assert run.metrics()[2]["lora_sync/distinguishable"] == 1
     assert 0 < run.metrics()[2]["lora_sync/lost_share"] < 0.2
 
@@ -79,7 +80,8 @@ def test_auto_measures_takes_the_fused_mode_and_gives_it_up_again(run: Run) -> N
     assert nothing < table < back and "back to the adapter mode, which is exact" in run.log
     rows = [line.split() for line in run.log[table:].splitlines()[1:4]]
     assert [row[0] for row in rows] == ["mode", "adapter", "fused"] and all("tok/s" in row for row in rows[1:])
-    # on a CPU vLLM's LoRA layers cost a third and more of the throughput, so the fused mode wins by far
+    rates = [float(row[3].replace(",", "")) for row in rows[1:]]
+    premises.premise(rates[0] < rates[1], f"slf_slow_lora.py did not make the LoRA layers slow: {rates} tok/s")
     assert run.log[table:].splitlines()[4] == "chosen: fused."
     places = ["engine's LoRA slots", "engine's weights, folded in", "engine's LoRA slots"]
     said = [line for line in run.log.splitlines() if "chain of custody" in line]

@@ -1,4 +1,9 @@
-"""Faults in a real run, each caught and named, and a long clean stretch without a false alarm."""
+"""Faults in a real run, each caught and named, and a long clean stretch without a false alarm.
+
+The stretch is as long as SLF_CLEAN_SECONDS allow. All of it, however long that takes:
+
+    SLF_CLEAN_SECONDS=inf scripts/test tests/e2e/test_proof.py
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import re
 import pytest
 
 from tests.support.driver import Run
-from tests.support.faults import CLEAN_SYNCS, FAULTS, messages, named, records, verdicts
+from tests.support.faults import CLEAN_MINIMUM, CLEAN_SYNCS, FAULTS, messages, named, records, verdicts
 
 from .conftest import Runs
 
@@ -38,8 +43,11 @@ def test_each_fault_is_repaired(run: Run) -> None:
     assert run.log.count("repaired: the engine serves the trainer's policy again") == len(list(messages(run)))
 
 
-def test_many_clean_syncs_raise_no_alarm(run: Run) -> None:
-    assert len(verdicts(run)) == CLEAN_SYNCS, "the first false alarm would have ended the run"
+def test_many_clean_syncs_raise_no_alarm(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.returncode == 0, "the first false alarm would have ended the run"
+    with capsys.disabled():
+        print(f"\n{len(verdicts(run))} of {CLEAN_SYNCS} clean syncs, each with a policy of its own, each examined")
+    assert len(verdicts(run)) >= CLEAN_MINIMUM
     for mean, _, floor, control_base, control_double, *_ in verdicts(run):
         assert mean < 4 * floor < min(control_base, control_double), "each match is a distinguishable one"
 

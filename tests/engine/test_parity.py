@@ -53,7 +53,6 @@ def run_cases(module: str, model: Path, *arguments: str | list[str]) -> dict[str
         module=module,
         arguments=[str(model), *map(str, arguments[:-1]), str(SYNCS), *cases],
         environment={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=900,
     )
     lines = [line.split("PARITY ", 1)[1] for line in done.stdout.splitlines() if line.startswith("PARITY ")]
     assert done.returncode == 0 and len(lines) == len(cases), done.stdout[-1500:] + done.stderr[-3000:]

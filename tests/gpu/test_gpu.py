@@ -90,7 +90,8 @@ def test_faults_are_named_and_clean_syncs_pass(tmp_path: Path) -> None:
     for fault, cause in faults.FAULTS.items():
         assert faults.named(done, fault) == ([cause] if cause else []), fault
     rows = faults.verdicts(done)
-    assert len(rows) == faults.CLEAN_SYNCS
+    assert len(rows) >= faults.CLEAN_MINIMUM
+    print(f"{len(rows)} clean syncs")
     print(f"mean over floor at most {max(row[0] / row[2] for row in rows):.2f}, floor {rows[0][2]:.4f}")
     print(f"controls at least {min(min(row[3:5]) / row[2] for row in rows):.1f} floors")
     for index, name in enumerate(("audit", "base audit", "gate", "sync"), start=5):

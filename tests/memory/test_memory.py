@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support import forks
+from tests.support import forks, hangs
 from tests.support.driver import REPOSITORY
 
 pytestmark = pytest.mark.e2e
@@ -42,7 +41,7 @@ def observe(kinds: str, model: Path) -> list[dict[str, Any]]:
         done = forks.run(module=module, arguments=arguments)
     else:
         command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        done = hangs.run(command, cwd=REPOSITORY)
     lines = [line.split("MEMORY ", 1)[1] for line in done.stdout.splitlines() if line.startswith("MEMORY ")]
     assert len(lines) == len(kinds.split(",")), done.stdout[-1500:] + done.stderr[-3000:]
     return [json.loads(line) for line in lines]

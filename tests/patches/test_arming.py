@@ -13,7 +13,7 @@ import textwrap
 import pytest
 
 from swift_lora_fix.install import releases
-from tests.support import forks
+from tests.support import forks, hangs
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
 assert FAMILY is not None, "the suite runs with a release of the table"
@@ -43,7 +43,7 @@ def run(script: str, **environment: str) -> str:
 def run_fresh(script: str) -> str:
     """With nothing imported yet."""
     command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)]
-    return _output(subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300))
+    return _output(hangs.run(command, env=_environment()))
 
 
 def _environment(**more: str) -> dict[str, str]:

@@ -72,7 +72,7 @@ def resumed(model: Path, folder: Path, servers: list[RolloutServer], killed: Run
 
 
 def status(server: RolloutServer) -> dict[str, object]:
-    return dict(requests.get(f"{server.url}/swift_lora_fix/status/", timeout=10).json())
+    return dict(requests.get(f"{server.url}/swift_lora_fix/status/", timeout=120).json())
 
 
 def test_the_servers_serve_the_trainers_policy_at_every_step(trained: Run, servers: list[RolloutServer]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import newest, older
-from tests.support import bounds
+from tests.support import bounds, premises
 from tests.support.driver import PLUGINS, Run, this_python
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, trainer
@@ -58,6 +58,7 @@ def test_in_the_trainers_own_engine(model: Path, folder: Path) -> None:
     assert_took_turns(run)
     floor = run.metrics()[0]["lora_sync/noise_floor"]
     assert len(run.probes()) == 2 * 3, "each turn by itself"
+    premises.large_lora(run.probes()[2:], floor)
     for probe in run.probes():
         assert probe["mean"] < bounds.MEAN_BOUND * floor, (probe, floor)
         assert probe["base_changed"] == 0.0 and probe["lora_changed_by_sync"] == 0 and probe["merge_calls"] == 0

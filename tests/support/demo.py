@@ -29,6 +29,7 @@ from swift_lora_fix.install import releases
 from . import bounds
 from .demo_report import RELEASE_TITLE, Check, Outcome, save_chart, table
 from .driver import REPOSITORY, Run, make_model, this_python
+from .hangs import Hang
 
 CHECKPOINT_STEP = 2
 KILL_STEP = 3
@@ -99,8 +100,8 @@ class Demo:
             self.say(f"{name}: {WHAT[name]}")
             try:
                 return run.start()
-            except subprocess.TimeoutExpired as error:
-                raise RunFailed(run, f"not done after {error.timeout:.0f} s") from error
+            except Hang as error:
+                raise RunFailed(run, str(error)) from error
 
         future = self.pool.submit(go)
         self.watched[name], self.told[name] = (run, future), 0

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from tests.support import hangs
+
 PLUGINS = Path(__file__).resolve().parent / "plugins"
 REPOSITORY = PLUGINS.parents[2]
 FIX = REPOSITORY / "swift_lora_fix" / "plugin" / "swift_lora_fix_plugin.py"
-TIMEOUT_SECONDS = float(os.environ.get("SLF_RUN_TIMEOUT", "600"))
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Run:
             ]
         plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py"]
         plugins += [*self.plugins, *([FIX] if self.fixed else []), PLUGINS / "slf_rewards.py"]
+        plugins += [] if self.gpu else [PLUGINS / "slf_grow.py"]
         plugins += [PLUGINS / "slf_probe.py"] if self.probe else []
         plugins += self.last_plugins
         command = [*launcher, str(cli / "cli" / "rlhf.py"), "--external_plugins", *map(str, plugins)]
@@ -81,7 +83,7 @@ class Run:
         return command
 
     def start(self) -> Run:
-        """Run it to its end; the exit status is in ``returncode``, never raised."""
+        """Run it to its end; the exit status is in ``returncode``, never raised. Raises hangs.Hang if there is none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         first_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # with more, ms-swift wants more ranks
         environment = {
@@ -95,10 +97,9 @@ class Run:
         with open(self.folder / "log.txt", "w") as log:
             process = launch(self.command(), environment, self.folder, log)
             try:
-                self.returncode = process.wait(TIMEOUT_SECONDS)
-            except subprocess.TimeoutExpired:
-                log.write(f"\nkilled after {TIMEOUT_SECONDS} s\n")
-                self.returncode = -signal.SIGKILL
+                self.returncode = hangs.wait(process, self.folder)
+            except hangs.Hang as hang:
+                raise hangs.Hang(f"the run {self.name}: {hang}\n{self.log[-4000:]}") from None
             finally:
                 with contextlib.suppress(ProcessLookupError):  # its ranks too
                     os.killpg(process.pid, signal.SIGKILL)
@@ -134,7 +135,7 @@ class Run:
             "gradient_accumulation_steps": 1,
             "max_steps": 4,
             "save_steps": 2,
-            "learning_rate": 0.02,  # large on purpose: a few steps make a LoRA whose double count shows
+            "learning_rate": 0.002,  # small beside what plugins/slf_grow.py adds, which makes a large LoRA
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0,
             "max_grad_norm": 100,
@@ -155,15 +156,15 @@ def swift_folder(python: Path) -> Path:
 
 def launch(command: list[str], environment: dict[str, str], folder: Path, log: IO[Any]) -> subprocess.Popen[bytes]:
     """Start a command of ms-swift's on the CPU, in a session of its own; ``environment`` comes on top."""
+    defaults = {"OMP_NUM_THREADS": "1"}
     everywhere = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_PLUGINS": "none",  # ms-swift's own vLLM plugin imports torchvision
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     return subprocess.Popen(
         command,
-        env={**os.environ, **everywhere, **environment},
+        env={**defaults, **os.environ, **everywhere, **environment},
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -209,12 +210,7 @@ class Verification:
     def start(self) -> Verification:
         swift = ("--model_type", "qwen2", "--template", "chatml", "--vllm_max_model_len", "256")
         options = ("--model", self.model, "--adapter", self.adapter, "--out", self.folder, *self.arguments)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "none", "OMP_NUM_THREADS": "1"}
-        self.done = subprocess.run(
-            [str(this_python().parent / "swift-lora-fix"), "verify", *map(str, options), "--", *swift],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "none"}
+        command = [this_python().parent / "swift-lora-fix", "verify", *options, "--", *swift]
+        self.done = hangs.run(command, self.folder, env=environment)
         return self

@@ -10,6 +10,8 @@ import textwrap
 import venv
 from pathlib import Path
 
+from tests.support import hangs
+
 SCRIPT = Path(sys.executable).parent / "swift-lora-fix"
 OF_THIS_SUITE = ("SWIFT_LORA_FIX", "VLLM_PLUGINS", "VLLM_ENABLE_V1", "VLLM_ALLREDUCE", "CUDA_VISIBLE", "COLUMNS")
 
@@ -21,13 +23,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 def swift_lora_fix(*arguments: object, script: Path = SCRIPT, **variables: str) -> subprocess.CompletedProcess[str]:
     """The console script in a process of its own; it must never end in a traceback."""
-    done = subprocess.run(
-        [str(script), *map(str, arguments)],
-        env=clean_environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = hangs.run([script, *arguments], env=clean_environment(**variables))
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done
 

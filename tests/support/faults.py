@@ -26,7 +26,10 @@ FAULTS = {  # of plugins/slf_faults.py, one a step from step 1 on, and the cause
     "none": "stale-cache",
     "scaling_changed": "scaling",
 }
+# Clean syncs after the faults: so many, unless SECONDS are over before; but at least MINIMUM. "inf" is for all of them.
 CLEAN_SYNCS = int(os.environ.get("SLF_CLEAN_SYNCS", "200"))
+CLEAN_SECONDS = float(os.environ.get("SLF_CLEAN_SECONDS", "240"))
+CLEAN_MINIMUM = min(30, CLEAN_SYNCS)
 MESSAGE = re.compile(r"does not serve the trainer's policy of step (\d+): .*? \[([a-z-]+)\]\. Found by the (.*)")
 
 
@@ -35,6 +38,8 @@ def environment(folder: Path) -> dict[str, str]:
         "SLF_FAULTS": ",".join(FAULTS),
         "SLF_FAULTS_FILE": str(folder / "faults.jsonl"),
         "SLF_CLEAN_SYNCS": str(CLEAN_SYNCS),
+        "SLF_CLEAN_SECONDS": str(CLEAN_SECONDS),
+        "SLF_CLEAN_MINIMUM": str(CLEAN_MINIMUM),
         "SWIFT_LORA_FIX_ON_MISMATCH": "repair",
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
     }

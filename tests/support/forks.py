@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 import types
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tests.support import hangs
 
 PRELOADED = (
     "torch",
@@ -54,16 +55,16 @@ class Forked:
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace")
 
-    def wait(self, timeout: float = 300) -> int:
-        """Its exit status, negative for a signal, as ``subprocess`` has it."""
-        return int(_server.ask({"wait": self.pid, "seconds": timeout}, timeout + 30)["status"])
+    def wait(self) -> int:
+        """Its exit status, negative for a signal, as ``subprocess`` has it. Raises hangs.Hang where it does not end."""
+        return int(_server.ask({"wait": self.pid}, self.pid)["status"])
 
 
 def start(code: str = "", *, module: str = "", arguments: Sequence[str] = (), environment: Mapping[str, str]) -> Forked:
     """Run code, or a module with arguments; environment is all of it."""
     folder = Path(tempfile.mkdtemp(prefix="forked-", dir=_server.folder()))
     request = {"code": code, "module": module, "arguments": [*arguments], "environment": dict(environment)}
-    return Forked(int(_server.ask({**request, "folder": str(folder)}, 120)["pid"]), folder)
+    return Forked(int(_server.ask({**request, "folder": str(folder)})["pid"]), folder)
 
 
 def run(
@@ -72,11 +73,10 @@ def run(
     module: str = "",
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
-    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
     forked = start(code, module=module, arguments=arguments, environment=environment)
-    status = forked.wait(timeout)
+    status = forked.wait()
     return subprocess.CompletedProcess([module or code, *arguments], status, forked.stdout, forked.stderr)
 
 
@@ -100,7 +100,8 @@ class Server:
             self._folder = tempfile.TemporaryDirectory(prefix="slf-forks-")
         return self._folder.name
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], pid: int | None = None) -> dict[str, Any]:
+        """pid: of the process that the answer waits for, if it is another one than this server."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.forks"],
@@ -108,15 +109,23 @@ class Server:
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=REPOSITORY,
-                env={**os.environ, "VLLM_PLUGINS": "none", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+                env={"OMP_NUM_THREADS": "1", **os.environ, "VLLM_PLUGINS": "none", "HF_HUB_OFFLINE": "1"},
             )
             atexit.register(self._process.kill)
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        line = process.stdout.readline() if ready else ""
+        progress, hang = hangs.Progress(pid or process.pid, Path(self.folder())), None
+        while not select.select([process.stdout], [], [], progress.pause)[0]:
+            try:
+                progress.check()
+            except hangs.Hang as error:
+                hang = error
+                hangs.kill(progress.pid)  # and then there is an answer
+        line = process.stdout.readline()
+        if hang is not None:
+            raise hangs.Hang(f"{hang}: {request}")
         assert line, f"no answer to {request}"
         reply: dict[str, Any] = json.loads(line)
         return reply
@@ -136,7 +145,8 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            reply = {"status": _wait(request["wait"], request["seconds"])}
+            _, status = os.waitpid(request["wait"], 0)
+            reply = {"status": os.waitstatus_to_exitcode(status)}
         else:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -146,17 +156,6 @@ def serve() -> None:
             reply = {"pid": pid}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
-
-
-def _wait(pid: int, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, 9)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _become(request: dict[str, Any], made: dict[str, str]) -> None:

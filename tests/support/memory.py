@@ -268,7 +268,7 @@ def killed(engine: Engine, config: Any, tensors: Any, found: dict[str, Any]) -> 
     request = LoRATensorRequest("late", 50, config, tensors)
     # vLLM's own call never returns when its engine dies meanwhile (SyncMPClient.call_utility), so not in this thread
     threading.Thread(target=refusal, args=(engine, request, "add"), daemon=True).start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not segments_open() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)

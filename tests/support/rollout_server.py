@@ -16,9 +16,8 @@ from typing import Any
 
 import requests
 
+from tests.support import hangs
 from tests.support.driver import FIX, PLUGINS, launch, swift_folder, this_python
-
-START_SECONDS = 300
 
 
 def quiet_port() -> int:
@@ -86,15 +85,19 @@ class RolloutServer:
         return self
 
     def wait(self) -> RolloutServer:
-        """Until it answers."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process is not None and self.process.poll() is None, self.log[-4000:]
+        """Until it answers. Raises hangs.Hang where it does not."""
+        assert self.process is not None
+        progress = hangs.Progress(self.process.pid, self.folder / "server.txt")
+        while True:
+            assert self.process.poll() is None, self.log[-4000:]
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health/", timeout=2).status_code == 200:
+                if requests.get(f"{self.url}/health/", timeout=30).status_code == 200:
                     return self
             time.sleep(0.5)
-        raise AssertionError(f"no answer within {START_SECONDS} s\n{self.log[-4000:]}")
+            try:
+                progress.check()
+            except hangs.Hang as hang:
+                raise hangs.Hang(f"the server does not answer: {hang}\n{self.log[-4000:]}") from None
 
     def signal(self, number: int) -> None:
         assert self.process is not None

@@ -155,7 +155,7 @@ def test_another_process_reads_what_was_written(written: segment.Segment, tensor
                 print(json.dumps({{name: file.get_tensor(name).float().tolist() for name in file.keys()}}))
     """
     before = shm.names()
-    done = forks.run(textwrap.dedent(script), timeout=120)
+    done = forks.run(textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {name: tensors[name].float().tolist() for name in tensors}
     assert shm.names() <= before

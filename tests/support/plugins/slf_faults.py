@@ -1,13 +1,15 @@
 """Breaks what the engine serves, one fault a step, after the sync of that step; then syncs many times without a fault.
 
 ``$SLF_FAULTS`` names the faults, comma-separated, in the order of the steps from 1 on (``none`` for a step without).
-In the step after the last fault come ``$SLF_CLEAN_SYNCS`` syncs with a new policy each, every one of them examined, and
-then one fault under each setting of ``SWIFT_LORA_FIX_ON_MISMATCH``; then the run ends. One JSON line for each to
-``$SLF_FAULTS_FILE``. Load it after the plugin under test.
+In the step after the last fault come ``$SLF_CLEAN_SYNCS`` syncs with a new policy each, every one of them examined;
+at least ``$SLF_CLEAN_MINIMUM``, and no more once ``$SLF_CLEAN_SECONDS`` are over. Then comes one fault under each
+setting of ``SWIFT_LORA_FIX_ON_MISMATCH``, and the run ends. One JSON line for each to ``$SLF_FAULTS_FILE``. Load it
+after the plugin under test.
 """
 
 import json
 import os
+import time
 
 import wrapt
 
@@ -140,7 +142,7 @@ def scaling_changed(trainer):
 
 def cache_not_reset(trainer):
     """From now on: the reset after this step's gate, and that of the next sync. The gate of the next step sees it, as
-    the policy changes a lot until then: cached keys and values of one small step before stay within the noise."""
+    the policy is turned around until then: cached keys and values of one small step before stay within the noise."""
     engine, real, left = trainer.engine.engine, trainer.engine.engine.reset_prefix_cache, [2]
 
     def reset(*args, **kwargs):
@@ -154,9 +156,10 @@ def cache_not_reset(trainer):
 
 
 def _jump(trainer):
+    """Not to a larger LoRA, which larger logits and their rounding would come with."""
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(2)
+            parameter.data.mul_(-0.5)
 
 
 def none(trainer):
@@ -180,7 +183,10 @@ def _clean(trainer, infer, requests, config):
     os.environ["SWIFT_LORA_FIX_ON_MISMATCH"] = "raise"
     generator = torch.Generator().manual_seed(7)
     verdicts = []
-    for _ in range(int(os.environ.get("SLF_CLEAN_SYNCS", "200"))):
+    ends = time.monotonic() + float(os.environ["SLF_CLEAN_SECONDS"])
+    for number in range(int(os.environ["SLF_CLEAN_SYNCS"])):
+        if number >= int(os.environ["SLF_CLEAN_MINIMUM"]) and time.monotonic() > ends:
+            break
         _perturb(trainer, torch, generator)
         trainer._move_model_to_vllm(skip_async_check=True)
         infer(requests[:1], config)

@@ -1,6 +1,7 @@
 """A reward for runs that need gradients but no meaning."""
 
 import os
+import zlib
 
 
 def _rewards():
@@ -10,17 +11,17 @@ def _rewards():
         from swift.plugin.orm import ORM, orms
 
     class Spread(ORM):
-        """A number from the completion's text and the rank; by position where all texts are alike (random weights of a
-        real vocabulary decode to nothing). No state: a resumed run gets the rewards of an uninterrupted one."""
+        """Each completion's place in an order that the texts and the rank decide (the position, where texts are alike:
+        random weights of a real vocabulary decode to nothing). No two are the same: a tie is a step without a gradient.
+        No state: a resumed run gets the rewards of an uninterrupted one."""
 
         def __init__(self, *args, **kwargs):
             super().__init__()
 
         def __call__(self, completions, **kwargs):
-            rank = int(os.environ.get("RANK", "0"))
-            if len(set(map(str, completions))) == 1:
-                return [(i + rank) / (len(completions) + rank) for i in range(len(completions))]
-            return [(sum(map(ord, str(c))) * (7 + 4 * rank) % 97) / 97.0 for c in completions]
+            rank = os.environ.get("RANK", "0")
+            marks = [(zlib.crc32(f"{rank} {text}".encode()), i) for i, text in enumerate(completions)]
+            return [sorted(marks).index(mark) / len(marks) for mark in marks]
 
     orms["slf_spread"] = Spread
 
