@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, REPOSITORY, make_model
+from bench import PLUGINS, command
+from tests.support.driver import REPOSITORY, make_model
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import trainer
 
@@ -125,10 +125,10 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_transports", __doc__)
+    parser = command.arguments("bench_transports", __doc__)
     parser.add_argument("--engine", choices=("sync", "async"), default="sync", help="the server's (default sync)")
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ from typing import Any
 
 from rich.console import Console
 
+from demo.report import RELEASE_TITLE, Check, Outcome, save_chart, table
 from swift_lora_fix.install import releases
-
-from . import bounds
-from .demo_report import RELEASE_TITLE, Check, Outcome, save_chart, table
-from .driver import REPOSITORY, Run, make_model, this_python
+from tests.support import bounds
+from tests.support.driver import REPOSITORY, Run, make_model, this_python
 
 CHECKPOINT_STEP = 2
 KILL_STEP = 3

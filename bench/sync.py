@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, Run, make_model
+from bench import PLUGINS, command
+from tests.support.driver import Run, make_model
 
 STAGES = (
     "check",
@@ -147,7 +147,7 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_sync", __doc__)
+    parser = command.arguments("bench_sync", __doc__)
     parser.add_argument(
         "--mode",
         choices=("adapter", "fused"),
@@ -155,7 +155,7 @@ def main() -> None:
         help="adapter: into vLLM's LoRA slots (default); fused: folded into the engine's weights, without LoRA layers",
     )
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, Run, make_model
+from bench import PLUGINS, command
+from tests.support.driver import Run, make_model
 
 PROMPT_TOKENS = 64
 ENGINES = {"lora": "engine with LoRA layers", "plain": "engine without LoRA layers"}
@@ -165,14 +165,14 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_generate", __doc__.splitlines()[0])
+    parser = command.arguments("bench_generate", __doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 128], help="batch sizes (default 8 64 128)")
     parser.add_argument("--tokens", type=int, help="new tokens a request (default 256, on a CPU 16)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3), after one warm-up")
     parser.add_argument(
         "--plain-engine", action="store_true", help="a second run, whose engine has no LoRA layers: fused and base"
     )
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from . import bounds
-from .bounds import Probe
+from tests.support import bounds
+from tests.support.bounds import Probe
 
 RELEASE_TITLE = {
     "affected": "LoRA counted twice after a resume",
