@@ -19,8 +19,8 @@ BAD = STOCK  # what should not be
 AMBER, VIOLET, GREEN = "#b26a00", "#8e24aa", "#2e7d32"  # for more, in no fixed meaning
 DPI = 120
 STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
+    "font.size": 10,
+    "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
