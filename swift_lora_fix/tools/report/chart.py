@@ -43,7 +43,7 @@ def draw(report: RunReport, path: Path) -> None:
     with charts.chart(path, size=(10, 8.5), rows=2, sharex=True, gridspec_kw=ratios) as (figure, (above, below)):
         charts.horizontal_grid(above, below)
         _draw_mismatch(above, report)
-        _draw_time(below, [step for step in report.synced if not step.is_evaluation] or report.synced)
+        _draw_time(below, report.synced)
         below.set_xlabel("global step")
         below.xaxis.get_major_locator().set_params(integer=True)
         figure.suptitle(f"{report.folder.resolve().name}: {_headline(report)}", fontsize=13)
@@ -63,10 +63,9 @@ def _draw_mismatch(axis: Any, report: RunReport) -> None:
         _empty(axis, "no step was probed")
         return
     few = len(probed) <= MARKERS_AT_MOST
-    lined = [step for step in probed if not step.is_evaluation] or probed
 
     def line(name: str, label: str, marker: str | None = None, **look: Any) -> None:
-        points = [(step.step, step.values[name]) for step in lined if name in step.values]
+        points = [(step.position, step.values[name]) for step in probed if name in step.values]
         if points:
             axis.plot(*zip(*points), label=label, marker=marker if few else None, markersize=5, **look)
 
@@ -74,13 +73,12 @@ def _draw_mismatch(axis: Any, report: RunReport) -> None:
     line("control_base", "control: no LoRA at all", color=BASE, marker="^", lw=1.5, ls="--")
     line("mismatch_max", "engine against trainer, largest", color=MISMATCH, lw=1, alpha=0.35)
     line("mismatch_mean", "engine against trainer, mean", color=MISMATCH, marker="o", lw=2.2)
-    allowed = [(step.step, FLOORS * step.floor) for step in lined if "noise_floor" in step.values]
+    allowed = [(step.position, FLOORS * step.floor) for step in probed if "noise_floor" in step.values]
     if allowed:
         axis.plot(*zip(*allowed), label=f"allowed: {FLOORS:g} x noise floor", color=BAD, lw=1.2, ls="-.")
     line("noise_floor", "noise floor", color=GREY, lw=1.5, ls=":")
-    if lined is not probed:
-        _mark(axis, [step for step in probed if step.is_evaluation], "in an evaluation", mfc=MISMATCH, marker="D")
     if few:
+        _mark(axis, [step for step in probed if step.is_evaluation], "in an evaluation", mfc=MISMATCH, marker="D")
         _mark(axis, [step for step in probed if not step.is_distinguishable], "LoRA too small to tell", mfc="white")
     _mark(axis, report.above, "above what is allowed", mfc=BAD, marker="X", ms=11, mec="white")
     axis.set_yscale("log", nonpositive="clip")
@@ -90,7 +88,7 @@ def _draw_mismatch(axis: Any, report: RunReport) -> None:
 
 
 def _mark(axis: Any, steps: Sequence[Step], label: str, **look: Any) -> None:
-    points = [(s.step, s.values["mismatch_mean"]) for s in steps if math.isfinite(s.values["mismatch_mean"])]
+    points = [(s.position, s.values["mismatch_mean"]) for s in steps if math.isfinite(s.values["mismatch_mean"])]
     if points:
         look = {"marker": "o", "ms": 6, "mec": MISMATCH, **look}
         axis.plot(*zip(*points), ls="", label=label, zorder=5, **look)
@@ -104,39 +102,41 @@ def _draw_time(axis: Any, synced: Sequence[Step]) -> None:
     totals = [sum(split.values()) for split in splits]
     median = statistics.median(totals)
     unit, name = (1e3, "ms") if median < 1 else (1.0, "s")
-    steps = [step.step for step in synced]
+    positions = [step.position for step in synced]
     stages = list(median_split(synced)) or [REST]
     heights = [[unit * split[stage] for split in splits] for stage in stages]
     colours = [STAGE_COLOURS[stage] for stage in stages]
     labels = [STAGE_LABELS[stage] for stage in stages]
-    if len(steps) <= BARS_AT_MOST:
-        _bars(axis, steps, heights, colours, labels)
+    if len(positions) <= BARS_AT_MOST:
+        _bars(axis, positions, heights, colours, labels)
     else:
-        axis.stackplot(steps, heights, colors=colours, labels=labels, lw=0)
+        axis.stackplot(positions, heights, colors=colours, labels=labels, lw=0)
     top = 1.25 * max(total for total in totals if total <= TALL * median)
     axis.set_ylim(0, unit * top or 1)
-    _name_tall(axis, [(step, total) for step, total in zip(steps, totals) if total > top])
+    _name_tall(axis, [(step, total) for step, total in zip(synced, totals) if total > top])
     axis.set_ylabel(f"time of a sync and its audit, {name}")
     _legend(axis, 6)
 
 
-def _bars(axis: Any, steps: Sequence[int], heights: list[list[float]], colours: list[str], labels: list[str]) -> None:
-    width = 0.8 * min((later - earlier for earlier, later in zip(steps, steps[1:])), default=1)
-    bottom = [0.0] * len(steps)
+def _bars(
+    axis: Any, positions: Sequence[float], heights: list[list[float]], colours: list[str], labels: list[str]
+) -> None:
+    width = 0.8 * min((later - earlier for earlier, later in zip(positions, positions[1:])), default=1)
+    bottom = [0.0] * len(positions)
     for height, colour, label in zip(heights, colours, labels):
-        axis.bar(steps, height, width=width, bottom=bottom, color=colour, label=label)
+        axis.bar(positions, height, width=width, bottom=bottom, color=colour, label=label)
         bottom = [low + more for low, more in zip(bottom, height)]
 
 
-def _name_tall(axis: Any, tall: Sequence[tuple[int, float]]) -> None:
+def _name_tall(axis: Any, tall: Sequence[tuple[Step, float]]) -> None:
     """What the bars that are cut off would have reached: the first by name, the rest as a number."""
     if tall:
         step, total = tall[0]
         more = f", and {plural(len(tall) - 1, 'more bar')} cut off" if len(tall) > 1 else ""
-        text = f"step {step}: {duration(total)}, cut off{more}"
+        text = f"{step.place}: {duration(total)}, cut off{more}"
         place = {"textcoords": "offset points", "xytext": (12, -3), "va": "top", "fontsize": 9, "color": "#424242"}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-        axis.annotate(text, (step, 1), xycoords=axis.get_xaxis_transform(), bbox=box, **place)
+        axis.annotate(text, (step.position, 1), xycoords=axis.get_xaxis_transform(), bbox=box, **place)
 
 
 def _empty(axis: Any, words: str) -> None:

@@ -38,6 +38,11 @@ class Step:
         return f"the evaluation after step {self.step}" if self.is_evaluation else f"step {self.step}"
 
     @property
+    def position(self) -> float:
+        """Where it lies on an axis of steps: an evaluation between its step and the next."""
+        return self.step + 0.5 * self.is_evaluation
+
+    @property
     def is_probed(self) -> bool:
         return "mismatch_mean" in self.values
 

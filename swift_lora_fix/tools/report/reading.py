@@ -1,6 +1,7 @@
 """Reads a run: ms-swift's ``logging.jsonl``, where the package's numbers are called ``lora_sync/...``.
 
-ms-swift puts ``eval_`` before the names of what happened in an evaluation, and writes a line of its own for it.
+ms-swift puts ``eval_`` before the names of what happened in an evaluation, and writes a line of its own for it. The
+training step after an evaluation has no sync of its own: the evaluation has given the engine that policy.
 """
 
 from __future__ import annotations
