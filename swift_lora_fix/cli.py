@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import __version__
 from .errors import SwiftLoraFixError
 from .tools import plugin
 from .tools.doctor import view as doctor
@@ -19,6 +20,7 @@ VERBS = {"plugin": plugin, "doctor": doctor, "verify": verify, "report": report,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit status (2 for a mistake of the user's, named on standard error)."""
     parser = argparse.ArgumentParser(prog="swift-lora-fix", description="LoRA sync for ms-swift and vLLM, done right.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
         verb = verbs.add_parser(name, help=module.HELP, description=module.__doc__)

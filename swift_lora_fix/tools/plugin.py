@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-
-from .doctor.facts import PLUGIN_FILE
+from pathlib import Path
 
 HELP = "print the plugin file's path, for --external_plugins"
+PLUGIN_FILE = Path(__file__).resolve().parents[1] / "plugin" / "swift_lora_fix_plugin.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .facts import Report, Variable, examine
+from .facts import Report, examine
+from .variables import Variable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -3,14 +3,16 @@
     source.py     which folder: the newest complete checkpoint, and why others are passed over
     base.py       whether adapter and base model belong together, from safetensors headers alone
     precision.py  the adapter's values: usable at all, cast, and what the cast lost
-    make.py       the new folder, its provenance, and the arguments to go on with
-    atomic.py     all of the folder or nothing
+    make.py       the new folder, all of it or nothing, and its provenance
+    facts.py      what was made, and the arguments to go on with
+    view.py       that in words
 
 torch is loaded when everything that can be judged without it has been found right.
 """
 
 from __future__ import annotations
 
-from .make import Fork, fork
+from .facts import Fork
+from .make import fork
 
 __all__ = ["Fork", "fork"]

@@ -1,22 +1,23 @@
-"""Makes the folder of a fork, all of it or nothing, and says how to go on with it."""
+"""Makes the folder of a fork, all of it or nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...common.atomic import all_or_nothing
-from ...errors import AdapterFileError, ForkError, SettingsError
+from ...errors import AdapterFileError, ForkError, MissingPackageError, SettingsError
 from ...install import releases
 from ...policy.files import ADAPTER_CONFIG, PROVENANCE, SAFETENSORS, TensorHeader, read_json, sha256_of
-from .base import Base, agree, max_rank, quantization_of, targets_of
+from .base import Base, agree, max_rank, targets_of
+from .facts import Fork, arguments_of, notes_of
 from .precision import DTYPES, Cast, cast, check_values, dtypes_of
 from .source import Source, find
 
@@ -27,29 +28,8 @@ ADDITIONAL_CONFIG = "additional_config.json"  # ms-swift's own part of the confi
 # what ms-swift's --adapters reads; args.json with --load_args, the scoring head of a decision model
 ADAPTER_FILES = (ADAPTER_CONFIG, ADDITIONAL_CONFIG, "args.json", "scoring_head.safetensors", "scoring_head.json")
 SHARDED_WEIGHTS = ("global_step*", "pytorch_model_fsdp*")  # DeepSpeed and FSDP resume from these
-DEFAULT_LORA_RANK = 8  # ms-swift's; it is the engine's room also for an adapter that comes from --adapters
-ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
+NEEDED = ("numpy", "torch")
 PACKAGES = ("swift-lora-fix", "ms-swift", "peft", "transformers", "torch", "safetensors")
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A fork that was made.
-
-    target, sha256: the new folder and its weights file's digest. source: what it was made from. cast: None when the
-    weights are the source's, byte for byte. arguments: of ``swift rlhf``, to go on. notes: what was found, in words.
-    """
-
-    target: Path
-    source: Source
-    sha256: str
-    cast: Cast | None
-    arguments: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def command(self) -> str:
-        return shlex.join(self.arguments)
 
 
 def fork(
@@ -74,12 +54,14 @@ def fork(
 
     Raises:
         SettingsError: ``dtype`` is none of these.
+        MissingPackageError: numpy or torch is not installed; this package does not bring them along.
         AdapterFileError: SOURCE is missing, incomplete, corrupt or not finite, or TARGET cannot be written.
         UnsupportedAdapterError: SOURCE is not a LoRA adapter.
         ForkError: TARGET exists; adapter and base do not agree; a value does not fit ``dtype``; every lora_B is zero.
     """
     if dtype not in ("keep", *DTYPES):
         raise SettingsError(f"--dtype {dtype!r} is not understood: use one of keep, {', '.join(DTYPES)}.")
+    _check_packages()
     place = _check_target(Path(target))
     found = find(Path(source), step, with_trainer_state)
     if found.folder in place.parents:
@@ -101,9 +83,19 @@ def fork(
         sha256 = _write_weights(found, folder, tensors, done)
         notes = [*_adapt_configuration(folder, agreed, done)]
         _write_provenance(found, folder, sha256, agreed, done, before, with_trainer_state)
-    words = _words(found, agreed, done, before, with_trainer_state)
-    arguments = _arguments(found, agreed, place, max_rank(targets_of(header, found)), with_trainer_state)
+    words = notes_of(found, agreed, done, before, with_trainer_state)
+    arguments = arguments_of(found, agreed, place, max_rank(targets_of(header, found)), with_trainer_state)
     return Fork(place, found, sha256, done, arguments, (*words, *notes))
+
+
+def _check_packages() -> None:
+    """They read and write the tensors. Looked for, not loaded."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise MissingPackageError(
+            f"{' and '.join(missing)} {are} not installed in this environment: pip install {' '.join(missing)}"
+        )
 
 
 def _check_target(target: Path) -> Path:
@@ -206,35 +198,3 @@ def _write_provenance(
         "source_was_a_fork": read_json(ancestor) if ancestor.is_file() else None,
     }
     (folder / PROVENANCE).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def _words(
-    source: Source, base: Base, done: Cast | None, before: tuple[str, ...], with_trainer_state: bool
-) -> Iterator[str]:
-    yield from source.notes
-    yield from base.notes
-    quantised = quantization_of(source)
-    if quantised and base.changed:
-        yield f"the source's base was quantised ({quantised}), this one is taken as it is: rollouts differ a little"
-    elif quantised:
-        yield f"the source's base was quantised: add {quantised} to go on so; without, it is loaded in 16 bits"
-    yield str(done) if done else f"the weights are the source's, {' and '.join(before)}"
-    if source.args.get("ref_adapters"):
-        yield "the reference policy is the source's (--ref_adapters)"
-    elif source.args.get("beta"):
-        yield "the reference policy is the base model, as in the source; --ref_adapters TARGET makes it the fork's"
-    if with_trainer_state:
-        yield f"with the trainer's state: optimizer and step count go on from step {source.step}"
-    else:
-        yield "without the trainer's state: a fresh optimizer, steps count from 0"
-
-
-def _arguments(source: Source, base: Base, target: Path, rank: int, with_trainer_state: bool) -> tuple[str, ...]:
-    start = "--resume_from_checkpoint" if with_trainer_state else "--adapters"
-    arguments = ["--model", base.name, start, str(target)]
-    if rank > DEFAULT_LORA_RANK:
-        arguments += ["--lora_rank", str(next((room for room in ENGINE_RANKS if room >= rank), rank))]
-    reference = source.args.get("ref_adapters")
-    if reference:
-        arguments += ["--ref_adapters", *map(str, reference if isinstance(reference, list) else [reference])]
-    return tuple(arguments)

@@ -4,12 +4,15 @@ Ends with 0 (proved), 1 (a step above what the gate allows, or nothing proved) o
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import facts as run_report
-from .facts import RunReport
+from ...errors import MissingPackageError
+from .chart import draw
+from .facts import CHART_NAME, RunReport, duration, median_of, median_split, plural
+from .reading import read
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="RUN_DIR", type=Path, help="the run's --output_dir, or one of its vN-* folders"
     )
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help=f"the chart (default: RUN_DIR/{run_report.CHART_NAME})"
-    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help=f"the chart (default: RUN_DIR/{CHART_NAME})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     bar = _Bar()
     try:
-        report = run_report.read(args.folder, bar)
+        report = read(args.folder, bar)
     finally:
         bar.stop()
     console = Console(highlight=False)
@@ -42,10 +43,14 @@ def run(args: argparse.Namespace) -> int:
     for words in report.words:
         console.print(Text(words))
     console.print(Text(report.verdict, style="bold green" if report.exit_code == 0 else "bold red"))
-    chart = args.out or args.folder / run_report.CHART_NAME
-    with Console(stderr=True).status("Drawing ..."):
-        run_report.draw(report, chart)
-    console.print(Text(f"Chart: {chart}"), soft_wrap=True)
+    chart = args.out or args.folder / CHART_NAME
+    try:
+        with Console(stderr=True).status("Drawing ..."):
+            draw(report, chart)
+    except MissingPackageError as error:
+        print(f"No chart: {error}", file=sys.stderr)
+    else:
+        console.print(Text(f"Chart: {chart}"), soft_wrap=True)
     return report.exit_code
 
 
@@ -79,12 +84,19 @@ def _summary(report: RunReport) -> RenderableType:
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    first, last = report.steps[0].step, report.steps[-1].step
     table.add_row("run", str(report.folder))
-    table.add_row("steps", f"{len(report.steps):,} with numbers, {first} to {last}")
+    table.add_row("steps", _steps(report))
     for name, finding in (*_mismatch(report), *_time(report)):
         table.add_row(name, finding)
     return table
+
+
+def _steps(report: RunReport) -> str:
+    trained, evaluations = report.trained, report.evaluations
+    words = f"{len(trained):,} with numbers"
+    if trained:
+        words += f", {trained[0].step} to {trained[-1].step}"
+    return words + (f", and {plural(len(evaluations), 'evaluation')}" if evaluations else "")
 
 
 def _mismatch(report: RunReport) -> list[tuple[str, str]]:
@@ -99,7 +111,7 @@ def _mismatch(report: RunReport) -> list[tuple[str, str]]:
         ("control_base", "control: no LoRA"),
         ("control_double", "control: LoRA twice"),
     ):
-        median = run_report.median_of(told or probed, name)
+        median = median_of(told or probed, name)
         if median is not None:
             rows.append((label, f"{median:.3g} nats per token (median)"))
     return rows
@@ -109,19 +121,19 @@ def _time(report: RunReport) -> list[tuple[str, str]]:
     from rich import filesize
 
     synced = report.synced
-    seconds = run_report.median_of(synced, "seconds")
+    seconds = median_of(synced, "seconds")
     rows = []
     if seconds is not None:
         longest = max(synced, key=lambda step: step.values["seconds"])
-        most = f"longest {run_report.duration(longest.values['seconds'])} at step {longest.step}"
-        rows.append(("time of a sync", f"{run_report.duration(seconds)} (median), {most}"))
-        parts = run_report.median_split(synced).items()
-        rows.append(("of which", ", ".join(f"{stage} {run_report.duration(part)}" for stage, part in parts)))
-    gate = run_report.median_of(report.steps, "seconds_gate")
+        most = f"longest {duration(longest.values['seconds'])} at {longest.place}"
+        rows.append(("time of a sync", f"{duration(seconds)} (median), {most}"))
+        parts = median_split(synced).items()
+        rows.append(("of which", ", ".join(f"{stage} {duration(part)}" for stage, part in parts)))
+    gate = median_of(report.steps, "seconds_gate")
     if gate is not None:
         gated = sum("seconds_gate" in step.values for step in report.steps)
-        rows.append(("the gate", f"{run_report.duration(gate)} (median), at {gated:,} of {len(report.steps):,} steps"))
-    size = run_report.median_of(report.steps, "bytes")
+        rows.append(("the gate", f"{duration(gate)} (median), at {gated:,} of {len(report.steps):,} steps"))
+    size = median_of(report.steps, "bytes")
     if size is not None:
         rows.append(("written", f"{filesize.decimal(round(size))} a sync (median)"))
     return rows

@@ -11,16 +11,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 from ...errors import MissingPackageError, VerificationError
 from ...install import releases
-from ..doctor.facts import PLUGIN_FILE
+from ..plugin import PLUGIN_FILE
+from .facts import Request, Side, Sync
+from .inputs import check_model, prepare, rank_of, resolve
 
 OBSERVER = PLUGIN_FILE.parent / "verify" / "swift_lora_fix_verify.py"
-PROMPTS = ("Name a colour of the sky.", "What is two plus two?", "Which animal barks?", "Write one short sentence.")
 EXCEPTION = re.compile(r"^(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
 RESOLVE = """
 import sys
@@ -32,59 +32,19 @@ print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "tru
 """
 
 
-@dataclass(frozen=True)
-class Sync:
-    """One sync as the observer saw it. Logprob differences are in nats a token; base_changed counts the trainer's base
-    tensors (of base_tensors) whose bits are no longer those of the start; lora_changed the trainer's LoRA tensors (of
-    lora_tensors) that this sync changed, in dtype or in value."""
-
-    step: int
-    seconds: float
-    mean: float
-    max: float
-    kl: float
-    floor: float
-    control_base: float
-    control_double: float
-    agrees: bool
-    is_distinguishable: bool
-    cause: str | None
-    base_changed: int
-    base_tensors: int
-    lora_changed: int
-    lora_tensors: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to verify. extra: more ms-swift arguments, which win over ours."""
-
-    model: str
-    adapter: str
-    use_hf: bool
-    syncs: int
-    extra: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two runs. ending: why it stopped early, in its own last words; empty when it reached its end."""
-
-    name: str
-    syncs: tuple[Sync, ...]
-    ending: str
-    log: Path
-
-
 def run(request: Request, folder: Path, progress: Callable[[str, int], None]) -> tuple[Side, Side]:
     """Ours and stock's run, one after the other; files go to ``folder``. progress(name, syncs so far).
 
     Raises:
-        VerificationError: the adapter's folder or configuration cannot be had, or our run wrote nothing.
+        VerificationError: the model, the adapter's folder or its configuration cannot be had, ``folder`` cannot be
+            written, or our run wrote nothing.
         MissingPackageError: ms-swift is not installed.
     """
+    check_model(request.model)
+    swift = _swift_folder()
     adapter_folder = resolve(request.adapter, request.use_hf)
-    command = _command(request, adapter_folder, folder)
+    rank = rank_of(adapter_folder)
+    command = _command(request, swift, adapter_folder, rank, prepare(folder, request.syncs))
     ours = _start("fixed", command, [PLUGIN_FILE, OBSERVER], folder / "ours", {}, progress)
     if not ours.syncs:
         raise VerificationError(
@@ -96,53 +56,24 @@ def run(request: Request, folder: Path, progress: Callable[[str, int], None]) ->
     return ours, stock
 
 
-def resolve(adapter: str, use_hf: bool) -> Path:
-    """The adapter's local folder; what is not one is downloaded by ms-swift itself, as its ``--adapters`` does."""
-    if not os.path.isdir(adapter):
-        done = subprocess.run(
-            [sys.executable, "-c", RESOLVE, adapter, str(use_hf).lower()], capture_output=True, text=True
-        )
-        found = [line[7:] for line in done.stdout.splitlines() if line.startswith("FOLDER ")]
-        if not found:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise VerificationError(
-                f"The adapter {adapter!r} is no local folder, and ms-swift could not download it: {last}. Give a PEFT "
-                "adapter folder, or an id of ModelScope (of Hugging Face with --use_hf true)."
-            )
-        adapter = found[0]
-    return Path(adapter)
-
-
-def rank_of(folder: Path) -> int:
-    """The largest rank in the adapter's PEFT configuration. Raises VerificationError naming what is missing."""
-    file = folder / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text())
-        return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{file} is no PEFT LoRA configuration: {error!r}. Give a PEFT adapter folder."
-        ) from error
-
-
-def _command(request: Request, adapter_folder: Path, folder: Path) -> list[str]:
-    version = releases.installed_swift()
+def _swift_folder() -> Path:
     spec = importlib.util.find_spec("swift")
-    if version is None or spec is None or not spec.submodule_search_locations:
+    if releases.installed_swift() is None or spec is None or not spec.submodule_search_locations:
         raise MissingPackageError("ms-swift is not installed in this environment: pip install ms-swift")
-    family = releases.family_of(version) or releases.FAMILIES[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = folder / "prompts.jsonl"
-    rows = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[i % 4]}]}) for i in range(8 * request.syncs)]
-    dataset.write_text("\n".join(rows) + "\n")
+    return Path(list(spec.submodule_search_locations)[0])
+
+
+def _command(request: Request, swift: Path, adapter_folder: Path, rank: int, prompts: Path) -> list[str]:
+    version = releases.installed_swift()
+    family = (releases.family_of(version) if version else None) or releases.FAMILIES[-1]
     arguments: dict[str, Any] = {
         "rlhf_type": "grpo",
         "model": request.model,
         "adapters": adapter_folder.resolve(),
-        "dataset": dataset.resolve(),
+        "dataset": prompts.resolve(),
         "reward_funcs": "swift_lora_fix_none",
         family.layout.tuner_argument: "lora",
-        "lora_rank": rank_of(adapter_folder),
+        "lora_rank": rank,
         "use_vllm": "true",
         "vllm_mode": "colocate",
         "vllm_enable_lora": "true",
@@ -166,7 +97,7 @@ def _command(request: Request, adapter_folder: Path, folder: Path) -> list[str]:
     }
     for name in [word[2:] for word in request.extra if word.startswith("--")]:
         arguments.pop(name, None)
-    command = [sys.executable, f"{list(spec.submodule_search_locations)[0]}/cli/rlhf.py"]
+    command = [sys.executable, str(swift / "cli" / "rlhf.py")]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     return [*command, *request.extra]
@@ -180,8 +111,8 @@ def _start(
     environment: dict[str, str],
     progress: Callable[[str, int], None],
 ) -> Side:
-    folder.mkdir(parents=True, exist_ok=True)
     records, log = folder / "syncs.jsonl", folder / "log.txt"
+    records.unlink(missing_ok=True)  # an earlier verification's, in the same --out
     environment = {
         **os.environ,
         "SWIFT_LORA_FIX_ON_MISMATCH": "warn",  # every sync is to be measured

@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...errors import SettingsError
-from .results import CHART_NAME, Result
-from .runs import Request
+from ...errors import ChartError, MissingPackageError, SettingsError
+from ...proof.verdict import MINIMUM_FLOOR
+from .chart import CHART_NAME, draw
+from .facts import Request, Result, Side, found
 from .runs import run as run_both
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 HELP = "prove on your model and adapter that the engine serves the adapter"
 
@@ -30,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.text import Text
 
     if args.syncs < 2:
         raise SettingsError(f"--syncs {args.syncs}: at least 2, because the defects show from the second sync on.")
@@ -40,15 +46,59 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.as_dict(), indent=1))
         return result.exit_code
-    console = Console(highlight=False)
-    console.print(result.table())
-    console.print(Text(result.verdict, style="bold green" if result.is_proved else "bold red"), soft_wrap=True)
-    result.draw(folder / CHART_NAME)
-    console.print(Text(f"Chart: {folder / CHART_NAME}; logs beside it."), soft_wrap=True)
+    show(result, folder, Console(highlight=False))
     return result.exit_code
 
 
-def _with_progress(request: Request, folder: Path):  # type: ignore[no-untyped-def]
+def show(result: Result, folder: Path, console: Console) -> None:
+    """Table, verdict and chart."""
+    from rich.text import Text
+
+    console.print(_table(result))
+    console.print(Text(result.verdict, style="bold green" if result.is_proved else "bold red"), soft_wrap=True)
+    try:
+        draw(result, folder / CHART_NAME)
+    except (MissingPackageError, ChartError) as error:
+        print(f"No chart: {error}", file=sys.stderr)
+        console.print(Text(f"Logs: {folder}"), soft_wrap=True)
+    else:
+        console.print(Text(f"Chart: {folder / CHART_NAME}; logs beside it."), soft_wrap=True)
+
+
+def _table(result: Result) -> Table:
+    from rich.table import Table
+
+    table = Table(title="|logprob engine - trainer| at each sync, nats a token")
+    table.add_column("run")
+    table.add_column("", justify="right")
+    for name in ("mean", "max", "floors", "sync", "base changed", "LoRA changed"):
+        table.add_column(name, justify="right")
+    table.add_column("found", max_width=24)
+    for side in (result.stock, result.ours):
+        for number, sync in enumerate(side.syncs, start=1):
+            table.add_row(
+                side.name if number == 1 else "",
+                str(number),
+                f"{sync.mean:.4g}",
+                f"{sync.max:.4g}",
+                f"{sync.mean / max(sync.floor, MINIMUM_FLOOR):.1f}",
+                f"{sync.seconds * 1e3:.1f} ms",
+                f"{sync.base_changed}/{sync.base_tensors}",
+                f"{sync.lora_changed}/{sync.lora_tensors}",
+                found(sync),
+                style="" if sync.agrees else "red",
+            )
+        table.add_section()
+    last = result.ours.syncs[-1]
+    table.caption = (
+        f"floors: in units of the noise floor (plain base, both sides), {last.floor:.4g}. The base alone would be "
+        f"{last.control_base:.4g} off, twice the adapter {last.control_double:.4g}. Base changed: tensors of the "
+        "trainer's frozen base that differ from the start; LoRA changed: of the trainer's LoRA, by this sync."
+    )
+    return table
+
+
+def _with_progress(request: Request, folder: Path) -> tuple[Side, Side]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

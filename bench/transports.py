@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, REPOSITORY, make_model
+from bench import PLUGINS, command
+from swift_lora_fix.common import charts
+from tests.support.driver import REPOSITORY, make_model
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import trainer
 
 STOCK = "stock, NCCL"
+COLOURS = (charts.STOCK, charts.OURS, charts.GREEN, charts.VIOLET)
 WORDS = {"stock": STOCK, "nccl": "ours, NCCL", "reload, folder": "ours, folder", "reload, body": "ours, request body"}
 
 
@@ -105,30 +107,22 @@ def print_table(record: dict[str, Any]) -> None:
 
 
 def save_chart(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     numbers = summarize(record)
-    figure, axis = plt.subplots(figsize=(8, 2.8))
-    values = [1e3 * seconds for seconds in numbers.values()]
-    bars = axis.barh([WORDS[name] for name in numbers], values, color=["#c44e52", "#4c72b0", "#55a868", "#8172b3"])
-    axis.bar_label(bars, [f"{value:.1f} ms" for value in values], padding=4)
-    axis.set_xlim(0, max(values) * 1.15)
-    axis.invert_yaxis()
-    axis.set_xlabel("median of one LoRA sync to a rollout server, ms")
-    axis.set_title(f"server mode, {record['shape']}, r={record['rank']}, {record['device']}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with charts.chart(path, size=(8, 2.8), option="--chart") as (_, (axis,)):
+        values = [1e3 * seconds for seconds in numbers.values()]
+        bars = axis.barh([WORDS[name] for name in numbers], values, color=COLOURS)
+        axis.bar_label(bars, [f"{value:.1f} ms" for value in values], padding=4)
+        axis.set_xlim(0, max(values) * 1.15)
+        axis.invert_yaxis()
+        axis.set_xlabel("median of one LoRA sync to a rollout server, ms")
+        axis.set_title(f"server mode, {record['shape']}, r={record['rank']}, {record['device']}")
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_transports", __doc__)
+    parser = command.arguments("bench_transports", __doc__)
     parser.add_argument("--engine", choices=("sync", "async"), default="sync", help="the server's (default sync)")
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, Run, make_model
+from bench import PLUGINS, command
+from swift_lora_fix.common import charts
+from tests.support.driver import Run, make_model
 
 STAGES = (
     "check",
@@ -123,31 +124,23 @@ def memory_words(record: dict[str, Any]) -> str:
 
 
 def save_chart(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     numbers = summarize(record)
-    figure, axis = plt.subplots(figsize=(8, 3.2))
-    mode = record["mode"]
-    names = [STOCK[mode], f"swift_lora_fix, {mode} mode", "floor (bytes / bandwidth)"]
-    values = [1e3 * numbers["stock"], 1e3 * numbers["ours"], 1e3 * numbers["floor"]]
-    bars = axis.barh(names, values, color=["#c44e52", "#4c72b0", "#8c8c8c"])
-    axis.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=4)
-    axis.set_xscale("log")
-    axis.set_xlim(min(values) / 2, max(values) * 4)
-    axis.invert_yaxis()
-    axis.set_xlabel("median of one LoRA sync, ms (log scale)")
-    times = f"{numbers['ratio']:.{0 if numbers['ratio'] >= 10 else 1}f} times faster"
-    axis.set_title(f"{mode} mode, {record['shape']}, r={record['rank']}, {record['device']}: {times}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with charts.chart(path, size=(8, 3.2), option="--chart") as (_, (axis,)):
+        mode = record["mode"]
+        names = [STOCK[mode], f"swift_lora_fix, {mode} mode", "floor (bytes / bandwidth)"]
+        values = [1e3 * numbers["stock"], 1e3 * numbers["ours"], 1e3 * numbers["floor"]]
+        bars = axis.barh(names, values, color=[charts.STOCK, charts.OURS, charts.QUIET])
+        axis.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=4)
+        axis.set_xscale("log")
+        axis.set_xlim(min(values) / 2, max(values) * 4)
+        axis.invert_yaxis()
+        axis.set_xlabel("median of one LoRA sync, ms (log scale)")
+        times = f"{numbers['ratio']:.{0 if numbers['ratio'] >= 10 else 1}f} times faster"
+        axis.set_title(f"{mode} mode, {record['shape']}, r={record['rank']}, {record['device']}: {times}")
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_sync", __doc__)
+    parser = command.arguments("bench_sync", __doc__)
     parser.add_argument(
         "--mode",
         choices=("adapter", "fused"),
@@ -155,7 +148,7 @@ def main() -> None:
         help="adapter: into vLLM's LoRA slots (default); fused: folded into the engine's weights, without LoRA layers",
     )
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

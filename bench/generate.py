@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support import benchmarks
-from tests.support.driver import PLUGINS, Run, make_model
+from bench import PLUGINS, command
+from swift_lora_fix.common import charts
+from tests.support.driver import Run, make_model
 
 PROMPT_TOKENS = 64
 ENGINES = {"lora": "engine with LoRA layers", "plain": "engine without LoRA layers"}
-COLOURS = {"adapter": "#c44e52", "fused": "#4c72b0", "base": "#8c8c8c"}
+COLOURS = {"adapter": charts.STOCK, "fused": charts.OURS, "base": charts.QUIET}
 
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -129,50 +130,43 @@ def print_table(record: dict[str, Any]) -> None:
 
 
 def save_chart(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     engines = record["engines"]
-    figure, axes = plt.subplots(1, len(engines), figsize=(1 + 5.5 * len(engines), 4.2), sharey=True, squeeze=False)
-    for axis, (engine, measured) in zip(axes[0], engines.items()):
-        rates = measured["tokens_per_second"]
-        width = 0.8 / len(rates)
-        for number, way in enumerate(rates):
-            batches = rates[way]
-            medians = [statistics.median(values) for values in batches.values()]
-            spread = [
-                [median - min(values) for median, values in zip(medians, batches.values())],
-                [max(values) - median for median, values in zip(medians, batches.values())],
-            ]
-            places = [place + width * (number - (len(rates) - 1) / 2) for place in range(len(batches))]
-            look = {"color": COLOURS[way], "label": way, "capsize": 3, "error_kw": {"lw": 1}}
-            bars = axis.bar(places, medians, 0.92 * width, yerr=spread, **look)
-            labels = ["" if way == "base" else f"{ratio(rates, way, batch):.3f}" for batch in batches]
-            axis.bar_label(bars, labels, padding=3, fontsize=9)
-        axis.set_xticks(range(len(rates["base"])), list(rates["base"]))
-        axis.set_xlabel("batch size")
-        axis.set_title(ENGINES[engine], fontsize=11)
-        axis.margins(y=0.12)
-    axes[0][0].set_ylabel("output tokens / s, median (whiskers: min to max)")
-    axes[0][0].legend(title="number: way / base", frameon=False, loc="upper left")
-    device = next(iter(engines.values()))["device"]
-    figure.suptitle(f"Generation, {record['shape']}, r={record['rank']}, {record['new_tokens']} new tokens, {device}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    size = (1 + 5.5 * len(engines), 4.2)
+    with charts.chart(path, size=size, columns=len(engines), sharey=True, option="--chart") as (figure, axes):
+        for axis, (engine, measured) in zip(axes, engines.items()):
+            rates = measured["tokens_per_second"]
+            width = 0.8 / len(rates)
+            for number, way in enumerate(rates):
+                batches = rates[way]
+                medians = [statistics.median(values) for values in batches.values()]
+                spread = [
+                    [median - min(values) for median, values in zip(medians, batches.values())],
+                    [max(values) - median for median, values in zip(medians, batches.values())],
+                ]
+                places = [place + width * (number - (len(rates) - 1) / 2) for place in range(len(batches))]
+                look = {"color": COLOURS[way], "label": way, "capsize": 3, "error_kw": {"lw": 1}}
+                bars = axis.bar(places, medians, 0.92 * width, yerr=spread, **look)
+                labels = ["" if way == "base" else f"{ratio(rates, way, batch):.3f}" for batch in batches]
+                axis.bar_label(bars, labels, padding=3, fontsize=9)
+            axis.set_xticks(range(len(rates["base"])), list(rates["base"]))
+            axis.set_xlabel("batch size")
+            axis.set_title(ENGINES[engine], fontsize=11)
+            axis.margins(y=0.12)
+        axes[0].set_ylabel("output tokens / s, median (whiskers: min to max)")
+        axes[0].legend(title="number: way / base", loc="upper left")
+        what = f"{record['shape']}, r={record['rank']}, {record['new_tokens']} new tokens"
+        figure.suptitle(f"Generation, {what}, {next(iter(engines.values()))['device']}")
 
 
 def main() -> None:
-    parser = benchmarks.arguments("bench_generate", __doc__.splitlines()[0])
+    parser = command.arguments("bench_generate", __doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64, 128], help="batch sizes (default 8 64 128)")
     parser.add_argument("--tokens", type=int, help="new tokens a request (default 256, on a CPU 16)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default 3), after one warm-up")
     parser.add_argument(
         "--plain-engine", action="store_true", help="a second run, whose engine has no LoRA layers: fused and base"
     )
-    benchmarks.run(parser.parse_args(), run_benchmark, print_table, save_chart)
+    command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from . import bounds
-from .bounds import Probe
+from swift_lora_fix.common import charts
+from tests.support import bounds
+from tests.support.bounds import Probe
 
 RELEASE_TITLE = {
     "affected": "LoRA counted twice after a resume",
@@ -20,7 +21,7 @@ CPU_ONLY = (
     "This gap is the CPU's own: there vLLM scales the tensors it is given in place, and stock ms-swift hands it the "
     "trainer's. On a GPU stock's first batch is right; the cast and the crash are the same."
 )
-STOCK, FIXED, QUIET, SCALE = "#c62828", "#1565c0", "#616161", "#b26a00"
+STOCK, FIXED, QUIET, SCALE = charts.STOCK, charts.OURS, charts.QUIET, charts.AMBER
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,14 @@ def table(outcome: Outcome, versions: str) -> Table:
 
 def save_chart(outcome: Outcome, versions: str, path: Path) -> None:
     """The table as a picture: gaps above (log scale), changed base entries below."""
-    import matplotlib
+    ratios = {"height_ratios": (3, 1)}
+    look: dict[str, Any] = {"rows": 2, "sharex": True, "gridspec_kw": ratios, "option": "--chart"}
+    with charts.chart(path, size=(8.5, 7), **look) as (figure, (above, below)):
+        _draw(figure, above, below, outcome)
+        figure.suptitle(f"{_headline(outcome)}\n{versions}: GRPO with LoRA, tiny Qwen2, CPU", fontsize=12)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(10, 8), dpi=120, sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+def _draw(figure: Any, above: Any, below: Any, outcome: Outcome) -> None:
     before = [float(index) for index in range(len(outcome.interrupted))]
     after = [len(before) + 0.5 + index for index in range(len(outcome.fixed))]
     after_stock = [x + 0.06 for x in after[: len(outcome.stock)]]  # beside the other, not on top of it
@@ -120,7 +120,7 @@ def save_chart(outcome: Outcome, versions: str, path: Path) -> None:
     above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     above.set_ylim(top=4 * max(p["lora_effect"] for p in outcome.fixed))
     above.set_ylabel("|logprob engine − trainer|\nmarker: mean, bar: up to the maximum")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2)
 
     _base(below, before, outcome.interrupted, FIXED, "o")
     _base(below, after, outcome.fixed, FIXED, "o")
@@ -139,18 +139,14 @@ def save_chart(outcome: Outcome, versions: str, path: Path) -> None:
     below.set_xlabel("rollout batch")
 
     middle = (before[-1] + after[0]) / 2
+    charts.horizontal_grid(above, below)
     for axis in (above, below):
-        axis.grid(axis="y", color="#e6e6e6")
         axis.axvline(middle, color=QUIET, lw=1)
     notes: dict[str, Any] = {"transform": above.get_xaxis_transform(), "color": QUIET, "va": "top"}
     above.text(middle - 0.08, 1, "from scratch, then killed", ha="right", **notes)
     above.text(middle + 0.08, 1, f"resumed from checkpoint-{outcome.fixed[0]['step']}", ha="left", **notes)
     if outcome.stock_crashed:
         _crash(above, below, after_stock, outcome)
-    figure.suptitle(f"{_headline(outcome)}\n{versions}: GRPO with LoRA, tiny Qwen2, CPU", fontsize=14)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _headline(outcome: Outcome) -> str:

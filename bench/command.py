@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swift_lora_fix.errors import ChartError, MissingPackageError
+
 Record = dict[str, Any]
 
 
@@ -41,5 +43,8 @@ def run(
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(record, indent=1))
     print_table(record)
-    save_chart(record, args.chart)
+    try:
+        save_chart(record, args.chart)
+    except (MissingPackageError, ChartError) as error:
+        raise SystemExit(f"record: {args.json}, no chart: {error}") from error
     print(f"record: {args.json}, chart: {args.chart}")

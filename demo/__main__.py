@@ -24,12 +24,12 @@ from typing import Any
 
 from rich.console import Console
 
+from demo.report import RELEASE_TITLE, Check, Outcome, save_chart, table
+from swift_lora_fix.errors import ChartError, MissingPackageError
 from swift_lora_fix.install import releases
-
-from . import bounds
-from .demo_report import RELEASE_TITLE, Check, Outcome, save_chart, table
-from .driver import REPOSITORY, Run, make_model, this_python
-from .hangs import Hang
+from tests.support import bounds
+from tests.support.driver import REPOSITORY, Run, make_model, this_python
+from tests.support.hangs import Hang
 
 CHECKPOINT_STEP = 2
 KILL_STEP = 3
@@ -300,13 +300,17 @@ def main() -> int:
         mark, style = ("ok  ", "green") if check.passed else ("FAIL", "bold red")
         console.print(f"{mark} {check.text}", style=style, markup=False, highlight=False, soft_wrap=True)
         console.print(f"     bound: {check.bound}", style="dim", markup=False, highlight=False, soft_wrap=True)
-    save_chart(outcome, versions, args.chart)
+    try:
+        save_chart(outcome, versions, args.chart)
+        chart = f"Chart: {args.chart}"
+    except (MissingPackageError, ChartError) as error:
+        chart = f"No chart: {error}"
     passed = all(check.passed for check in outcome.checks)
     if passed and not args.keep:
         shutil.rmtree(folder)
     else:
         console.print(f"The runs' files: {folder}", soft_wrap=True)
-    console.print(f"Chart: {args.chart}", soft_wrap=True)
+    console.print(chart, markup=False, soft_wrap=True)
     verdict = RELEASE_TITLE[args.release] + " without the plugin; gone with it"
     if passed:
         console.print(f"Shown: {verdict} ({demo.elapsed:.0f} s).", style="bold green", soft_wrap=True)
