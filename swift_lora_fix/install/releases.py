@@ -252,6 +252,39 @@ CALLS = (
     Target("TensorLoRARequest", is_function=False),
 )
 
+@dataclass(frozen=True)
+class Attribute:
+    """A name of ms-swift's trainer, of its arguments, its engine or its requests, that frameworks/swift/port.py reads,
+    writes or calls. A release keeps it when its own code (rollout mixin, GRPO trainer, engine) uses the name as well.
+
+    since: the first release that has it; before, the port does without.
+    """
+
+    name: str
+    since: str = OLDEST_SUPPORTED
+
+
+ATTRIBUTES = (
+    *map(
+        Attribute,
+        (
+            # of the trainer
+            "accelerator", "unwrap_model", "num_processes", "is_main_process", "device", "model", "training", "state",
+            "global_step", "args", "engine", "vllm_client", "vllm_mode", "rollout_enable_lora", "enable_offload",
+            "template", "tokenizer", "request_config", "_metrics", "_last_loaded_step", "parameter_groups",
+            "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "_engine_infer",
+            "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
+            # of its arguments (resume_from_checkpoint is transformers' own)
+            "use_vllm", "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
+            # of its engine, its template and its requests
+            "enable_lora", "max_model_len", "max_length", "RolloutInferRequest", "rollout_infos", "messages", "images",
+            "max_tokens",
+        ),
+    ),
+    Attribute("_process_state_dict_for_vllm", since="3.12.0"),
+    Attribute("_merge_lora_into_state_dict", since="3.12.0"),
+)  # fmt: skip
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 SWIFT_3 = Layout(
@@ -349,6 +382,17 @@ def rollout_modules() -> tuple[str, ...]:
 def tuner_arguments() -> tuple[str, ...]:
     """Every name that the argument has had that says what is trained (``lora``), newest first."""
     return tuple(dict.fromkeys(f.layout.tuner_argument for f in reversed(FAMILIES)))
+
+
+def trainer_modules(rollout_module: str) -> tuple[str, ...]:
+    """The modules in whose code ``ATTRIBUTES`` are looked for, given the one that holds the rollout class."""
+    layout = next((f.layout for f in FAMILIES if f.layout.rollout_module == rollout_module), FAMILIES[-1].layout)
+    return (rollout_module, f"{rollout_module.rpartition('.')[0]}.grpo_trainer", layout.engine_module)
+
+
+def attributes_of(version: str | None) -> tuple[str, ...]:
+    """The names that a release must have. Of a release whose number says nothing (None), all."""
+    return tuple(a.name for a in ATTRIBUTES if version is None or Version(version) >= Version(a.since))
 
 
 def server_modules() -> tuple[str, ...]:

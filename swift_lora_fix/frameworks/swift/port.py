@@ -1,7 +1,7 @@
 """ms-swift's trainer behind the port: the one file that reads its attributes and calls its methods.
 
 Each name that is used here is in the contract (install/releases.py, ``ATTRIBUTES``), which is checked before anything
-is patched, and in the source of every release by the release suite.
+is patched, and in the source of every release by the release suite. What a release does not have yet is named there.
 """
 
 from __future__ import annotations
@@ -146,8 +146,6 @@ class SwiftTrainer:
 
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         """Without sequence parallelism, which parts the sequence among ranks."""
-        if not hasattr(self.trainer, "_disable_sp_context"):  # before 3.11
-            return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[None] = self.trainer._disable_sp_context()
         return context
 
