@@ -92,7 +92,8 @@ def why_not_fused(trainer: TrainerPort) -> str | None:
     if _can_be_apart(trainer):
         return f"{obstacle}. Use --vllm_enable_lora true, with which the adapter stays apart"
     return (
-        f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it on what is not quantised, tied or packed"
+        f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it without that, or on what is not "
+        "quantised, tied or packed"
     )
 
 
