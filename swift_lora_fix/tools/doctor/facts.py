@@ -37,17 +37,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ... import vllm_plugin
+from ... import arming
 from ...common.settings import Settings
 from ...errors import SettingsError, SwiftLoraFixError
-from ...install import arming, releases
+from ...install import releases
+from ...install.instrumentor import INTERNAL
 
 PLUGIN_FILE = Path(__file__).resolve().parents[2] / "plugin" / "swift_lora_fix_plugin.py"
-OUR_DISTRIBUTION = "swift-lora-fix"
 ENTRY_POINT = "swift_lora_fix"
 PREFIX = "SWIFT_LORA_FIX"
-# what one process tells its children: set by us, not by the user
-INTERNAL = {value for name, value in vars(vllm_plugin).items() if name.startswith("PARENT_")}
 # distribution -> the package it installs
 REQUIRED = {
     "ms-swift": "swift",
@@ -285,7 +283,8 @@ def _device() -> tuple[str | None, int | None, bool | None]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {OUR_DISTRIBUTION: releases.installed_version(OUR_DISTRIBUTION), "python": platform.python_version()}
+    own = releases.OWN_DISTRIBUTION
+    versions = {own: releases.installed_version(own), "python": platform.python_version()}
     versions.update({name: releases.installed_version(name) for name in REQUIRED})
     versions["vllm"] = releases.installed_vllm()
     return versions
@@ -324,7 +323,7 @@ def _plugin(environment: Mapping[str, str]) -> Plugin:
 
 def _has_entry_point() -> bool:
     try:
-        entries = metadata.distribution(OUR_DISTRIBUTION).entry_points
+        entries = metadata.distribution(releases.OWN_DISTRIBUTION).entry_points
     except metadata.PackageNotFoundError:
         return False
     return any(entry.group == "vllm.general_plugins" and entry.name == ENTRY_POINT for entry in entries)
