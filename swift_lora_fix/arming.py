@@ -12,13 +12,13 @@ from .common.settings import Settings
 from .errors import SwiftLoraFixError
 from .frameworks.swift.instrumentors import Megatron, Peft, RolloutServer, Trainer
 from .install import releases
-from .install.instrumentor import PARENT_ARMED, Request
+from .install.instrumentor import PARENT_ARMED, Arming
 
-_request = Request(PARENT_ARMED)
-_peft = Peft(_request)
-_trainer = Trainer(_request, _peft)
-_server = RolloutServer(_request)
-_megatron = Megatron(_request)
+_arming = Arming(PARENT_ARMED)
+_peft = Peft(_arming)
+_trainer = Trainer(_arming, _peft)
+_server = RolloutServer(_arming)
+_megatron = Megatron(_arming)
 # vLLM is not among them: its instrumentor is in memory/hooks.py, and importing swift_lora_fix.memory asks for it.
 _instrumentors = (_peft, _trainer, _server, _megatron)
 
@@ -62,9 +62,9 @@ def arm() -> None:
     Raises SettingsError where a setting of this package has a value that it cannot have.
     """
     if not Settings.from_environment().enabled:
-        _request.reason = "switched off by SWIFT_LORA_FIX"
+        _arming.reason = "switched off by SWIFT_LORA_FIX"
         return
-    _request.arm("armed; ms-swift's rollout module is not loaded yet")
+    _arming.arm("armed; ms-swift's rollout module is not loaded yet")
     for instrumentor in _instrumentors:
         instrumentor.watch()
 
@@ -91,11 +91,11 @@ def apply(mode: str | None = None) -> Status:
         _megatron.check_absent()
         _trainer.apply()
         arm()
-        _request.by_name = True
+        _arming.by_name = True
     except SwiftLoraFixError as error:
         if not _trainer.is_instrumented:
             _peft.uninstrument()
-            _request.disarm(f"apply() failed: {error}")
+            _arming.disarm(f"apply() failed: {error}")
         raise
     return status()
 
@@ -109,7 +109,7 @@ def remove() -> Status:
         instrumentor.check_removable()
     for instrumentor in _instrumentors:
         instrumentor.uninstrument()
-    _request.disarm("removed")
+    _arming.disarm("removed")
     if f"{__package__}.sync" in sys.modules:
         from . import sync
 
@@ -123,9 +123,9 @@ def status() -> Status:
     family = releases.family_of(version) if version else None
     return Status(
         enabled=Settings.from_environment().enabled,
-        armed=_request.armed,
+        armed=_arming.armed,
         applied=_trainer.is_instrumented,
-        reason=_request.reason,
+        reason=_arming.reason,
         ms_swift=version,
         vllm=releases.installed_vllm(),
         defects=tuple(defect.key for defect in family.defects) if family else (),

@@ -22,8 +22,8 @@ INTERNAL = frozenset({PARENT_ARMED, PARENT_USES_MEMORY})
 
 
 @dataclass
-class Request:
-    """What was asked for in this process. One request can be about several libraries.
+class Arming:
+    """What was asked for in this process, about one library or several.
 
     variable: the environment variable that tells it to the processes that vLLM starts.
     armed: the patches may go in.
@@ -59,8 +59,8 @@ class Instrumentor(ABC):
     triggers: tuple[str, ...]
     otherwise: str
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, arming: Arming) -> None:
+        self.arming = arming
         self.patch_sets: tuple[PatchSet, ...] = ()
         self.paused = False  # whoever imports a trigger calls `instrument`
         self._watching = False
@@ -82,7 +82,7 @@ class Instrumentor(ABC):
 
     @property
     def is_asked_for_by_name(self) -> bool:
-        return self.request.by_name
+        return self.arming.by_name
 
     def check_removable(self) -> None:
         """Raise PatchConflictError when somebody has wrapped one of our wrappers since."""
@@ -117,7 +117,7 @@ class Instrumentor(ABC):
         warning(f"stepping aside, {self.otherwise}: {error}")
 
     def _on_import(self, module: ModuleType) -> None:
-        if not self.request.armed or self.paused:
+        if not self.arming.armed or self.paused:
             return
         try:
             self.instrument(module)

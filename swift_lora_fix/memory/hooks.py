@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ..errors import ContractError
 from ..install import releases
-from ..install.instrumentor import PARENT_USES_MEMORY, Instrumentor, Request
+from ..install.instrumentor import PARENT_USES_MEMORY, Arming, Instrumentor
 from . import patches
 
 
@@ -18,7 +18,7 @@ class Vllm(Instrumentor):
     is_asked_for_by_name = True  # by an import
 
     def __init__(self) -> None:
-        super().__init__(Request(PARENT_USES_MEMORY))
+        super().__init__(Arming(PARENT_USES_MEMORY))
         self.patch_sets = patches.MEMORY
 
     def instrument(self, module: ModuleType) -> None:
@@ -42,7 +42,7 @@ def install() -> None:
             f"vLLM {releases.installed_vllm()} has no {', '.join(missing)}, so it cannot take adapters from memory; "
             f"nothing was patched. Tested are {', '.join(t.version for t in releases.TESTED_VLLM if t.memory)}."
         )
-    _vllm.request.arm("installed")
+    _vllm.arming.arm("installed")
     _vllm.watch()
 
 
@@ -57,4 +57,4 @@ def uninstall() -> None:
     Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
     """
     _vllm.uninstrument()
-    _vllm.request.disarm("uninstalled")
+    _vllm.arming.disarm("uninstalled")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from swift_lora_fix.errors import ContractError
-from swift_lora_fix.install.instrumentor import Instrumentor, Request
+from swift_lora_fix.install.instrumentor import Arming, Instrumentor
 from swift_lora_fix.install.registry import Patch, PatchSet
 
 VARIABLE = "SLF_TEST_ARMED"
@@ -39,7 +39,7 @@ class Library(Instrumentor):
     otherwise = "it answers as it is"
 
     def __init__(self, name: str, target: str = "answer") -> None:
-        super().__init__(Request(VARIABLE))
+        super().__init__(Arming(VARIABLE))
         self.triggers = (name,)
         self.patch_sets = (PatchSet("library", (Patch(target, one_more, "", ""),)),)
 
@@ -48,7 +48,7 @@ class Library(Instrumentor):
 
 
 def armed(library: Library) -> Library:
-    library.request.arm("armed")
+    library.arming.arm("armed")
     library.watch()
     return library
 
@@ -66,7 +66,7 @@ def test_in_by_itself_and_out_again(name: str) -> None:
 
 def test_disarmed_it_leaves_alone_what_is_imported_later(name: str) -> None:
     library = armed(Library(name))
-    library.request.disarm("removed")
+    library.arming.disarm("removed")
     assert importlib.import_module(name).answer() == 41 and VARIABLE not in os.environ
 
 
@@ -77,6 +77,6 @@ def test_asked_for_by_name_it_raises_and_by_itself_it_steps_aside(
     library = armed(Library(name, target="no_such_function"))
     assert importlib.import_module(name).answer() == 41
     assert "stepping aside, it answers as it is" in caplog.text and "no_such_function" in caplog.text
-    library.request.by_name = True
+    library.arming.by_name = True
     with pytest.raises(ContractError, match="no_such_function"):
         library.watch()

@@ -14,7 +14,7 @@ from ...common.log import info, warning
 from ...common.settings import Settings
 from ...errors import MissingPackageError, SwiftLoraFixError, UnsupportedReleaseError, UnsupportedTrainerError
 from ...install import contract, releases
-from ...install.instrumentor import Instrumentor, Request
+from ...install.instrumentor import Arming, Instrumentor
 
 PEFT_MODULE = "peft.peft_model"
 SWIFT_PEFT_MODULE = "swift.tuners.peft"  # replaces PeftModel.load_adapter when it is imported: ours goes on top
@@ -49,8 +49,8 @@ class Trainer(Instrumentor):
     triggers = releases.rollout_modules()
     otherwise = "ms-swift runs unpatched"
 
-    def __init__(self, request: Request, peft: Peft) -> None:
-        super().__init__(request)
+    def __init__(self, arming: Arming, peft: Peft) -> None:
+        super().__init__(arming)
         self.peft = peft
 
     def apply(self) -> None:
@@ -81,7 +81,7 @@ class Trainer(Instrumentor):
         hooks.ROLLOUT.plan(module)
         self.peft.instrument(swift_peft)
         hooks.ROLLOUT.apply(module)
-        self.request.reason = f"in {module.__name__}"
+        self.arming.reason = f"in {module.__name__}"
         if fresh:
             info(f"patched {module.__name__} of ms-swift {releases.installed_swift()}.")
 
@@ -89,7 +89,7 @@ class Trainer(Instrumentor):
         """Leave the whole of ms-swift as it is."""
         self.uninstrument()
         self.peft.uninstrument()
-        self.request.disarm(f"stepped aside: {error}")
+        self.arming.disarm(f"stepped aside: {error}")
         super().step_aside(module, error)
 
 
