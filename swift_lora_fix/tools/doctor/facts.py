@@ -38,7 +38,6 @@ from .advice import ENTRY_POINT, about_engine, about_plugin, about_release, abou
 from .loading import Patches, Probe, probe_in_a_child
 from .variables import Variable, problem_of_all, variables_of
 
-OUR_DISTRIBUTION = "swift-lora-fix"
 # distribution -> the package it installs
 REQUIRED = {
     "ms-swift": "swift",
@@ -142,7 +141,8 @@ def examine(environment: Mapping[str, str] | None = None) -> Report:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {OUR_DISTRIBUTION: releases.installed_version(OUR_DISTRIBUTION), "python": platform.python_version()}
+    own = releases.OWN_DISTRIBUTION
+    versions = {own: releases.installed_version(own), "python": platform.python_version()}
     versions.update({name: releases.installed_version(name) for name in REQUIRED})
     versions["vllm"] = releases.installed_vllm()
     return versions
@@ -181,7 +181,7 @@ def _plugin(environment: Mapping[str, str]) -> Plugin:
 
 def _has_entry_point() -> bool:
     try:
-        entries = metadata.distribution(OUR_DISTRIBUTION).entry_points
+        entries = metadata.distribution(releases.OWN_DISTRIBUTION).entry_points
     except metadata.PackageNotFoundError:
         return False
     return any(entry.group == "vllm.general_plugins" and entry.name == ENTRY_POINT for entry in entries)

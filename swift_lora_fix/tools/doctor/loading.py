@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ... import arming
 from ...errors import SwiftLoraFixError
-from ...install import arming, releases
+from ...install import releases
 
 TIMEOUT_SECONDS = 300.0
 # Not by ``-m``: that would put the working folder, a clone of ms-swift perhaps, first on sys.path.

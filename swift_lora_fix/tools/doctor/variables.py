@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ... import vllm_plugin
 from ...common.settings import Settings
 from ...errors import SettingsError
+from ...install.instrumentor import INTERNAL
 
 PREFIX = "SWIFT_LORA_FIX"
-# what one process tells its children: set by us, not by the user
-INTERNAL = {value for name, value in vars(vllm_plugin).items() if name.startswith("PARENT_")}
 VLLM_VARIABLES = {
     "VLLM_PLUGINS": "the plugins that vLLM may load, all of them where it is not set",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "colocated engines run in the trainer's process whatever this says",

@@ -1,0 +1,143 @@
+"""Who is patched, and the ways to ask for it: at import (armed, lazily), by ``apply()`` (now, or an error)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .common.log import info
+from .common.settings import Settings
+from .errors import SwiftLoraFixError
+from .frameworks.swift.instrumentors import Megatron, Peft, RolloutServer, Trainer
+from .install import releases
+from .install.instrumentor import PARENT_ARMED, Arming
+
+_arming = Arming(PARENT_ARMED)
+_peft = Peft(_arming)
+_trainer = Trainer(_arming, _peft)
+_server = RolloutServer(_arming)
+_megatron = Megatron(_arming)
+# vLLM is not among them: its instrumentor is in memory/hooks.py, and importing swift_lora_fix.memory asks for it.
+_instrumentors = (_peft, _trainer, _server, _megatron)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is in place. ``patches`` maps each target to ``applied`` or ``not applied``; ``run`` is the newest trainer's
+    sync state (origin of its LoRA weights, syncs so far, step served), None before a trainer prepared its engine."""
+
+    enabled: bool
+    armed: bool
+    applied: bool
+    reason: str
+    ms_swift: str | None
+    vllm: str | None
+    defects: tuple[str, ...]
+    patches: dict[str, str]
+    run: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"swift_lora_fix: {'applied' if self.applied else 'not applied'} ({self.reason})"]
+        lines.append(f"ms-swift {self.ms_swift}, vLLM {self.vllm}; known defects: {', '.join(self.defects) or 'none'}")
+        lines += [f"  {target}: {state}" for target, state in self.patches.items()]
+        if self.run:
+            lines += [f"  {name}: {value}" for name, value in self.run.items()]
+        return "\n".join(lines)
+
+
+def is_console_script() -> bool:
+    """Whether this process is ``swift-lora-fix``, which trains nothing and must start with settings that are wrong."""
+    return os.path.basename((getattr(sys, "argv", None) or [""])[0]) == "swift-lora-fix"
+
+
+def arm() -> None:
+    """Let the patches go in as soon as ms-swift's rollout module is loaded (now, if it already is).
+
+    Where that turns out to be impossible, one warning says why and ms-swift runs unpatched.
+    Raises SettingsError where a setting of this package has a value that it cannot have.
+    """
+    if not Settings.from_environment().enabled:
+        _arming.reason = "switched off by SWIFT_LORA_FIX"
+        return
+    _arming.arm("armed; ms-swift's rollout module is not loaded yet")
+    for instrumentor in _instrumentors:
+        instrumentor.watch()
+
+
+def apply(mode: str | None = None) -> Status:
+    """Patch ms-swift now, all or nothing; calling it again changes nothing.
+
+    Args:
+        mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
+
+    Raises:
+        SettingsError: no such mode.
+        MissingPackageError: ms-swift, vLLM or PEFT is not installed.
+        UnsupportedReleaseError: ms-swift is older than 3.10.0.
+        ContractError: a target is missing or has another signature; names the release, the target and what to do.
+        UnsupportedTrainerError: this process runs a Megatron trainer.
+    """
+    if mode is not None:
+        os.environ["SWIFT_LORA_FIX_MODE"] = Settings.from_environment({"SWIFT_LORA_FIX_MODE": mode}).mode
+    if not Settings.from_environment().enabled:
+        info("switched off by SWIFT_LORA_FIX: nothing is patched.")
+        return status()
+    try:
+        _megatron.check_absent()
+        _trainer.apply()
+        arm()
+        _arming.by_name = True
+    except SwiftLoraFixError as error:
+        if not _trainer.is_instrumented:
+            _peft.uninstrument()
+            _arming.disarm(f"apply() failed: {error}")
+        raise
+    return status()
+
+
+def remove() -> Status:
+    """Take every patch out again and disarm; the functions are the very objects they were before.
+
+    Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
+    """
+    for instrumentor in _instrumentors:
+        instrumentor.check_removable()
+    for instrumentor in _instrumentors:
+        instrumentor.uninstrument()
+    _arming.disarm("removed")
+    if f"{__package__}.session" in sys.modules:
+        from . import session
+
+        session.forget()
+    return status()
+
+
+def status() -> Status:
+    """What is patched in this process and what the newest run does. Loads nothing."""
+    version = releases.installed_swift()
+    family = releases.family_of(version) if version else None
+    return Status(
+        enabled=Settings.from_environment().enabled,
+        armed=_arming.armed,
+        applied=_trainer.is_instrumented,
+        reason=_arming.reason,
+        ms_swift=version,
+        vllm=releases.installed_vllm(),
+        defects=tuple(defect.key for defect in family.defects) if family else (),
+        patches={target: state for each in _instrumentors for target, state in each.status().items()},
+        run=_run(),
+    )
+
+
+def _run() -> dict[str, Any] | None:
+    if f"{__package__}.session" not in sys.modules:
+        return None
+    from . import session
+
+    newest = session.latest()
+    return newest.summary() if newest is not None else None
