@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from swift_lora_fix.tools.report import chart, reading
+from swift_lora_fix.tools.report import chart, facts, reading
 from swift_lora_fix.tools.report import view as verb
 from tests.support.environments import Environment, swift_lora_fix
 
@@ -246,5 +246,5 @@ def test_progress_is_shown_for_what_takes_long(
 
 
 def test_a_mismatch_of_float32s_own_rounding_is_no_alarm() -> None:
-    exact = run_report.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
+    exact = facts.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
     assert exact.is_distinguishable and not exact.is_above
