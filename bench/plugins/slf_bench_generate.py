@@ -11,6 +11,7 @@ that the three would share.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -26,15 +27,16 @@ class _Bench:
         from swift_lora_fix.engine.vllm import handle
         from swift_lora_fix.engine.vllm.weights import base
         from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
+        from swift_lora_fix.frameworks.swift.port import SwiftTrainer
         from swift_lora_fix.policy import adapter, merging
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         bound, modules = adapter.bind(model, apart=False), merging.bind(model, adapter.DEFAULT_ADAPTER)
         self.trainer, self.handle, self.ids = trainer, handle.EngineHandle(trainer.engine.engine), itertools.count()
-        self.writer = FusedWriter(
-            self.handle, bound, modules, trainer.accelerator.device, lambda *what: base.reload(trainer, bound, *what)
-        )
-        self.writer.accept_base(base.push(trainer, self.handle, bound, self.writer.changing))
+        port = SwiftTrainer(trainer)
+        reload = functools.partial(base.reload, port, self.handle, bound)
+        self.writer = FusedWriter(self.handle, bound, modules, port.device, reload)
+        self.writer.accept_base(base.push(port, self.handle, bound, self.writer.changing))
         self.report = self.writer.write()
         self.writer.finish()
         self.lora = LoRARequest(handle.ADAPTER_NAME, handle.ADAPTER_ID, handle.ADAPTER_PATH)  # as ms-swift makes it
