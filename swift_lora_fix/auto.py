@@ -24,11 +24,11 @@ from .engine.port import WriterPort
 from .engine.vllm.colocated import FusedModeWriter
 from .engine.vllm.handle import EngineHandle
 from .errors import UnsupportedAdapterError
-from .frameworks.trainer import RolloutPort, TrainerPort
 from .policy import adapter as adapters
 from .policy import merging
 from .proof import audit
 from .proof.probe import same_random_state
+from .trainer import RolloutPort, TrainerPort
 
 REPEATS = 3
 TOKENS = 64  # of each answer that is timed, at most

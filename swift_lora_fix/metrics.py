@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .frameworks.trainer import TrainerPort
+from .trainer import TrainerPort
 
 if TYPE_CHECKING:
     from .session import Session

@@ -7,11 +7,11 @@ from typing import Literal
 
 from .common.settings import Settings
 from .errors import SettingsError, UnsupportedAdapterError
-from .frameworks.trainer import TrainerPort
 from .policy import adapter as adapters
 from .policy import merging
 from .policy.adapter import DEFAULT_ADAPTER
 from .server.trainer import remote
+from .trainer import TrainerPort
 
 
 @dataclass(frozen=True)

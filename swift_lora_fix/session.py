@@ -30,7 +30,6 @@ from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
 from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
 from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
-from .frameworks.trainer import RolloutPort, TrainerPort
 from .policy import adapter as adapters
 from .policy import merging, origin
 from .proof import audit
@@ -39,6 +38,7 @@ from .proof.gate import Asked, Gate
 from .proof.verdict import Verdict
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
+from .trainer import RolloutPort, TrainerPort
 
 Mode = Literal["adapter", "fused"]
 

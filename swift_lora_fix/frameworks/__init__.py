@@ -1,1 +1,1 @@
-"""The training frameworks: what the package asks of a trainer, and how each framework answers."""
+"""The training frameworks, a folder each: its trainer behind the port (trainer.py), and the hooks into it."""

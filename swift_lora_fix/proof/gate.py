@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..engine.port import ServingPort
-from ..frameworks.trainer import Answer, RolloutPort, TrainerPort
 from ..policy import adapter as adapters
 from ..policy.adapter import Adapter
+from ..trainer import Answer, RolloutPort, TrainerPort
 from . import probe
 from .causes import Finding
 from .verdict import FLOOR_CEILING, Distance, Verdict

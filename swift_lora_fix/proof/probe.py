@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..frameworks.trainer import Answer, TrainerPort
+from ..trainer import Answer, TrainerPort
 from .verdict import Distance, distance_between
 
 NEW_TOKENS = 16

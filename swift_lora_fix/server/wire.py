@@ -177,3 +177,12 @@ def root_of(environment: Mapping[str, str] | None = None) -> str:
 def limit_of(environment: Mapping[str, str] | None = None) -> int:
     """How many bytes an adapter's weights may have. Raises SettingsError."""
     return Settings.from_environment(environment).max_mib << 20
+
+
+def release_port(communicator: Any) -> None:
+    """Let go the group of a ``PyNcclCommunicator``, with the store that listens where it was made. Of vLLM 0.17's
+    group, Python would close the socket that the store goes on listening on, and the process end with SIGABRT."""
+    listening = getattr(communicator.group, "socket", None)
+    if listening is not None:
+        listening.detach()  # the store closes it
+    communicator.group = None

@@ -16,10 +16,10 @@ from swift_lora_fix.common.settings import Settings
 from swift_lora_fix.engine.vllm.slots import loader, staging
 from swift_lora_fix.engine.vllm.watch import WriteRecorder
 from swift_lora_fix.engine.vllm.weights import base
-from swift_lora_fix.frameworks.trainer import Answer
 from swift_lora_fix.policy import adapter
 from swift_lora_fix.proof import audit, gate, probe
 from swift_lora_fix.proof.verdict import Distance, Verdict
+from swift_lora_fix.trainer import Answer
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
 from tests.unit.test_writer import planned

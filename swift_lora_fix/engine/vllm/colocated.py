@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ...common.clock import Clock
-from ...frameworks.trainer import TrainerPort
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...policy.merging import MergedModule, twin_of
+from ...trainer import TrainerPort
 from ..port import ServingPort, WriteReport
 from .fitting import check_fits
 from .handle import EngineHandle

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import CacheResetError, EngineStateError
-from ...frameworks.trainer import TrainerPort
 from ...install import releases
+from ...trainer import TrainerPort
 
 # One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora), before
 # that it takes the only adapter there is.

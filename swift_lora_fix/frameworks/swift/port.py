@@ -21,7 +21,7 @@ import torch
 from ...errors import UnsupportedTrainerError
 from ...install import releases
 from ...server.wire import PROBE
-from ..trainer import Answer, Load, Weights
+from ...trainer import Answer, Load, Weights
 
 
 class SwiftTrainer:

@@ -9,8 +9,7 @@ import importlib
 from typing import Any
 
 from ...install import releases
-from ..trainer.nccl import release_port
-from ..wire import SWIFT_EXTENSION
+from ..wire import SWIFT_EXTENSION, release_port
 from .receiver import Receiver, raise_together
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ...common.log import info, warning
 from ...errors import RolloutServerError, SettingsError
+from ..wire import release_port
 
 POLL_SECONDS = 0.0005
 GOODBYE_SECONDS = 10.0
@@ -110,15 +111,6 @@ def drop(client: Any) -> None:
     for communicator in client.pynccl_comms:
         release_port(communicator)
     client.pynccl_comms.clear()
-
-
-def release_port(communicator: Any) -> None:
-    """Let go the group of a ``PyNcclCommunicator``, with the store that listens where it was made. Of vLLM 0.17's
-    group, Python would close the socket that the store goes on listening on, and the process end with SIGABRT."""
-    listening = getattr(communicator.group, "socket", None)
-    if listening is not None:
-        listening.detach()  # the store closes it
-    communicator.group = None
 
 
 def _works(client: Any, index: int) -> bool:

@@ -19,7 +19,7 @@ from ...common.clock import Clock
 from ...common.log import info, warning
 from ...common.settings import Settings
 from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
-from ...frameworks.trainer import TrainerPort
+from ...trainer import TrainerPort
 from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
 from .client import Fresh, Servers
 from .nccl import Connections, drop

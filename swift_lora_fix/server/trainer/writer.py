@@ -20,9 +20,9 @@ from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging, host_digest
 from ...engine.vllm.weights import base
 from ...errors import BaseMismatchError, EngineStateError, RolloutServerError, UnsupportedAdapterError
-from ...frameworks.trainer import TrainerPort
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
+from ...trainer import TrainerPort
 from ..wire import Layout, Policy, plain_config, root_of
 from .parcel import Parcel
 from .remote import RemoteEngine

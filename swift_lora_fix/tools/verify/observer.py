@@ -20,11 +20,11 @@ from ...common.digest import checksum
 from ...engine.vllm.colocated import AdapterServing
 from ...engine.vllm.handle import EngineHandle
 from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
-from ...frameworks.trainer import RolloutPort
 from ...install import releases
 from ...policy import adapter
 from ...proof.gate import Gate
 from ...proof.verdict import Distance
+from ...trainer import RolloutPort
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
 FLOOR = "SWIFT_LORA_FIX_VERIFY_FLOOR"

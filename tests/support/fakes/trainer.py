@@ -46,7 +46,7 @@ class Learner:
 
 
 class LearnerPort:
-    """``swift_lora_fix.frameworks.trainer.TrainerPort`` of a `Learner`, which it does not keep alive."""
+    """``swift_lora_fix.trainer.TrainerPort`` of a `Learner`, which it does not keep alive."""
 
     def __init__(self, learner: Learner) -> None:
         import weakref

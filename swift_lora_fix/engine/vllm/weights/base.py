@@ -18,8 +18,8 @@ import torch
 from ....common.digest import checksum
 from ....common.log import warning
 from ....errors import EngineStateError
-from ....frameworks.trainer import Load, TrainerPort, Weights
 from ....policy.adapter import Adapter, check_unmerged, clean_name, frozen_parameters, local_part
+from ....trainer import Load, TrainerPort, Weights
 from ..handle import EngineHandle
 from ..watch import Region, WriteRecorder
 from .names import of_wrapped_layers
