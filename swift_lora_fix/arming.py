@@ -51,8 +51,15 @@ class Status:
 
 
 def is_console_script() -> bool:
-    """Whether this process is ``swift-lora-fix``, which trains nothing and must start with settings that are wrong."""
-    return os.path.basename((getattr(sys, "argv", None) or [""])[0]) == "swift-lora-fix"
+    """Whether this process is ``swift-lora-fix``, which trains nothing and must start with settings that are wrong.
+
+    So is ``python -m swift_lora_fix``: while that imports the package, argv[0] is still "-m".
+    """
+    argv = getattr(sys, "argv", None) or [""]
+    if argv[0] == "-m":
+        given = getattr(sys, "orig_argv", [])  # Python 3.10 and later
+        return given[-len(argv) :][:1] in (["swift_lora_fix"], ["-mswift_lora_fix"])
+    return os.path.basename(argv[0]) == "swift-lora-fix"
 
 
 def arm() -> None:
