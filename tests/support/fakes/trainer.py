@@ -77,7 +77,7 @@ class LearnerPort:
     adapter_request_class = property(lambda self: self.learner.request_kind)
     attaches_adapter = property(lambda self: self.learner.names_adapter)
     tokenizer = property(lambda self: self.learner.text)
-    longest_prompt = 200
+    longest_prompt = 120
 
     def attach_adapter(self, wanted: bool) -> None:
         self.learner.names_adapter = wanted

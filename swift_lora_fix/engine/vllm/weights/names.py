@@ -1,8 +1,9 @@
 """Names under which vLLM loads the weights of layers that it has wrapped for LoRA.
 
 vLLM keeps such a layer's own weights under ``base_layer``, and wraps a packed layer (``qkv_proj``) whole, also where
-only some of its parts have a LoRA. A framework adds ``base_layer`` to the names of the trainer's own LoRA layers alone,
-and then vLLM's ``load_weights`` dies of a KeyError for the other parts, and for wrapped embeddings.
+only some of its parts have a LoRA. Up to 0.27 its loading wants ``base_layer`` in the names of all of them; from 0.28
+on the wrapper has a ``load_weights`` of its own (vLLM 39935), and it must not be there. A framework knows the trainer's
+LoRA layers alone, and then loading dies of a KeyError for the other parts, and for wrapped embeddings.
 """
 
 from __future__ import annotations
@@ -37,26 +38,29 @@ class Names:
 
 
 def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
-    """What gives each weight of a wrapped layer the name that vLLM loads it by."""
-    wrapped = Names(_wrapped(engine.model))
+    """What gives each weight of a wrapped layer the name that this engine loads it by."""
+    layers = dict(_wrapped(engine.model))
+    wrapped = Names(layers)
+    forwards = any(hasattr(type(layer), "load_weights") for layer in layers.values())
 
-    def rename(weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return {_renamed(name, wrapped): value for name, value in weights.items()}
+    def rename(name: str) -> str:
+        if forwards:
+            return name.replace(f".{WRAPPED}.", ".")
+        module, _, parameter = name.rpartition(".")
+        if module.endswith(f".{WRAPPED}") or module not in wrapped:
+            return name
+        return f"{module}.{WRAPPED}.{parameter}"
 
-    return rename if wrapped else lambda weights: weights
+    if not layers:
+        return lambda weights: weights
+    return lambda weights: {rename(name): value for name, value in weights.items()}
 
 
-def _renamed(name: str, wrapped: Names) -> str:
-    module, _, parameter = name.rpartition(".")
-    if module.endswith(f".{WRAPPED}") or module not in wrapped:
-        return name
-    return f"{module}.{WRAPPED}.{parameter}"
-
-
-def _wrapped(model: Any) -> Iterator[str]:
+def _wrapped(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Paths of the wrapped layers and of their packed parts, each with the layer."""
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})  # not every model packs
     for path, module in model.named_modules():
         if isinstance(getattr(module, WRAPPED, None), torch.nn.Module):
             parent, _, name = path.rpartition(".")
             for part in (name, *packed.get(name, ())):
-                yield f"{parent}.{part}" if parent else part
+                yield (f"{parent}.{part}" if parent else part), module
