@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from swift_lora_fix.install import releases
-from swift_lora_fix.install.instrumentor import PARENT_ARMED
+from swift_lora_fix.install.instrumentor import INTERNAL, PARENT_ARMED
 from tests.patches.test_arming import FAMILY
 from tests.support import driver, forks
 from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
@@ -93,6 +93,13 @@ def llm(model: Path, folder: Path, asked: bool) -> Seen:
     text = (folder / "log.txt").read_text()
     assert status == 0, text[-4000:]
     return Seen.of(text, folder)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has imported the package, which its children are not to know."""
+    for variable in INTERNAL:
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="module")
