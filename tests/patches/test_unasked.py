@@ -89,7 +89,10 @@ def llm(model: Path, folder: Path, asked: bool) -> Seen:
     with open(folder / "log.txt", "w") as log:
         spawned = {**variables, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         process = driver.launch([sys.executable, str(program)], spawned, folder, log)
-        status = process.wait(300)
+        try:
+            status = process.wait(driver.TIMEOUT_SECONDS)
+        finally:
+            process.kill()
     text = (folder / "log.txt").read_text()
     assert status == 0, text[-4000:]
     return Seen.of(text, folder)
