@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from swift_lora_fix.install import releases
-from swift_lora_fix.install.instrumentor import PARENT_ARMED
+from swift_lora_fix.install.instrumentor import INTERNAL, PARENT_ARMED
 from tests.patches.test_arming import FAMILY
 from tests.support import driver, forks
 from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
@@ -89,10 +89,20 @@ def llm(model: Path, folder: Path, asked: bool) -> Seen:
     with open(folder / "log.txt", "w") as log:
         spawned = {**variables, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         process = driver.launch([sys.executable, str(program)], spawned, folder, log)
-        status = process.wait(300)
+        try:
+            status = process.wait(driver.TIMEOUT_SECONDS)
+        finally:
+            process.kill()
     text = (folder / "log.txt").read_text()
     assert status == 0, text[-4000:]
     return Seen.of(text, folder)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has imported the package, which its children are not to know."""
+    for variable in INTERNAL:
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="module")
