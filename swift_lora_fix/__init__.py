@@ -11,7 +11,7 @@ How data flows, one way::
     metrics.py   reports and timings, into ms-swift's own metrics
     scope.py     which trainers this is for, and in which mode;  choice.py: the mode by measurement
     releases.py  which release has which defect
-    patches/     the thin hooks into ms-swift and vLLM;  arming.py: when they go in and out
+    frameworks/  the thin hooks into ms-swift;  install/: how a library is patched;  arming.py: when, and who asked
 
 Beside it: cli/ (doctor, verify, report, fork), and memory/, adapters from memory for any vLLM program.
 

@@ -12,7 +12,7 @@ class SettingsError(SwiftLoraFixError, ValueError):
 
 
 class MissingPackageError(SwiftLoraFixError, ImportError):
-    """ms-swift, vLLM or PEFT is needed and not installed."""
+    """ms-swift, vLLM, PEFT, or what a verb of the command line needs besides, is not installed."""
 
 
 class UnsupportedReleaseError(SwiftLoraFixError, RuntimeError):
@@ -57,7 +57,11 @@ class ForkError(SwiftLoraFixError, ValueError):
 
 
 class RunLogError(SwiftLoraFixError, OSError):
-    """A run's log is missing, unreadable, or has nothing of this package; or its chart cannot be written."""
+    """A run's log is missing, unreadable, or has nothing of this package."""
+
+
+class ChartError(SwiftLoraFixError, OSError):
+    """A chart cannot be written to the file that was named for it."""
 
 
 class ResumeMismatchError(SwiftLoraFixError, RuntimeError):

@@ -9,29 +9,33 @@ All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .state import SyncState
+from .trainer import TrainerPort
+
+if TYPE_CHECKING:
+    from .session import Session
+
 
 _LATEST = ("policy_step", "noise_floor", "distinguishable")  # not averaged over a logging interval
 
 
-def of(state: SyncState) -> dict[str, float]:
+def of(session: Session) -> dict[str, float]:
     """The numbers of the last sync, by name without ``lora_sync/``."""
-    write, proof = state.last_write, state.proof
+    write, seen = session.last_write, session.examination
     numbers: dict[str, float] = {
-        "seconds": state.last_seconds,
+        "seconds": session.last_seconds,
         "bytes": float(write.bytes_written),
-        "policy_step": float(state.served_step or 0),
-        "seconds_audit": proof.audit_seconds,
+        "policy_step": float(session.served_step or 0),
+        "seconds_audit": seen.audit_seconds,
     }
     for stage in ("validate", "write", "caches", "wait"):
         numbers[f"seconds_{stage}"] = write.seconds.get(stage, 0.0)
-    verdict = proof.verdict
+    verdict = seen.verdict
     if verdict is not None:
         numbers.update(
-            seconds_gate=proof.gate_seconds,
-            seconds_base_audit=proof.base_audit_seconds,
+            seconds_gate=seen.gate_seconds,
+            seconds_base_audit=seen.base_audit_seconds,
             mismatch_mean=verdict.distance.mean,
             mismatch_max=verdict.distance.max,
             mismatch_kl=verdict.distance.kl,
@@ -40,24 +44,24 @@ def of(state: SyncState) -> dict[str, float]:
             control_double=verdict.control_double,
             distinguishable=float(verdict.is_distinguishable),
         )
-        if state.mode == "fused":
+        if session.mode == "fused":
             numbers["mismatch_rounding"] = verdict.rounding
-    if proof.rounding is not None and proof.rounding.lost_share is not None:
-        numbers["lost_share"] = proof.rounding.lost_share
+    if seen.rounding is not None and seen.rounding.lost_share is not None:
+        numbers["lost_share"] = seen.rounding.lost_share
     return numbers
 
 
-def record(trainer: Any, state: SyncState) -> None:
-    """Add them to what the trainer logs next: ms-swift then averages each list of ``trainer._metrics[mode]``."""
-    metrics = getattr(trainer, "_metrics", None)
-    if not isinstance(metrics, dict) or "train" not in metrics:
+def record(trainer: TrainerPort, session: Session) -> None:
+    """Add them to what the trainer logs next, which averages each list over a logging interval."""
+    lists = trainer.metrics()
+    if lists is None:
         return
-    lists = metrics["train" if trainer.model.training else "eval"]
-    for name, value in of(state).items():
+    for name, value in of(session).items():
         key = f"lora_sync/{name}"
+        before = lists.get(key, [])
         if name in _LATEST:
             lists[key] = [value]
         elif name == "mismatch_max":
-            lists[key] = [max([value, *lists[key]])]
+            lists[key] = [max([value, *before])]
         else:
-            lists[key].append(value)
+            lists[key] = [*before, value]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from . import adapter, merging
-from .adapter import DEFAULT_ADAPTER
-from .errors import SettingsError, UnsupportedAdapterError, UnsupportedTrainerError
-from .server import remote
-from .settings import Settings
+from .common.settings import Settings
+from .errors import SettingsError, UnsupportedAdapterError
+from .policy import adapter as adapters
+from .policy import merging
+from .policy.adapter import DEFAULT_ADAPTER
+from .server.trainer import remote
+from .trainer import TrainerPort
 
 
 @dataclass(frozen=True)
@@ -21,29 +22,27 @@ class Scope:
     is_open: bool = False  # measured later, and changed where the other mode is the better one
 
 
-def decide(trainer: Any) -> Scope:
+def decide(trainer: TrainerPort) -> Scope:
     """Decide from the trainer as ms-swift prepared it; ``reason`` is one line for the log.
 
     Raises SettingsError where SWIFT_LORA_FIX_MODE asks for what --vllm_enable_lora excludes; UnsupportedAdapterError
     where it asks for the fused mode and the weights cannot be rewritten (quantised, tied).
     """
-    args = trainer.args
-    tuner = getattr(args, "tuner_type", None) or getattr(args, "train_type", None)
-    if not args.use_vllm:
+    if not trainer.uses_vllm:
         return _aside("rollouts do not use vLLM")
-    if tuner != "lora":
-        return _aside(f"the tuner is {tuner!r}, not 'lora'")
+    if trainer.tuner != "lora":
+        return _aside(f"the tuner is {trainer.tuner!r}, not 'lora'")
     settings = Settings.from_environment()
     asked = settings.mode
-    if trainer.vllm_mode == "server":
+    if trainer.engine_place == "server":
         return _for_servers(trainer, settings)
-    if trainer.vllm_mode != "colocate":
-        return _aside(f"vllm_mode is {trainer.vllm_mode!r}, neither 'colocate' nor 'server'")
-    if asked == "adapter" and not trainer.rollout_enable_lora:
+    if trainer.engine_place != "colocate":
+        return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'")
+    if asked == "adapter" and not trainer.engine_has_lora:
         raise SettingsError(
             "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
         )
-    if trainer.rollout_enable_lora and asked != "fused":
+    if trainer.engine_has_lora and asked != "fused":
         is_open = asked == "auto"
         if not is_open or _can_be_apart(trainer):
             reason = "armed: the engine gets the unmerged base once and the adapter once, the trainer is only read."
@@ -61,12 +60,12 @@ def decide(trainer: Any) -> Scope:
     return _aside(f"the fused mode cannot be had, {problem}")
 
 
-def _for_servers(trainer: Any, settings: Settings) -> Scope:
+def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
     if settings.mode not in ("", "adapter"):
         raise SettingsError(
             f"SWIFT_LORA_FIX_MODE={settings.mode!r} is for colocated engines: unset it for rollout servers."
         )
-    if trainer.rollout_enable_lora:
+    if trainer.engine_has_lora:
         problem = None if settings.transport else remote.why_not(trainer)  # by name: what is missing raises later
     else:
         problem = "the rollout servers have no LoRA layers: start `swift rollout` with --vllm_enable_lora true"
@@ -77,15 +76,15 @@ def _for_servers(trainer: Any, settings: Settings) -> Scope:
     return Scope(True, "armed, server mode: rollout servers get the adapter, and the base where theirs is another.")
 
 
-def _can_be_apart(trainer: Any) -> bool:
+def _can_be_apart(trainer: TrainerPort) -> bool:
     try:
-        adapter.bind(trainer.accelerator.unwrap_model(trainer.model))
+        adapters.bind(trainer.model)
     except UnsupportedAdapterError:
         return False
     return True
 
 
-def why_not_fused(trainer: Any) -> str | None:
+def why_not_fused(trainer: TrainerPort) -> str | None:
     """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
     obstacle = _obstacle(trainer)
     if obstacle is None:
@@ -93,15 +92,16 @@ def why_not_fused(trainer: Any) -> str | None:
     if _can_be_apart(trainer):
         return f"{obstacle}. Use --vllm_enable_lora true, with which the adapter stays apart"
     return (
-        f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it on what is not quantised, tied or packed"
+        f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it without that, or on what is not "
+        "quantised, tied or packed"
     )
 
 
-def _obstacle(trainer: Any) -> str | None:
-    quantization = getattr(trainer.engine.engine.vllm_config.model_config, "quantization", None)
+def _obstacle(trainer: TrainerPort) -> str | None:
+    quantization = trainer.vllm_engine.vllm_config.model_config.quantization
     if quantization:
         return f"the engine holds the base quantised ({quantization}), and the merged weights are not"
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.model
     try:
         modules = merging.bind(model, DEFAULT_ADAPTER)
     except UnsupportedAdapterError as error:
@@ -114,19 +114,6 @@ def _obstacle(trainer: Any) -> str | None:
     if tied:
         return f"{tied[0]} is tied to {tied[1]}, the adapter parts them, and in the engine they are one"
     return None
-
-
-def request_class(trainer: Any) -> Any:
-    """ms-swift's ``TensorLoRARequest``, from the module that defines the trainer's rollout mixin."""
-    return rollout_module(type(trainer)).TensorLoRARequest
-
-
-def rollout_module(trainer_class: type) -> Any:
-    """The module of ms-swift's ``RolloutTrainerMixin`` in the trainer's bases."""
-    for cls in trainer_class.__mro__:
-        if cls.__name__ == "RolloutTrainerMixin":
-            return sys.modules[cls.__module__]
-    raise UnsupportedTrainerError(f"{trainer_class.__name__} is not built on ms-swift's RolloutTrainerMixin.")
 
 
 def _aside(why: str) -> Scope:

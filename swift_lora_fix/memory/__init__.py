@@ -7,7 +7,7 @@ How an adapter goes, one way::
     segment.py   its bytes: safetensors in sealed shared memory without a name
     loading.py   in the worker: vLLM's own loader, with all its checks, reads the segment as if it were the file
     update.py    a new policy under the same id; where the worker is in this process, straight into its slots
-    hooks.py     when the hooks (patches/vllm.py) go in
+    hooks.py     when the hooks (patches.py) go in
 
 Importing this package installs the hooks in this process and, through vLLM's plugin entry point, in those that vLLM
 starts. With ``VLLM_PLUGINS`` set it must name ``swift_lora_fix``.

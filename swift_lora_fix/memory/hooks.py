@@ -3,46 +3,58 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from types import ModuleType
 
-import wrapt
-
-from .. import releases
 from ..errors import ContractError
-from ..patches.registry import PatchSet
-from ..vllm_plugin import PARENT_USES_MEMORY
+from ..install import releases
+from ..install.instrumentor import PARENT_USES_MEMORY, Arming, Instrumentor
+from . import patches
+
+
+class Vllm(Instrumentor):
+    """vLLM, for adapters from memory. Each module is patched whole or not at all, when it is loaded."""
+
+    triggers = tuple(patch_set.name for patch_set in patches.MEMORY)
+    is_asked_for_by_name = True  # by an import
+
+    def __init__(self) -> None:
+        super().__init__(Arming(PARENT_USES_MEMORY))
+        self.patch_sets = patches.MEMORY
+
+    def instrument(self, module: ModuleType) -> None:
+        for patch_set in self.patch_sets:
+            if patch_set.name == module.__name__:
+                patch_set.apply(module)
+
+
+_vllm = Vllm()
 
 
 def install() -> None:
     """Patch vLLM in this process, and in the processes that it starts (they load the entry point).
 
-    Each module is patched whole or not at all. Raises ContractError naming what this vLLM lacks: here where its module
-    is loaded already, else out of that module's import. Calling it again changes nothing.
+    Calling it again changes nothing. Raises ContractError naming what this vLLM lacks: here where its module is loaded
+    already, else out of that module's import.
     """
-    missing = [patch_set.name for patch_set in _patch_sets() if importlib.util.find_spec(patch_set.name) is None]
+    missing = [name for name in _vllm.triggers if importlib.util.find_spec(name) is None]
     if missing:
         raise ContractError(
             f"vLLM {releases.installed_vllm()} has no {', '.join(missing)}, so it cannot take adapters from memory; "
             f"nothing was patched. Tested are {', '.join(t.version for t in releases.TESTED_VLLM if t.memory)}."
         )
-    os.environ[PARENT_USES_MEMORY] = "1"
-    for patch_set in _patch_sets():
-        wrapt.register_post_import_hook(patch_set.apply, patch_set.name)
+    _vllm.arming.arm("installed")
+    _vllm.watch()
 
 
 def is_installed() -> dict[str, bool]:
     """For each module of vLLM that is hooked into, whether it is patched."""
-    return {patch_set.name: patch_set.is_applied for patch_set in _patch_sets()}
+    return {patch_set.name: patch_set.is_applied for patch_set in _vllm.patch_sets}
 
 
 def uninstall() -> None:
-    """Put vLLM's very functions back and leave the processes it starts from now on alone."""
-    os.environ.pop(PARENT_USES_MEMORY, None)
-    for patch_set in _patch_sets():
-        patch_set.undo()
+    """Put vLLM's very functions back and leave the processes it starts from now on alone.
 
-
-def _patch_sets() -> tuple[PatchSet, ...]:
-    from ..patches import vllm
-
-    return vllm.MEMORY
+    Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
+    """
+    _vllm.uninstrument()
+    _vllm.arming.disarm("uninstalled")

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from vllm.lora.request import LoRARequest
 
-from .. import adapter as adapters
 from ..errors import AdapterFileError, AdapterRequestError
+from ..policy import adapter as adapters
 from . import segment
 
 PENDING = "/swift-lora-fix-memory-not-sent"  # the lora_path of a request whose tensors have no address yet
@@ -157,7 +157,7 @@ def from_peft_model(
     Where PEFT scales a module otherwise than vLLM reads from the config (rank_pattern, alpha_pattern, a changed
     scaling), PEFT's own factor is multiplied into B in fp32, and the config says 1.
 
-    Raises UnsupportedAdapterError for what vLLM cannot serve (see `swift_lora_fix.adapter.bind`).
+    Raises UnsupportedAdapterError for what vLLM cannot serve (see `swift_lora_fix.policy.adapter.bind`).
     """
     bound = adapters.bind(model, adapter)
     tensors = adapters.read_to_host(bound, bound.parameters[0].device)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..digest import checksum, combine
+from ..common.digest import checksum, combine
 from ..errors import AdapterRequestError, NonFiniteAdapterError, SegmentError
 
 MEMFD_NAME = "swift-lora-fix-adapter"

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from vllm.lora.peft_helper import PEFTHelper
 
-from ..engine import plan as plans
-from ..log import info, warning
+from ..common.log import info, warning
+from ..engine.vllm.slots import plan as plans
+from ..policy.kinds import is_b
 from . import segment, sending
 from .loading import set_loaded_digest, substitute
 from .request import Content, LoRATensorRequest
@@ -192,7 +193,7 @@ def scales_of(content: Content) -> Iterator[tuple[str, float]]:
     """For each tensor what vLLM multiplies it by: the scaling that it reads from the config, for B."""
     helper = PEFTHelper.from_dict(content.config)
     for name in content.tensors:
-        if ".lora_B" not in name and ".lora_embedding_B" not in name:
+        if not is_b(name):
             yield name, 1.0
         elif hasattr(helper, "get_rank_and_scaling"):
             module = name.split(".lora_")[0].replace("base_model.model.", "", 1)

@@ -10,40 +10,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..digest import checksum
-from ..engine.base import BaseRecord
-from ..engine.fused import FusedWriter, Placed
-from ..engine.writer import AdapterWriter
-from .findings import Finding
+from ..common.digest import checksum
+from ..engine.port import BasePort, SlotsPort, WeightsPort
+from .causes import Finding
 
 ADAPTER = "read-back audit of the adapter"
 BASE = "read-back audit of the base"
 MERGED = "read-back audit of the merged weights"
 
 
-def adapter(writer: AdapterWriter, trainer_is_here: bool = True, ranks_are_here: bool = True) -> Finding | None:
+def adapter(slots: SlotsPort, trainer_is_here: bool = True, ranks_are_here: bool = True) -> Finding | None:
     """Compare what the LoRA slots hold with what the last sync staged for them; None where they are equal, or where
     vLLM's own loader wrote them and no plan tells where.
 
     trainer_is_here: the trainer's LoRA is on its device, so that single tensors can be compared.
     ranks_are_here: all ranks of a sharded trainer ask together.
     """
-    if writer.plan is None or writer.expected is None:
+    if slots.expected is None:
         return None
-    held = writer.read_back()
-    same = held == writer.expected
-    if writer.everywhere(same) if ranks_are_here else same:
+    held = slots.read_back()
+    same = held == slots.expected
+    if slots.all_ranks(same) if ranks_are_here else same:
         return None
     if same:
         return Finding("unknown", ADAPTER, "another rank's slots differ")
-    if held == writer.previous:
+    if held == slots.previous:
         return Finding("stale", ADAPTER, "the slots hold, bit for bit, what the sync before the last one wrote")
-    if not trainer_is_here or (writer.adapter.sharding != "none" and not ranks_are_here):
-        return Finding("slots-changed", ADAPTER, f"{_differing(held, writer.expected)} parts of the adapter differ")
-    return _by_tensor(writer)
+    if not trainer_is_here or (slots.adapter.sharding != "none" and not ranks_are_here):
+        return Finding("slots-changed", ADAPTER, f"{_differing(held, slots.expected)} parts of the adapter differ")
+    return _by_tensor(slots)
 
 
 @dataclass(frozen=True)
@@ -71,41 +70,36 @@ class _Lost:
 
 
 @torch.no_grad()
-def rounding(writer: FusedWriter) -> Rounding:
+def rounding(weights: WeightsPort) -> Rounding:
     """What rounding would cost now, computed from the trainer alone. All ranks of a sharded trainer together."""
     lost = _Lost()
-    for module in writer.modules:
-        with writer.whole(module) as whole:
-            plain = module.plain_values(whole)
-            for source, value in module.values(whole).items():
-                lost.add(value, value.to(writer.dtype_of(source)), plain[source])
+    for value, rounded, plain in weights.expected():
+        lost.add(value, rounded, plain)
     return lost.rounding()
 
 
 @torch.no_grad()
-def merged(writer: FusedWriter, part: int = 0, parts: int = 1) -> tuple[Finding | None, Rounding | None]:
+def merged(weights: WeightsPort, part: int = 0, parts: int = 1) -> tuple[Finding | None, Rounding | None]:
     """Compare the engine's merged weights (of each ``parts``-th module from ``part`` on) with what they should be,
     computed once more from the trainer; and say what the rounding costs, where all are looked at. None where nobody
     knows where they lie. All ranks of a sharded trainer together."""
-    if writer.regions is None:
+    if not weights.is_known:
         return None, None
     same, lost = [], _Lost()
-    for placed in writer.placed(part, parts):
+    for placed in weights.placed(part, parts):
         rounded = placed.rounded
         same.append((rounded == placed.destination).all())
         if parts == 1:
             lost.add(placed.value, rounded, placed.plain)
-    if not same or not writer.everywhere(bool(torch.stack(same).all())):
-        return (_by_weight(writer, part, parts) if same else None), None
-    if parts != 1:
-        return None, None
-    return None, lost.rounding()
+    if not same or not weights.all_ranks(bool(torch.stack(same).all())):
+        return (_by_weight(weights, part, parts) if same else None), None
+    return None, lost.rounding() if parts == 1 else None
 
 
-def _by_weight(writer: FusedWriter, part: int, parts: int) -> Finding:
+def _by_weight(weights: WeightsPort, part: int, parts: int) -> Finding:
     kinds: dict[str, list[str]] = {}
     total = 0
-    for placed in writer.placed(part, parts):
+    for placed in weights.placed(part, parts):
         total += 1
         kind, detail = _compare_merged(placed)
         if kind:
@@ -125,7 +119,7 @@ def _by_weight(writer: FusedWriter, part: int, parts: int) -> Finding:
     return Finding(cause.get(kind, kind), MERGED, evidence)
 
 
-def _compare_merged(placed: Placed) -> tuple[str, str]:
+def _compare_merged(placed: Any) -> tuple[str, str]:
     held, value = placed.destination, placed.value.float()
     if torch.equal(placed.rounded, held):
         return "", ""
@@ -140,14 +134,14 @@ def _compare_merged(placed: Placed) -> tuple[str, str]:
     return "other", ""
 
 
-def base(record: BaseRecord, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:
+def base(record: BasePort, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:
     """Compare the engine's base, through its packed layout, and the trainer's with what was pushed.
 
     adapted: names of the engine's parameters in layers that have a LoRA. When just these differ, it was merged there.
     """
     changed = record.engine_differences()
     if changed:
-        every = len({piece.name for piece in record.pieces})
+        every = record.parameters
         evidence = f"{len(changed)} of the engine's {every} parameters differ: {_some(changed)}"
         if set(changed) == adapted and len(changed) > 1:
             return Finding("double-count", BASE, f"{evidence}; just those of the layers that have a LoRA")
@@ -159,16 +153,16 @@ def base(record: BaseRecord, adapted: set[str], trainer_is_here: bool = True) ->
     return None
 
 
-def _by_tensor(writer: AdapterWriter) -> Finding:
+def _by_tensor(slots: SlotsPort) -> Finding:
     """Which modules differ, and in what way. Sharded trainers gather for it: all ranks come here together."""
     owner: dict[int, str] = {}
-    for copies, parts in writer.staged():
+    for copies, parts in slots.staged():
         for copy, part in zip(copies, parts):
             if bool(part.any()):
                 owner.setdefault(int(checksum(part)), copy.entry.key)
     kinds: dict[str, list[str]] = {}
     total = zero_b = 0
-    for copies, parts in writer.staged():
+    for copies, parts in slots.staged():
         for copy, part in zip(copies, parts):
             total += 1
             kind, detail = _compare(copy.destination, part, owner)

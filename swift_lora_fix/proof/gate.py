@@ -7,148 +7,100 @@ and trainer both without the adapter, is the noise floor of these kernels in thi
 
 The prompts are longer than a block of vLLM's prefix cache, so that a cache that was not reset shows. (With
 ``prompt_logprobs`` it would not: vLLM then skips the cache.)
+
+Asking and judging are apart: the engine is asked when it makes rollouts, the trainer scores when its model is where it
+computes, which may be later.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from .. import adapter as adapters
-from ..adapter import Adapter
-from ..server.protocol import PROBE
-from .findings import Finding
-from .serving import Apart, Fused
+from ..engine.port import ServingPort
+from ..policy import adapter as adapters
+from ..policy.adapter import Adapter
+from ..trainer import Answer, RolloutPort, TrainerPort
+from . import probe
+from .causes import Finding
+from .verdict import FLOOR_CEILING, Distance, Verdict
 
 GATE = "agreement gate"
-NEW_TOKENS = 16
-# A match may stand this many noise floors off, in the mean. Measured on real runs: a trained LoRA makes logits, and
-# bf16's steps with them, larger than the plain base's, up to 1.9 floors; a double count stood at 20 to 300.
-FLOORS = 4.0
-# Nats. Floors of right engines so far: 0.005 to 0.06. Above this the engine computes something else from the base,
-# which no check of its bits shows: its kernels expect the weights in another layout.
-FLOOR_CEILING = 0.5
-MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
-OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
-WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
-
-Infer = Callable[[Sequence[Any], Any], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One prompt's token ids, what the engine went on with, and the engine's logprob of each of those, in nats."""
+class Asked:
+    """What the engine answered. plain: without the adapter, asked while the noise floor is not known."""
 
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Distance:
-    """|engine - trainer| over the probe's tokens, in nats: mean and maximum; kl is the k3 estimate of
-    KL(engine || trainer), the mean of r - 1 - log r with r = p_trainer / p_engine (http://joschu.net/blog/kl-approx.html).
-    """
-
-    mean: float
-    max: float
-    kl: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One passage through the gate. control_base, control_double: mean |logprob difference| in nats to what the trainer
-    says without the adapter and with twice the adapter. rounding: in fused mode, by how much (the same mean) the one
-    rounding of the merged weights moves what the trainer says; 0 otherwise."""
-
-    distance: Distance
-    floor: Distance
-    control_base: float
-    control_double: float
-    rounding: float = 0.0
-
-    @property
-    def bound(self) -> float:
-        return FLOORS * max(self.floor.mean + self.rounding, MINIMUM_FLOOR)
-
-    @property
-    def agrees(self) -> bool:
-        return self.distance.mean <= self.bound  # False for NaN
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """Whether the engine's answers would have failed with the base alone, and with twice the adapter."""
-        return min(self.control_base, self.control_double) > self.bound
-
-    @property
-    def reservation(self) -> str:
-        """What a match does not tell yet, in words; empty where it tells everything."""
-        controls = {"the plain base": self.control_base, "twice the adapter": self.control_double}
-        near = [name for name, control in controls.items() if not control > self.bound]
-        return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
-
-    def __str__(self) -> str:
-        return (
-            f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
-            f"KL {self.distance.kl:.3g}), "
-            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise"
-            f"{f' and that of rounding the merged weights ({self.rounding:.3g})' if self.rounding else ''}; "
-            f"to the base without the adapter {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}"
-        )
+    answers: tuple[Answer, ...]
+    plain: tuple[Answer, ...] | None = None
 
 
 class Gate:
-    """The probe of one trainer and engine. It keeps the noise floor, and the last answers to tell a stale policy."""
+    """The probe of one trainer and engine. It keeps the noise floor, and the last answers to tell a stale policy.
+
+    together: whether something is so on all ranks that judge together.
+    """
 
     def __init__(
-        self, trainer: Any, adapter: Adapter, everywhere: Callable[[bool], bool], serving: Apart | Fused
+        self,
+        trainer: TrainerPort,
+        adapter: Adapter,
+        serving: ServingPort,
+        cache_block: int,
+        together: Callable[[bool], bool],
     ) -> None:
-        self.trainer, self.adapter, self.everywhere, self.serving = trainer, adapter, everywhere, serving
+        self.trainer, self.adapter, self.serving = trainer, adapter, serving
+        self.cache_block, self.together = cache_block, together
         self.floor: Distance | None = None
-        self._previous: list[Answer] | None = None
+        self._previous: Sequence[Answer] | None = None
 
-    def check(self, infer: Infer, requests: Sequence[Any], config: Any) -> tuple[Verdict, Finding | None]:
-        """Probe; what disagrees is probed again with other prompts, which tells a stale cache from a wrong policy.
+    def ask(self, rollout: RolloutPort) -> Asked:
+        """Have the engine answer. The first time also without the adapter: it must then be known to hold the trainer's
+        base (the audit of the base), or the fault would become the floor.
 
-        The first check measures the noise floor, for good: it must only be asked while the engine is known to hold the
-        trainer's base (the audit of the base), or the fault would become the floor.
-
-        Args:
-            infer: ms-swift's own ``_engine_infer``, ``infer(requests, config)``.
-            requests, config: those of the rollout that is about to be made, to take their kind from.
-
-        All ranks come here together and stay together: what one of them has to confirm, all do. The random state is
-        left as it was (vLLM's sampler draws from PyTorch's, seed or no seed): a run with the gate is the run without.
+        The random state is left as it was (vLLM's sampler draws from PyTorch's, seed or no seed), and the caches empty:
+        a run with the gate is the run without.
         """
-        with same_random_state(self.trainer.accelerator.device):
-            return self._check(infer, requests, config)
+        with probe.same_random_state(self.trainer.device):
+            plain = None
+            if self.floor is None:
+                with self.serving.engine_without_adapter():
+                    plain = tuple(self._ask(rollout, 0))
+            asked = Asked(tuple(self._ask(rollout, 0)), plain)
+        self._forget_answers()
+        return asked
 
-    def _check(self, infer: Infer, requests: Sequence[Any], config: Any) -> tuple[Verdict, Finding | None]:
-        if self.floor is None:
-            self.floor = self._measure_floor(infer, requests, config)
-        verdict, answers = self._probe(infer, requests, config, prompts(self.trainer))
-        if not self.everywhere(self.floor.mean <= FLOOR_CEILING):
+    def judge(self, asked: Asked, rollout: RolloutPort | None = None) -> tuple[Verdict, Finding | None]:
+        """Score what was asked. With a ``rollout`` whatever disagrees is asked again with other prompts, which tells a
+        stale cache from a wrong policy. All ranks come here together and stay together: what one of them has to
+        confirm, all do."""
+        with probe.same_random_state(self.trainer.device):
+            return self._judge(asked, rollout)
+
+    def _judge(self, asked: Asked, rollout: RolloutPort | None) -> tuple[Verdict, Finding | None]:
+        if self.floor is None and asked.plain is not None:
+            scores = probe.score(self.trainer, asked.plain, self.serving.trainer_without_adapter())
+            self.floor = probe.gap_of(*probe.worst(asked.plain, scores, self.serving.copies))
+        verdict, answers = self._compare(asked.answers)
+        assert self.floor is not None
+        if not self.together(self.floor.mean <= FLOOR_CEILING):
             floor, self.floor = self.floor, None
             evidence = f"without the adapter, engine and trainer are {floor.mean:.3g} nats a token apart on average"
             if floor.mean <= FLOOR_CEILING:
                 evidence = f"on another rank; here {evidence}"
             return verdict, Finding("base-not-served", GATE, evidence)
         previous, self._previous = self._previous, answers
-        if self.everywhere(verdict.agrees):
+        if self.together(verdict.agrees):
             return verdict, None
-        other, _ = self._probe(infer, requests, config, prompts(self.trainer, variant=1))
+        other = self._compare(self._ask(rollout, 1))[0] if rollout is not None else verdict
         if verdict.agrees:
             return verdict, None
         return verdict, Finding(self._cause(verdict, other, answers, previous), GATE, str(verdict))
 
-    def _cause(self, verdict: Verdict, other: Verdict, answers: list[Answer], previous: list[Answer] | None) -> str:
+    def _cause(
+        self, verdict: Verdict, other: Verdict, answers: Sequence[Answer], previous: Sequence[Answer] | None
+    ) -> str:
         if other.agrees:
             return "stale-cache"
         # closer to a control than half of what it is off by: that is what the engine serves
@@ -161,145 +113,25 @@ class Gate:
             return "stale"
         return "unknown"
 
-    def _probe(
-        self, infer: Infer, requests: Sequence[Any], config: Any, texts: Sequence[str]
-    ) -> tuple[Verdict, list[Answer]]:
+    def _ask(self, rollout: RolloutPort, variant: int) -> list[Answer]:
+        texts = probe.prompts(self.trainer, self.cache_block, variant)
+        return rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS)
+
+    def _forget_answers(self) -> None:
+        reset = self.serving.reset_caches
+        if reset is not None:
+            reset()
+
+    def _compare(self, answers: Sequence[Answer]) -> tuple[Verdict, list[Answer]]:
         assert self.floor is not None
-        answers = ask(infer, requests[0], config, [*texts] * self.serving.copies)
-        answers, held = self._worst(answers, self._score(answers, contextlib.nullcontext()))
-        base = self._score(answers, self.serving.trainer_without_adapter())
-        double = self._score(answers, adapters.scaled(self.adapter, 2.0))
+        found, held = probe.worst(answers, probe.score(self.trainer, answers), self.serving.copies)
+        base = probe.score(self.trainer, found, self.serving.trainer_without_adapter())
+        double = probe.score(self.trainer, found, adapters.scaled(self.adapter, 2.0))
         rounding = 0.0
         if self.serving.rounds:
-            rounding = _mean_difference(held, self._score(answers, self.serving.trainer_as_rounded()))
-        controls = [distance_of(answers, scores).mean for scores in (base, double)]
-        return Verdict(distance_of(answers, held), self.floor, controls[0], controls[1], rounding), answers
-
-    def _measure_floor(self, infer: Infer, requests: Sequence[Any], config: Any) -> Distance:
-        with self.serving.engine_without_adapter():
-            answers = ask(infer, requests[0], config, prompts(self.trainer) * self.serving.copies)
-        return distance_of(*self._worst(answers, self._score(answers, self.serving.trainer_without_adapter())))
-
-    def _worst(
-        self, answers: Sequence[Answer], scores: Sequence[list[float]]
-    ) -> tuple[list[Answer], list[list[float]]]:
-        """Of several engines' answers to the same prompts, one engine's after the other's, those furthest off."""
-        size = len(answers) // self.serving.copies
-        parts = [slice(start, start + size) for start in range(0, len(answers), size)]
-        gaps = [distance_of(answers[part], scores[part]).mean for part in parts]
-        worst = parts[max(range(len(parts)), key=lambda index: math.inf if math.isnan(gaps[index]) else gaps[index])]
-        return list(answers[worst]), list(scores[worst])
-
-    def _score(self, answers: Sequence[Answer], how: contextlib.AbstractContextManager[None]) -> list[list[float]]:
-        """The trainer's logprobs of the answers' tokens, with its model as ``how`` makes it."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(_evaluating(model))
-            stack.enter_context(how)
-            if hasattr(self.trainer, "_disable_sp_context"):
-                stack.enter_context(self.trainer._disable_sp_context())
-            return score(model, answers, self.trainer.accelerator.device)
-
-
-def prompts(trainer: Any, variant: int = 0) -> list[str]:
-    """Fixed texts of more than one prefix-cache block, as far as the engine's and the template's lengths allow."""
-    block, limit = _lengths(trainer)
-    limits = [limit, getattr(trainer.template, "max_length", None)]
-    room = min((int(limit) for limit in limits if limit), default=1024) - 3 * NEW_TOKENS  # the chat template takes some
-    tokenizer = trainer.template.tokenizer
-    words = tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
-    length = max(8, min(block + 8, room))
-    body = tokenizer.decode((words * (1 + length // len(words)))[:length])
-    start = variant * 7
-    return [f"{number + start} {opening} {body}" for number, opening in enumerate(OPENINGS)]
-
-
-def _lengths(trainer: Any) -> tuple[int, int | None]:
-    """Tokens of a prefix-cache block, and of the longest sequence that the engine takes."""
-    engine = getattr(trainer, "engine", None)
-    if engine is None:  # rollout servers; 128 is vLLM's largest default, of its CPU backend
-        return 128, getattr(trainer.args, "vllm_max_model_len", None)
-    return getattr(engine.engine.vllm_config.cache_config, "block_size", None) or 16, engine.max_model_len
-
-
-def ask(infer: Infer, like: Any, config: Any, texts: Sequence[str]) -> list[Answer]:
-    """Have the engine go on with ``texts``, as user messages of requests ``like`` this one, with a fixed seed."""
-    requests = [_request(like, index, text) for index, text in enumerate(texts)]
-    outputs = infer(requests, _config(config))
-    answers = []
-    for output in outputs:
-        choice = output.response.choices[0]
-        logprobs = tuple(float(item["logprob"]) for item in choice.logprobs["content"])
-        answers.append(Answer(tuple(output.response.prompt_token_ids), tuple(choice.token_ids), logprobs))
-    return answers
-
-
-def score(model: torch.nn.Module, answers: Sequence[Answer], device: torch.device) -> list[list[float]]:
-    """``model``'s logprobs (nats, float32) of the answers' tokens after their prompts. Padded on the right, which a
-    causal model never looks at."""
-    rows = [[*answer.prompt, *answer.tokens] for answer in answers]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=device)
-    for row, tokens in zip(ids, rows):
-        row[: len(tokens)] = torch.tensor(tokens)
-    logits = model(input_ids=ids, use_cache=False).logits
-    found = []
-    for row, answer in zip(logits, answers):
-        start = len(answer.prompt) - 1
-        chosen = torch.tensor(answer.tokens, device=device)[:, None]
-        part = row[start : start + len(answer.tokens)].float().log_softmax(-1)
-        found.append(part.gather(1, chosen)[:, 0].tolist())
-    return found
-
-
-def distance_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) -> Distance:
-    """Between the engine's logprobs and the trainer's ``scores`` of the same tokens."""
-    gaps = [held - served for answer, row in zip(answers, scores) for served, held in zip(answer.logprobs, row)]
-    if not gaps or not all(map(math.isfinite, gaps)):
-        return Distance(math.nan, math.nan, math.nan)
-    kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]
-    sizes = [abs(gap) for gap in gaps]
-    return Distance(sum(sizes) / len(sizes), max(sizes), sum(kl) / len(kl))
-
-
-def _mean_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    gaps = [abs(a - b) for one, other in zip(first, second) for a, b in zip(one, other)]
-    return sum(gaps) / len(gaps) if gaps else 0.0
-
-
-def _request(like: Any, index: int, text: str) -> Any:
-    request = copy.deepcopy(like)
-    fields = request if isinstance(request, dict) else vars(request)
-    fields["messages"] = [{"role": "user", "content": text}]
-    for name in ("images", "audios", "videos"):
-        if fields.get(name):
-            fields[name] = []
-    for name in ("uuid", "request_id"):
-        if name in fields:
-            fields[name] = f"{PROBE}{index}"
-    return request
-
-
-def _config(like: Any) -> Any:
-    sampling = dict(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0, n=1, seed=0, stop=[])
-    sampling["structured_outputs_regex"] = None
-    answer = dict(max_tokens=NEW_TOKENS, logprobs=True, top_logprobs=None, return_details=True, stream=False)
-    return altered(like, **sampling, **answer)
-
-
-def altered(config: Any, **values: Any) -> Any:
-    """A copy of a request config with these values, as far as its release of ms-swift knows them."""
-    changed = copy.copy(config)
-    known = inspect.signature(type(config)).parameters
-    for name, value in values.items():
-        if name in known:
-            setattr(changed, name, value)
-    return changed
-
-
-def same_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """PyTorch's random state is afterwards as it was, on the CPU and on ``device``."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            rounding = probe.mean_difference(held, probe.score(self.trainer, found, self.serving.trainer_as_rounded()))
+        controls = [probe.gap_of(found, scores).mean for scores in (base, double)]
+        return Verdict(probe.gap_of(found, held), self.floor, controls[0], controls[1], rounding), found
 
 
 def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float) -> bool:
@@ -307,14 +139,3 @@ def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float
     return all(a.tokens == b.tokens for a, b in zip(answers, previous)) and all(
         abs(x - y) <= bound for a, b in zip(answers, previous) for x, y in zip(a.logprobs, b.logprobs)
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -13,6 +13,6 @@ In the order of the data, first the trainer, then each server::
     worker.py    in each ``llm_worker``: checks (checks.py), keeps, switches, and tells what each rollout came from
     receiver.py  in each of vLLM's workers: from NCCL or that copy into the LoRA slots; extension.py: how it gets there
 
-The hooks are in patches/server.py. What vLLM's workers cannot take themselves goes through its loader, by
-``swift_lora_fix.memory``. Importing this package loads neither FastAPI nor vLLM.
+The hooks are in frameworks/swift/server_hooks.py. What vLLM's workers cannot take themselves goes through its loader,
+by ``swift_lora_fix.memory``. Importing this package loads neither FastAPI nor vLLM.
 """

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support import faults
 from tests.support.driver import PLUGINS, Run, Verification, make_model, this_python
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support.driver import Verification
 
 from .conftest import FAMILY, Runs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support import forks
 
 pytestmark = pytest.mark.e2e

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from swift_lora_fix.engine import folding
-from swift_lora_fix.engine.plan import Region
-from swift_lora_fix.merging import Factors
+from swift_lora_fix.engine.vllm.slots.plan import Region
+from swift_lora_fix.engine.vllm.weights import folding
+from swift_lora_fix.policy.merging import Factors
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

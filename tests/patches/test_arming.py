@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support import forks, hangs
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
@@ -65,6 +65,74 @@ def test_import_loads_nothing_heavy() -> None:
     """)
 
 
+def test_every_order_of_the_ways_in() -> None:
+    """24 orders, by forks: ms-swift's import, which takes most of the time, is shared by those that begin alike."""
+    output = run("""
+        import os
+        PLUGIN = "swift_lora_fix_plugin"
+        said = []
+        class Counting(logging.Handler):
+            def emit(self, record):
+                said.append(record.getMessage())
+        logging.getLogger("swift.lora_fix").addHandler(Counting())
+
+        def by_import():
+            import swift_lora_fix
+        def by_flag():  # as ms-swift does it
+            import importlib.util
+            folder = importlib.util.find_spec("swift_lora_fix").submodule_search_locations[0]
+            sys.path.insert(0, os.path.join(folder, "plugin"))
+            importlib.import_module(PLUGIN)
+        def by_name():
+            import swift_lora_fix
+            swift_lora_fix.apply()
+        WAYS = {"import": by_import, "swift": rollout, "flag": by_flag, "apply": by_name}
+
+        def check(done):
+            loaded = ROLLOUT in sys.modules
+            assert loaded == bool({"swift", "flag", "apply"} & set(done)), done
+            if not loaded:
+                return
+            asked = set(done) != {"swift"}
+            assert is_patched(rollout()) == {asked}, done
+            assert sum("patched" in text for text in said) == asked, (done, said)
+
+        def take_out(done):
+            import swift_lora_fix
+            wrappers = own(rollout())
+            for again in (swift_lora_fix.apply, lambda: sys.modules.pop(PLUGIN, None) and by_flag()):
+                swift_lora_fix.remove()
+                assert is_patched(rollout()) == {False}, done
+                assert all(own(rollout())[name] is wrappers[name].__wrapped__ for name in TARGETS), done
+                assert not swift_lora_fix.status().armed and "SWIFT_LORA_FIX_ARMED" not in os.environ
+                again()
+                assert is_patched(rollout()) == {True}, done
+
+        def go_on(done):
+            check(done)
+            if len(done) == len(WAYS):
+                take_out(done)
+                print("ORDER", *done, flush=True)
+            for way in WAYS:
+                if way in done:
+                    continue
+                child = os.fork()
+                if not child:
+                    try:
+                        WAYS[way]()
+                        go_on((*done, way))
+                    except BaseException:
+                        import traceback
+                        traceback.print_exc()
+                        os._exit(1)
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0, (*done, way)
+        go_on(())
+    """)
+    orders = [line for line in output.splitlines() if line.startswith("ORDER")]
+    assert len(set(orders)) == 24, output[-3000:]
+
+
 def test_import_before_swift_then_apply_remove_apply() -> None:
     output = run("""
         import swift_lora_fix
@@ -100,6 +168,7 @@ def test_import_before_swift_then_apply_remove_apply() -> None:
         assert is_patched(cls) == {False}
     """)
     assert output.count("patched swift.") == 2, "one line each time the patches go in"
+    assert "WARNING:swift.lora_fix" not in output, "ms-swift's own functions are nobody's wrappers"
 
 
 def test_import_after_swift_and_a_broken_contract() -> None:
@@ -153,7 +222,7 @@ def test_an_apply_that_fails_leaves_nothing_behind() -> None:
         load_adapter = vars(peft.PeftModel)["load_adapter"]
         import swift_lora_fix
         assert vars(peft.PeftModel)["load_adapter"] is not load_adapter
-        import swift_lora_fix.releases as releases
+        import swift_lora_fix.install.releases as releases
         releases.CALLS += (releases.Target("NoSuchName", is_function=False),)
         try:
             swift_lora_fix.apply()
@@ -183,7 +252,7 @@ def test_off_keeps_everything_out() -> None:
 def test_megatron_is_refused_by_name_and_left_alone_otherwise() -> None:
     output = run_fresh("""
         import types, wrapt, swift_lora_fix
-        from swift_lora_fix import releases
+        from swift_lora_fix.install import releases
         # Megatron itself needs a GPU stack: a stand-in module under its name is what the import hook sees
         name = releases.megatron_modules()[0]
         sys.modules[name] = types.ModuleType(name)
@@ -197,17 +266,6 @@ def test_megatron_is_refused_by_name_and_left_alone_otherwise() -> None:
         assert not swift_lora_fix.status().applied
     """)
     assert "Megatron" in output
-
-
-def test_vllm_plugin_arms_only_below_an_armed_process() -> None:
-    script = """
-        from importlib.metadata import entry_points
-        (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "swift_lora_fix"]
-        entry.load()()
-        import swift_lora_fix.vllm_plugin
-        print("armed", "swift_lora_fix.arming" in sys.modules and sys.modules["swift_lora_fix"].status().armed)
-    """
-    assert "armed True" in run(script, SWIFT_LORA_FIX_ARMED="1")
 
 
 @pytest.mark.parametrize("value, message", [("maybe", "SWIFT_LORA_FIX='maybe'")])

@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from swift_lora_fix import releases
-from swift_lora_fix.releases import ENGINE_CLASS, ROLLOUT_CLASS
+from swift_lora_fix.install import releases
+from swift_lora_fix.install.releases import ENGINE_CLASS, ROLLOUT_CLASS
 
 from .walk import Call, FunctionNode, calls_of, find_class, methods_of
 

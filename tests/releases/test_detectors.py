@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 
 from . import detectors
 from .walk import Call, calls_of

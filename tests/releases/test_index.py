@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from packaging.version import Version
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import contract, releases
 
 from . import detectors
 from .wheels import CACHE, Wheel, download_all, published, wheel
@@ -42,6 +42,22 @@ def test_only_newer_releases_are_missing_from_the_table() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_targets_resolve(version: str) -> None:
     assert detectors.broken_targets(wheel(version).rollout, releases.HOOKS + releases.CALLS) == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_the_port_uses_is_used_by_the_trainer(version: str) -> None:
+    source = wheel(version)
+    trees = [source.tree(module) for module in releases.trainer_modules(source.layout.rollout_module)]
+    assert contract.unused(trees, releases.attributes_of(version)) == []
+
+
+def test_an_attribute_is_in_the_table_from_the_release_that_brings_it() -> None:
+    for attribute in releases.ATTRIBUTES:
+        before = [v for v in VERSIONS if Version(v) < Version(attribute.since)]
+        if before:
+            source = wheel(max(before, key=Version))
+            trees = [source.tree(module) for module in releases.trainer_modules(source.layout.rollout_module)]
+            assert contract.unused(trees, [attribute.name]) == [attribute.name]
 
 
 @pytest.mark.parametrize("version", TABLED)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 
 CACHE = Path(os.environ.get("SWIFT_LORA_FIX_WHEELS") or Path(__file__).parents[2] / ".cache" / "wheels")
 PARALLEL_DOWNLOADS = 8

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 from tests.support.driver import make_model, this_python
 
 # A run each: what does not depend on ms-swift's release is shown with one.

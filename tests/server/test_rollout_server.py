@@ -17,7 +17,7 @@ import requests
 import safetensors.torch
 import torch
 
-from swift_lora_fix.server.protocol import CONFIG, PREFIX, WEIGHTS, Policy
+from swift_lora_fix.server.wire import CONFIG, PREFIX, WEIGHTS, Policy
 from tests.support.driver import make_model, this_python
 from tests.support.reload_client import ReloadServer, digest_of, make_adapter
 
@@ -103,7 +103,7 @@ def test_no_rollouts_before_a_policy(server: ReloadServer) -> None:
 def test_the_base_is_the_trainers(server: ReloadServer) -> None:
     from transformers import AutoModelForCausalLM
 
-    from swift_lora_fix.digest import checksum
+    from swift_lora_fix.common.digest import checksum
 
     sums = server.call("GET", f"{PREFIX}/base/").json()["sums"]
     model = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.bfloat16)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ def trainer_of(engine: Any, model: Any) -> Any:
 
     import torch
 
-    from swift_lora_fix import releases
+    from swift_lora_fix.install import releases
 
     family = releases.family_of(releases.installed_swift() or "0")
     assert family is not None
@@ -75,17 +76,19 @@ def load_reference(engine: Any, trained: Any) -> None:
 def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from swift_lora_fix import adapter, merging
-    from swift_lora_fix.engine import base
-    from swift_lora_fix.engine.fused import FusedWriter
-    from swift_lora_fix.engine.handle import EngineHandle
+    from swift_lora_fix.engine.vllm.handle import EngineHandle
+    from swift_lora_fix.engine.vllm.weights import base
+    from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
+    from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+    from swift_lora_fix.policy import adapter, merging
     from swift_lora_fix.proof import audit
 
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
     trained = peft_model(model, 1, FUSED_CASES.get(name, FUSED_CASES["all-linear"]), dtype)
-    trainer, handle, cpu = trainer_of(engine, trained), EngineHandle(engine), torch.device("cpu")
+    whole, handle, cpu = trainer_of(engine, trained), EngineHandle(engine.engine), torch.device("cpu")
+    trainer = SwiftTrainer(whole)
     bound, modules = adapter.bind(trained, apart=False), merging.bind(trained, "default")
-    writer = FusedWriter(handle, bound, modules, cpu, lambda *what: base.reload(trainer, bound, *what))
+    writer = FusedWriter(handle, bound, modules, cpu, partial(base.reload, trainer, handle, bound))
     before = {n: p.detach().clone() for n, p in trained.named_parameters()}
     pushed = base.push(trainer, handle, bound, writer.changing)
     writer.accept_base(pushed)

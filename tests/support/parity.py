@@ -64,7 +64,7 @@ def build_engine(model: Path, lora_dtype: str = "") -> Any:
 
 def request_class() -> Any:
     """ms-swift's in-memory request, and its loader for it."""
-    from swift_lora_fix import releases
+    from swift_lora_fix.install import releases
 
     family = releases.family_of(releases.installed_swift() or "0")
     assert family is not None
@@ -107,16 +107,16 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> int:
 def run_case(engine: Any, model: Path, config: dict[str, Any], name: str, syncs: int) -> dict[str, Any]:
     import torch
 
-    from swift_lora_fix import adapter
-    from swift_lora_fix.engine import loader
-    from swift_lora_fix.engine.handle import EngineHandle
-    from swift_lora_fix.engine.writer import AdapterWriter
+    from swift_lora_fix.engine.vllm.handle import EngineHandle
+    from swift_lora_fix.engine.vllm.slots import loader
+    from swift_lora_fix.engine.vllm.slots.writer import AdapterWriter
+    from swift_lora_fix.policy import adapter
     from swift_lora_fix.proof import audit
 
     dtype = {"bf16-trainer": "bfloat16", "fp16-trainer": "float16"}.get(name, "float32")
     trained = peft_model(model, 1, config, dtype)
     cpu = torch.device("cpu")
-    handle, bound = EngineHandle(engine), adapter.bind(trained)
+    handle, bound = EngineHandle(engine.engine), adapter.bind(trained)
     writer = AdapterWriter(handle, bound, request_class(), cpu)
     result: dict[str, Any] = {"differing": 0, "trainer_changed": 0}
     generator = torch.Generator().manual_seed(3)

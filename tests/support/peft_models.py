@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,17 +38,3 @@ def peft_model(
                 if "lora_B" in name or "lora_embedding_B" in name:
                     parameter.normal_()
     return model
-
-
-class TrainerStandIn(SimpleNamespace):
-    """``load`` is what is done with the weights of a push."""
-
-    def _load_state_dict_to_vllm(self, state_dict: Any) -> None:
-        self.load(state_dict)
-
-
-def trainer_of(model: torch.nn.Module, **attributes: Any) -> Any:
-    """What the trainer side reads of a trainer, around a real PEFT model."""
-    state = SimpleNamespace(deepspeed_plugin=None)
-    accelerator = SimpleNamespace(state=state, device=torch.device("cpu"), unwrap_model=lambda m: m)
-    return TrainerStandIn(model=model, accelerator=accelerator, **attributes)

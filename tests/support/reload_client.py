@@ -10,7 +10,7 @@ from typing import Any
 import requests
 
 from swift_lora_fix.server.content import content_digest
-from swift_lora_fix.server.protocol import BYTES, CONFIG, POLICY_HEADER, PREFIX, WEIGHTS, Policy
+from swift_lora_fix.server.wire import BYTES, CONFIG, POLICY_HEADER, PREFIX, WEIGHTS, Policy
 from tests.support.rollout_server import RolloutServer
 
 KEY = "sesame"

@@ -31,7 +31,10 @@ def quiet_port() -> int:
 
 @dataclass
 class RolloutServer:
-    """``start`` it, and ``stop`` it with all its processes; ``start`` again is a restart on the same port."""
+    """``start`` it, and ``stop`` it with all its processes; ``start`` again is a restart on the same port.
+
+    ``fixed`` loads the plugin, after ``plugins``.
+    """
 
     model: Path
     folder: Path
@@ -40,6 +43,7 @@ class RolloutServer:
     port: int = field(default_factory=quiet_port)
     gpu: bool = False
     plugins: tuple[Path, ...] = ()
+    fixed: bool = True
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -53,7 +57,7 @@ class RolloutServer:
     def command(self) -> list[str]:
         script = swift_folder(this_python()) / "cli" / "rollout.py"
         plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py"]
-        plugins += [*self.plugins, FIX]
+        plugins += [*self.plugins, *([FIX] if self.fixed else [])]
         command = [str(this_python()), str(script), "--external_plugins", *map(str, plugins)]
         defaults = {
             "model": self.model,

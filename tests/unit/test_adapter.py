@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 
-from swift_lora_fix import adapter, errors
-from swift_lora_fix.engine import loader
+from swift_lora_fix import errors
+from swift_lora_fix.engine.vllm.slots import loader
+from swift_lora_fix.policy import adapter
 from tests.support.peft_models import peft_model
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from swift_lora_fix import diagnosis, releases
-from swift_lora_fix.settings import Settings
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.install import releases
+from swift_lora_fix.tools.doctor import facts, variables
 from tests.support.environments import Environment, swift_lora_fix
 
 SWIFT = releases.installed_swift() or "0"
@@ -47,7 +48,7 @@ def test_this_environment_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "verdict", "exit_code", "versions", "vllm_distribution", "release", "defects", "patches", "plugin", "engine",
         "environment", "problems", "advice",
     ]  # fmt: skip
-    assert all(f"    {key}  " in str(diagnosis.__doc__) or f"{key}:" in str(diagnosis.__doc__) for key in report)
+    assert all(f"    {key}  " in str(facts.__doc__) or f"{key}:" in str(facts.__doc__) for key in report)
     assert report["verdict"] == "ready" and report["problems"] == report["advice"] == []
     assert all(report["versions"].values()) and report["versions"]["ms-swift"] == SWIFT
     assert report["versions"]["vllm"] == releases.installed_vllm() and "vllm" in report["vllm_distribution"]
@@ -163,6 +164,6 @@ def test_invalid_settings(name: str, value: str) -> None:
 
 
 def test_a_key_is_not_shown() -> None:
-    variables = {v.name: v.value for v in diagnosis._variables({"SWIFT_LORA_FIX_API_KEY": "very-secret"})}
-    assert variables["SWIFT_LORA_FIX_API_KEY"] == "(hidden)"
+    shown = {v.name: v.value for v in variables.variables_of({"SWIFT_LORA_FIX_API_KEY": "very-secret"})}
+    assert shown["SWIFT_LORA_FIX_API_KEY"] == "(hidden)"
     assert "very-secret" not in repr(Settings.from_environment({"SWIFT_LORA_FIX_API_KEY": "very-secret"}))

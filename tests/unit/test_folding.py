@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import merging
-from swift_lora_fix.engine import folding
-from swift_lora_fix.engine.plan import Region
+from swift_lora_fix.engine.vllm.slots.plan import Region
+from swift_lora_fix.engine.vllm.weights import folding
+from swift_lora_fix.policy import merging
 
 
 def factors(rows: int = 70, columns: int = 50, rank: int = 12, dtype: torch.dtype = torch.float16) -> merging.Factors:
@@ -104,7 +104,7 @@ def test_the_kernel_in_tritons_interpreter(rows: int, columns: int, rank: int, m
     """Tiles, edges, strides, ranks beyond one block. The interpreter has no bfloat16: one part, float32."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from swift_lora_fix.engine import fold_kernel
+    from swift_lora_fix.engine.vllm.kernels import fold_kernel
 
     kernel = importlib.reload(fold_kernel)
     made = factors(rows, columns + 7, rank)

@@ -17,9 +17,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from swift_lora_fix import adapter, cli, errors
-from swift_lora_fix.adapter_files import check_fork, sha256_of
-from swift_lora_fix.fork import Fork, fork
+from swift_lora_fix import cli, errors
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.policy.files import check_fork, sha256_of
+from swift_lora_fix.tools.fork import Fork, fork
+from tests.support.environments import Environment
 from tests.support.peft_models import Tiny, peft_model
 
 from .test_origin import decide
@@ -533,6 +535,14 @@ def test_torch_is_not_loaded_for_a_mistake(run: Path, one: Path, target: Path, t
         assert (process.returncode, printed) == (2, "False\n"), said
     printed, _ = console(one, target, before=watch).communicate()
     assert printed.endswith("True\n") and target.is_dir()
+
+
+def test_the_package_alone(one: Path, target: Path, tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "environment").without("numpy", "torch", "torch-*")
+    done = environment.run("fork", one, target)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "numpy and torch are not installed in this environment: pip install numpy torch" in done.stderr
+    assert_nothing_left(target)
 
 
 def test_what_is_printed_is_what_was_done(

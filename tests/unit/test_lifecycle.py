@@ -1,8 +1,13 @@
-"""The parts of a sync that a CPU engine cannot show: sleep, refused resets, running requests. The engine is a fake."""
+"""The states of a session, as no CPU engine can show them: sleep, refused resets, running requests, ranks that differ.
+
+The engine is a fake; its LoRA slots are tensors of which a plan is known.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -10,34 +15,78 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors, releases, scope, sync
-from swift_lora_fix.engine import base, loader
-from swift_lora_fix.engine.handle import ADAPTER_ID, EngineHandle
-from swift_lora_fix.engine.writer import AdapterWriter
-from swift_lora_fix.proof import guard
-from tests.support.peft_models import peft_model, trainer_of
+from swift_lora_fix import errors, scope
+from swift_lora_fix import session as sessions
+from swift_lora_fix.engine.vllm.fitting import check_fits
+from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, EngineHandle
+from swift_lora_fix.engine.vllm.slots import plan
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.install import releases
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.session import Phase, Session
+from tests.support.fakes.trainer import port_of
+from tests.support.peft_models import peft_model
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(8, 10, bias=False)
+        self.first = torch.nn.Linear(8, 12, bias=False)
+        self.second = torch.nn.Linear(12, 4, bias=False)
+
+    def load(self, weights: Any) -> None:
+        for name, value in weights.items():
+            for own, parameter in self.named_parameters():
+                if own.split(".")[0] in name and value.shape == parameter.shape:
+                    parameter.data.copy_(value)
 
 
 class FakeEngine:
-    """The surface of ms-swift's GRPOVllmEngine that the handle touches."""
+    """The surface of vLLM's LLMEngine that the handle touches."""
 
     def __init__(self) -> None:
         self.busy = False
         self.prefix_reset: Any = True
         self.loaded: set[int] = {ADAPTER_ID}
         self.slots: list[int | None] = [ADAPTER_ID]
-        manager = SimpleNamespace(lora_index_to_id=self.slots)
-        worker = SimpleNamespace(model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)))
-        driver = SimpleNamespace(worker=worker)
-        self.inner_model = torch.nn.Linear(2, 2)
-        self.inner_model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
-        self.engine = SimpleNamespace(
-            has_unfinished_requests=lambda: self.busy,
-            reset_prefix_cache=lambda: self.prefix_reset,
-            reset_encoder_cache=lambda: None,
-            list_loras=lambda: self.loaded,
-            vllm_config=SimpleNamespace(lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16)),
+        manager = SimpleNamespace(
+            lora_index_to_id=self.slots, modules={"first": None, "second": None}, packed_modules={}
         )
+        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager), model=Model())
+        driver = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+        self.model = runner.model
+        self.model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
+        self.vllm_config = SimpleNamespace(
+            lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16),
+            cache_config=SimpleNamespace(block_size=16),
+            load_config=SimpleNamespace(load_format="auto"),
+        )
+
+    def has_unfinished_requests(self) -> bool:
+        return self.busy
+
+    def reset_prefix_cache(self) -> Any:
+        return self.prefix_reset
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def list_loras(self) -> set[int]:
+        return self.loaded
+
+
+def with_plan(session: Session) -> torch.Tensor:
+    """Let the writer know where the adapter lies: one after the other in one slot."""
+    slots: Any = session.writer.slots
+    slot = torch.zeros(sum(e.parameter.numel() for e in session.adapter.entries), dtype=torch.bfloat16)
+    copies, start = [], 0
+    for entry in session.adapter.entries:
+        view = slot[start : start + entry.parameter.numel()].view(entry.parameter.shape)
+        copies.append(plan.Copy(view, 0, entry.parameter.stride(), entry))
+        start += entry.parameter.numel()
+    slots.plan = plan.Plan(((session.adapter.chunks[0], tuple(copies)),), (slot,), 0)
+    return slot
 
 
 @pytest.fixture
@@ -46,42 +95,109 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def state(engine: FakeEngine) -> sync.SyncState:
-    handle, bound = EngineHandle(engine), adapter.bind(peft_model())
-    writer = AdapterWriter(handle, bound, request_class=None, device=torch.device("cpu"))
-    return sync.SyncState(None, handle, bound, writer, base_is_current=True, served_step=3)
+def session(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """Of a run that has synced once, by a plan. No gate: the trainer's model speaks no language."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "0")
+    trainer = port_of(peft_model(), llm=engine, take=engine.model.load)
+    made = Session(trainer, "adapter")
+    bind = made._bind
+
+    def bind_and_plan(mode: Any) -> None:
+        bind(mode)
+        made.slot = with_plan(made)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(made, "_bind", bind_and_plan)
+    made.synchronize()
+    return made
 
 
-def roll_out(state: sync.SyncState) -> None:
-    """What happens before a rollout of a sync that was examined already."""
-    state.proof.examined = True
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
-    guard.before_rollout(trainer, state, lambda requests, config: [], [], None)
+class Rollout:
+    has_requests, most_tokens = True, 1
+
+    def ask(self, prompts: Any, new_tokens: int) -> Any:
+        raise AssertionError("nobody is to be asked here")
 
 
-@pytest.mark.parametrize("level, base_survives", [(1, True), (2, False)])
-def test_after_a_sleep_everything_that_was_lost_is_sent_again(
-    state: sync.SyncState, engine: FakeEngine, level: int, base_survives: bool
-) -> None:
-    trainer = SimpleNamespace(_last_loaded_step=3, args=SimpleNamespace(sleep_level=level))
-    sync.note_losses(trainer, state)
-    assert trainer._last_loaded_step == 3 and state.served_step == 3, "an engine that is awake keeps its weights"
-    engine.inner_model_executor.is_sleeping = True
-    sync.note_losses(trainer, state)
-    assert trainer._last_loaded_step == -1, "ms-swift then syncs although no step was taken"
-    assert state.served_step is None and state.base_is_current is base_survives
+def roll_out(session: Session) -> None:
+    session.before_rollout(Rollout())  # type: ignore[arg-type]
+
+
+def test_a_sync_and_a_look_go_through_the_states_in_order(engine: FakeEngine, session: Session) -> None:
+    assert session.phase is Phase.SERVED and session.base is not None and session.base_pushes == 1
+    roll_out(session)
+    assert session.phase is Phase.EXAMINED
+    session.trainer.learner.updates = 1  # type: ignore[attr-defined]
+    session.synchronize()
+    assert (session.phase, session.served_step, session.base_pushes) == (Phase.SERVED, 1, 1), "the base goes once"
+
+
+def test_after_a_sleep_what_can_be_compared_is_not_sent_again(session: Session, engine: FakeEngine) -> None:
+    learner = session.trainer.learner  # type: ignore[attr-defined]
+    session.invalidate_if_lost()
+    assert session.phase is Phase.SERVED and not learner.must_sync, "an engine that is awake keeps what it holds"
+    roll_out(session)
+    engine.model_executor.is_sleeping, learner.naps = True, 1
+    session.invalidate_if_lost()
+    assert session.phase is Phase.SERVED and not learner.must_sync, "no full wake-up only for that"
+    held = session.slot.clone()  # type: ignore[attr-defined]
+    roll_out(session)
+    assert session.phase is Phase.EXAMINED and session.syncs == 1
+    session.invalidate_if_lost()
+    session.slot.zero_()  # type: ignore[attr-defined]  # what vLLM 39934 and 53888 tell of
+    roll_out(session)
+    assert torch.equal(session.slot, held), "the adapter alone was written again"  # type: ignore[attr-defined]
+
+
+def test_after_a_sleep_that_throws_the_base_away_all_is_sent_again(session: Session, engine: FakeEngine) -> None:
+    learner = session.trainer.learner  # type: ignore[attr-defined]
+    engine.model_executor.is_sleeping, learner.naps = True, 2
+    session.invalidate_if_lost()
+    assert session.phase is Phase.UNBOUND and learner.must_sync and session.base is None
     with pytest.raises(errors.EngineStateError, match="no sync has completed since the engine was started or slept"):
-        roll_out(state)
+        roll_out(session)
 
 
-def test_a_rollout_needs_the_adapter_loaded_and_in_a_slot(state: sync.SyncState, engine: FakeEngine) -> None:
-    roll_out(state)
+def test_a_sleep_whose_loss_nobody_could_tell_is_followed_by_a_sync(session: Session, engine: FakeEngine) -> None:
+    session.writer.slots.expected = None  # type: ignore[union-attr]  # vLLM's own loader wrote
+    engine.model_executor.is_sleeping = True
+    session.invalidate_if_lost()
+    assert session.phase is Phase.BASE_HELD and session.trainer.learner.must_sync  # type: ignore[attr-defined]
+
+
+def test_ranks_sync_together_whichever_of_them_lost_something(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger wrote to the slots of one rank: alone in a sync, it would wait for the others for ever."""
+    learner = session.trainer.learner  # type: ignore[attr-defined]
+    learner.world = 2
+    told: list[bool] = []
+
+    def ranks_agree(fine: bool, device: Any) -> bool:
+        told.append(fine)
+        return False  # the other one has lost something
+
+    monkeypatch.setattr(sessions, "ranks_agree", ranks_agree)
+    session.invalidate_if_lost()
+    assert told == [True] and session.phase is Phase.BASE_HELD and learner.must_sync
+
+
+def test_without_the_gate_the_base_is_looked_at_all_the_same(session: Session, engine: FakeEngine) -> None:
+    roll_out(session)
+    session.trainer.learner.updates = 1  # type: ignore[attr-defined]
+    session.synchronize()
+    engine.model.first.weight.data.view(torch.int32)[0, 0] ^= 1
+    with pytest.raises(errors.PolicyMismatchError, match="base-changed.*first.weight"):
+        roll_out(session)
+
+
+def test_a_rollout_needs_the_adapter_loaded_and_in_a_slot(session: Session, engine: FakeEngine) -> None:
+    roll_out(session)
     engine.slots[0] = None
     with pytest.raises(errors.EngineStateError, match="in no LoRA slot"):
-        roll_out(state)
+        roll_out(session)
     engine.loaded.clear()
     with pytest.raises(errors.EngineStateError, match="adapter 111 .* is not loaded; loaded are none"):
-        roll_out(state)
+        roll_out(session)
 
 
 def test_a_reset_that_was_not_done_is_an_error(engine: FakeEngine) -> None:
@@ -94,71 +210,87 @@ def test_a_reset_that_was_not_done_is_an_error(engine: FakeEngine) -> None:
         handle.reset_caches()
 
 
-def test_running_requests_keep_their_policy(engine: FakeEngine) -> None:
-    engine.busy = True
+def test_running_requests_keep_their_policy(session: Session, engine: FakeEngine) -> None:
+    engine.busy, before = True, session.slot.clone()  # type: ignore[attr-defined]
     with pytest.raises(errors.EngineStateError, match="unfinished requests"):
-        EngineHandle(engine).check_idle()
+        session.synchronize()
+    assert torch.equal(session.slot, before)  # type: ignore[attr-defined]
 
 
 def test_a_rank_above_the_engines_is_refused_with_the_way_out(engine: FakeEngine) -> None:
-    loader.check_ranks(adapter.bind(peft_model(r=4)), EngineHandle(engine))
+    check_fits(adapter.bind(peft_model(r=4)), EngineHandle(engine))
     with pytest.raises(errors.UnsupportedAdapterError, match="has rank 8 .*max_lora_rank=4.*--lora_rank 8"):
-        loader.check_ranks(adapter.bind(peft_model(r=8)), EngineHandle(engine))
+        check_fits(adapter.bind(peft_model(r=8)), EngineHandle(engine))
+
+
+def test_a_module_without_a_lora_layer_is_refused_before_anything_is_sent(engine: FakeEngine) -> None:
+    del engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager.modules["second"]
+    sent: list[Any] = []
+    with pytest.raises(errors.UnsupportedAdapterError, match="no LoRA layer for 1 of .*second.*fused mode"):
+        Session(port_of(peft_model(), llm=engine, take=sent.append), "adapter").synchronize()
+    assert not sent
 
 
 def test_a_push_that_fails_leaves_the_trainer_as_it_was() -> None:
     model = peft_model()
 
-    def fail() -> None:
-        model.merge_adapter()  # what stock does; shadowed, it does nothing
-        raise RuntimeError("vLLM is out of memory")
+    class Trainer:
+        accelerator = SimpleNamespace(unwrap_model=lambda m: m)
 
-    trainer = trainer_of(model, _move_full_model_to_vllm=fail)
+        def __init__(self) -> None:
+            self.model = model
+
+        def _load_state_dict_to_vllm(self, weights: Any) -> None: ...
+
+        def _move_full_model_to_vllm(self) -> None:
+            self.model.merge_adapter()  # what stock does; shadowed, it does nothing
+            raise RuntimeError("vLLM is out of memory")
+
+    trainer = Trainer()
     with pytest.raises(RuntimeError, match="out of memory"):
-        base.push(trainer, EngineHandle(FakeEngine()), adapter.bind(model))
+        base.push(SwiftTrainer(trainer), EngineHandle(FakeEngine()), adapter.bind(model))
     assert not model.base_model.model.first.merged
     assert "merge_adapter" not in vars(model) and "_move_adapter_to_vllm" not in vars(trainer)
-
-
-class Trainer(SimpleNamespace):
-    __hash__ = object.__hash__
-
-
-def given(**changes: Any) -> Any:
-    args = {
-        "use_vllm": True,
-        "tuner_type": "lora",
-        **{k: v for k, v in changes.items() if k in ("use_vllm", "tuner_type")},
-    }
-    trainer = {"vllm_mode": "colocate", "rollout_enable_lora": True, **changes}
-    return Trainer(args=SimpleNamespace(**args), **{k: trainer[k] for k in ("vllm_mode", "rollout_enable_lora")})
 
 
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"use_vllm": False}, "rollouts do not use vLLM"),
-        ({"tuner_type": "full"}, "the tuner is 'full'"),
-        ({"vllm_mode": "server", "rollout_enable_lora": False}, "the rollout servers have no LoRA layers"),
-        ({"vllm_mode": "other"}, "vllm_mode is 'other'"),
+        ({"with_vllm": False}, "rollouts do not use vLLM"),
+        ({"algorithm": "full"}, "the tuner is 'full'"),
+        ({"place": "server", "has_lora": False}, "the rollout servers have no LoRA layers"),
+        ({"place": "other"}, "vllm_mode is 'other'"),
     ],
 )
 def test_whatever_is_not_ours_is_left_alone_and_said_once(
     changes: dict, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
-    trainer = given(**changes)
+    port = port_of(peft_model(), **changes)
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
-        sync.begin(trainer)
+        sessions.begin(port.learner, port)
     assert len(caplog.messages) == 1 and reason in caplog.messages[0] and "unchanged" in caplog.messages[0]
-    assert sync.state_of(trainer) is None
+    assert sessions.session_of(port.learner) is None and sessions.is_known(port.learner)
 
 
 def test_the_old_name_of_the_tuner_argument() -> None:
-    trainer = given()
-    del trainer.args.tuner_type
-    trainer.args.train_type = "lora"
-    assert scope.decide(trainer).ours
+    arguments = {"use_vllm": True, "train_type": "lora"}
+    holder = type("Trainer", (), {})()
+    holder.args, holder.vllm_mode, holder.rollout_enable_lora = SimpleNamespace(**arguments), "colocate", True
+    assert scope.decide(SwiftTrainer(holder)).ours
+
+
+def test_a_session_does_not_keep_its_trainer_alive(engine: FakeEngine) -> None:
+    """Nor does the gate, which is as old as the session."""
+    port = port_of(peft_model(), llm=engine, take=engine.model.load)
+    trainer = port.learner
+    session = sessions.begin(trainer, port)
+    assert session is not None and session._gate() is session.gate
+    del port.kept
+    gone = weakref.ref(trainer)
+    del trainer, port
+    gc.collect()
+    assert gone() is None and sessions.latest() is not session
 
 
 def test_release_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,20 +304,16 @@ def test_release_gate(monkeypatch: pytest.MonkeyPatch) -> None:
         swift_lora_fix.apply()
 
 
-def test_a_rollout_in_the_background_leaves_the_trainer_alone(state: sync.SyncState) -> None:
+def test_a_rollout_in_the_background_leaves_the_trainer_alone(session: Session) -> None:
     """With --async_generate true the trainer takes its next step meanwhile: no probe, no talk with other ranks."""
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))  # whatever else is asked of it fails
-
-    def roll_out() -> None:
-        guard.before_rollout(trainer, state, lambda requests, config: [], [object()], None)
-
-    state.adapter.layers[0].scaling["default"] = 7.0
+    session.trainer.learner.world = 2  # type: ignore[attr-defined]  # whatever it would ask the other rank fails
+    session.adapter.layers[0].scaling["default"] = 7.0
     with ThreadPoolExecutor(1) as thread:
         with pytest.raises(errors.PolicyMismatchError, match="2 -> 7"):
-            thread.submit(roll_out).result()
-        state.adapter.layers[0].scaling["default"] = 2.0
-        thread.submit(roll_out).result()
-    assert state.proof.examined and state.proof.verdict is None
-    state.proof.examined = False
-    with pytest.raises(AttributeError):
-        roll_out()
+            thread.submit(roll_out, session).result()
+        session.adapter.layers[0].scaling["default"] = 2.0
+        thread.submit(roll_out, session).result()
+    assert session.phase is Phase.EXAMINED and session.examination.verdict is None
+    session.phase = Phase.SERVED
+    with pytest.raises(ValueError, match="process group"):
+        roll_out(session)

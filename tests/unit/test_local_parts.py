@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swift_lora_fix import adapter
+from swift_lora_fix.policy import adapter
 
 
 @pytest.mark.parametrize("rank, held", [(0, 3), (1, 2), (2, 0)])

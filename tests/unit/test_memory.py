@@ -332,7 +332,7 @@ def test_hooks_go_in_and_out() -> None:
 def test_the_entry_point_does_nothing_unless_the_parent_imported_this() -> None:
     script = """
         import sys
-        from swift_lora_fix.vllm_plugin import register
+        from swift_lora_fix_vllm import register
         register()
         print("swift_lora_fix.memory" in sys.modules)
     """

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from swift_lora_fix import adapter, merging
+from swift_lora_fix.policy import adapter, merging
 from tests.support.peft_models import peft_model
 
 CONFIGS: dict[str, dict[str, Any]] = {

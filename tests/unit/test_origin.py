@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors, origin
+from swift_lora_fix import errors
+from swift_lora_fix.policy import adapter, origin
 from tests.support.peft_models import peft_model
 
 
 def decide(model: torch.nn.Module, resume: Path | None = None, step: int = 0) -> origin.AdapterOrigin:
     bound = adapter.bind(model)
-    args = SimpleNamespace(resume_from_checkpoint=str(resume) if resume else None)
-    return origin.determine(model, bound, adapter.read_to_host(bound, torch.device("cpu")), args, step)
+    claimed = str(resume) if resume else None
+    return origin.determine(model, bound, adapter.read_to_host(bound, torch.device("cpu")), claimed, step)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import adapter, digest, errors, metrics, state
-from swift_lora_fix.engine import base, loader, staging
-from swift_lora_fix.proof import audit, gate
-from swift_lora_fix.settings import Settings
-from tests.support.peft_models import peft_model, trainer_of
+from swift_lora_fix import errors, metrics, session
+from swift_lora_fix.common import digest
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.engine.vllm.slots import loader, staging
+from swift_lora_fix.engine.vllm.watch import WriteRecorder
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.proof import audit, gate, probe
+from swift_lora_fix.proof.verdict import Distance, Verdict
+from swift_lora_fix.trainer import Answer
+from tests.support.fakes.trainer import port_of
+from tests.support.peft_models import peft_model
 from tests.unit.test_writer import planned
 
 
@@ -112,13 +120,12 @@ def pushed() -> tuple[Any, Engine, base.BaseRecord]:
     trained = dict(adapter.frozen_parameters(model))
     first = next(value for name, value in trained.items() if "first" in name)
 
-    def move() -> None:
+    def take(weights: Any) -> None:
         engine.embed.weight.data.copy_(torch.ones(8, 8))
         for part in range(2):
             engine.packed.weight.data[part * 8 : part * 8 + 8].copy_(first.data[:8] * (part + 1))
 
-    trainer = trainer_of(model, _move_full_model_to_vllm=move)
-    handle = SimpleNamespace(model=engine, load_format="auto")
+    trainer, handle = port_of(model, take=take), SimpleNamespace(model=engine, load_format="auto")
     return model, engine, base.push(trainer, handle, adapter.bind(model)).record  # type: ignore[arg-type]
 
 
@@ -137,14 +144,46 @@ def test_an_audit_of_the_base_sees_one_bit_on_either_side() -> None:
     assert audit.base(record, set(), trainer_is_here=False) is None
 
 
+def recorded(engine: Engine) -> WriteRecorder:
+    return WriteRecorder(engine, lambda value: None, ())
+
+
 def test_what_was_written_over_is_not_expected_any_more() -> None:
     engine = Engine()
-    with base._WriteRecorder(engine, base._Sources(trainer_of(peft_model())), ()) as recorder:
+    with recorded(engine) as recorder:
         engine.packed.weight.data.copy_(torch.ones(16, 8))
         engine.packed.weight.data[:8].copy_(torch.zeros(8, 8))
         engine.embed.weight.data.copy_(torch.ones(8, 8))
         engine.embed.weight.data.zero_()
     assert [piece.destination.shape for piece in recorder.frozen()] == [torch.Size([8, 8])]
+
+
+def test_one_part_of_a_packed_weight_is_not_all_of_it() -> None:
+    """By bytes: a q shard alone, or one expert of many, leaves the rest as it was."""
+    engine = Engine()
+    with recorded(engine) as recorder:
+        engine.embed.weight.data.copy_(torch.ones(8, 8))
+        engine.packed.weight.data.zero_()  # cleared, not loaded
+        engine.packed.weight.data[:4].copy_(torch.ones(4, 8))
+        engine.packed.weight.data[:4].copy_(torch.ones(4, 8))  # twice the same
+    assert recorder.unwritten(engine) == {"packed.weight": 0.25}
+    handle = SimpleNamespace(model=engine, load_format="dummy")
+    with pytest.raises(errors.EngineStateError, match=r"packed.weight \(only 25% of it\).*random weights"):
+        base._check_complete(handle, recorder)  # type: ignore[arg-type]
+    with recorder:
+        engine.packed.weight.data[4:12].copy_(torch.ones(8, 8))
+        engine.packed.weight.data[12:].fill_(0)  # padding
+    assert not recorder.unwritten(engine)
+
+
+def test_a_weight_that_the_engine_replaced_is_not_compared_in_its_old_place() -> None:
+    _, engine, record = pushed()
+    assert audit.base(record, set()) is None
+    engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.clone())
+    finding = audit.base(record, set())
+    assert finding is not None and "packed.weight" in finding.evidence, (
+        "the same bits in another tensor"
+    )
 
 
 def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_another_model() -> None:
@@ -155,8 +194,8 @@ def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_anothe
     assert audit.base(record, {"packed.weight"}).cause == "base-replaced"  # type: ignore[union-attr]
 
 
-def verdict(mean: float, floor: float = 0.01, controls: tuple[float, float] = (0.5, 0.4)) -> gate.Verdict:
-    return gate.Verdict(gate.Distance(mean, 0.0, 0.0), gate.Distance(floor, 0.0, 0.0), *controls)
+def verdict(mean: float, floor: float = 0.01, controls: tuple[float, float] = (0.5, 0.4)) -> Verdict:
+    return Verdict(Distance(mean, 0.0, 0.0), Distance(floor, 0.0, 0.0), *controls)
 
 
 def test_a_verdict_is_relative_to_the_floor_and_says_what_it_cannot_tell() -> None:
@@ -169,11 +208,11 @@ def test_a_verdict_is_relative_to_the_floor_and_says_what_it_cannot_tell() -> No
 
 
 def test_distance_is_mean_max_and_k3() -> None:
-    answers = [gate.Answer((1,), (2, 3), (-1.0, -2.0))]
-    found = gate.distance_of(answers, [[-1.5, -2.0]])
+    answers = [Answer((1,), (2, 3), (-1.0, -2.0))]
+    found = probe.gap_of(answers, [[-1.5, -2.0]])
     assert found.mean == 0.25 and found.max == 0.5
     assert found.kl == pytest.approx((2.718281828**-0.5 - 1 + 0.5) / 2)
-    assert not gate.distance_of(answers, [[float("nan"), 0.0]]).mean == 0
+    assert not probe.gap_of(answers, [[float("nan"), 0.0]]).mean == 0
 
 
 def test_scores_are_the_models_own_whatever_the_padding() -> None:
@@ -185,9 +224,9 @@ def test_scores_are_the_models_own_whatever_the_padding() -> None:
         num_attention_heads=2, num_key_value_heads=1,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).eval()
-    answers = [gate.Answer((1, 2, 3), (4, 5), (0.0, 0.0)), gate.Answer((7,), (8,), (0.0,))]
+    answers = [Answer((1, 2, 3), (4, 5), (0.0, 0.0)), Answer((7,), (8,), (0.0,))]
     with torch.no_grad():
-        together = gate.score(model, answers, torch.device("cpu"))
+        together = probe.logprobs_of(model, answers, torch.device("cpu"))
         for answer, scores in zip(answers, together):
             ids = torch.tensor([[*answer.prompt, *answer.tokens]])
             logits = model(input_ids=ids).logits[0].log_softmax(-1)
@@ -212,22 +251,23 @@ def test_scaling_the_adapter_changes_numbers_only_and_changes_them_back() -> Non
     assert all(torch.equal(tensors[n], p) for n, p in model.named_parameters())
 
 
-def test_metrics_go_where_ms_swift_averages_them() -> None:
-    from collections import defaultdict
-
+def test_metrics_go_where_the_framework_averages_them() -> None:
     made, _ = planned(peft_model())
-    held = state.SyncState(None, made.engine, made.adapter, made, served_step=7)
-    held.last_write = made.write()
+    write = made.write()
     made.finish()
-    trainer = SimpleNamespace(model=SimpleNamespace(training=True), _metrics={"train": defaultdict(list), "eval": {}})
+    trainer = port_of(peft_model())
+    held: Any = SimpleNamespace(
+        last_write=write, examination=session.Examination(), last_seconds=0.1, served_step=7, mode="adapter"
+    )
     for mean in (0.01, 0.03):
-        held.proof.verdict = gate.Verdict(gate.Distance(mean, mean * 2, 0), gate.Distance(0.01, 0, 0), 0.5, 0.4)
+        held.examination.verdict = Verdict(Distance(mean, mean * 2, 0), Distance(0.01, 0, 0), 0.5, 0.4)
         metrics.record(trainer, held)
-    lists = trainer._metrics["train"]
+    lists = trainer.metrics()
     assert lists["lora_sync/mismatch_mean"] == [0.01, 0.03] and lists["lora_sync/mismatch_max"] == [0.06]
-    assert lists["lora_sync/policy_step"] == [7.0] and lists["lora_sync/bytes"] == [held.last_write.bytes_written] * 2
+    assert lists["lora_sync/policy_step"] == [7.0] and lists["lora_sync/bytes"] == [write.bytes_written] * 2
     json.dumps(lists)
-    metrics.record(SimpleNamespace(model=None), held)  # a trainer without such metrics is left alone
+    trainer.metrics = lambda: None
+    metrics.record(trainer, held)  # a trainer without such metrics is left alone
 
 
 def test_settings_of_the_proof() -> None:
@@ -240,35 +280,56 @@ def test_settings_of_the_proof() -> None:
         Settings.from_environment({"SWIFT_LORA_FIX_GATE_EVERY": "-1"})
 
 
-def test_the_gate_is_due_again_after_a_disturbance() -> None:
-    proof = state.Proof()
-    proof.gates_due = 0
-    proof.note_disturbance(sleep=True)
-    assert proof.gates_due == state.FIRST_SYNCS
-    proof.gates_due = 0
-    proof.note_disturbance(sleep=True)
-    assert proof.gates_due == 0, "a run that sleeps at each step is probed as one that does not"
-    proof.note_disturbance()
-    assert proof.gates_due == state.FIRST_SYNCS
+def test_a_whole_look_is_due_again_after_a_disturbance() -> None:
+    schedule = session.Schedule(due=0)
+    schedule.note_disturbance(sleep=True)
+    assert schedule.due == session.FIRST_SYNCS
+    schedule.due = 0
+    schedule.note_disturbance(sleep=True)
+    assert schedule.due == 0, "a run that sleeps at each step is looked at as one that does not"
+    schedule.note_disturbance()
+    assert schedule.due == session.FIRST_SYNCS and schedule.is_due(7, 50)
+    for _ in range(session.FIRST_SYNCS):
+        schedule.note_look()
+    assert [sync for sync in range(1, 101) if schedule.is_due(sync, 50)] == [50, 100]
+
+
+class Rollout:
+    """Answers with what PyTorch draws, as vLLM's sampler does."""
+
+    has_requests, most_tokens = True, 64
+
+    def ask(self, prompts: Any, new_tokens: int) -> list[Answer]:
+        torch.rand(3)
+        return [Answer((1, 2), (3,), (-1.0,)) for _ in prompts]
+
+
+def made_gate() -> gate.Gate:
+    model = peft_model()
+    serving: Any = SimpleNamespace(
+        copies=1, rounds=False, reset_caches=None, engine_without_adapter=contextlib.nullcontext,
+        trainer_without_adapter=contextlib.nullcontext,
+    )  # fmt: skip
+    return gate.Gate(port_of(model), adapter.bind(model), serving, 16, bool)
 
 
 def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
-    made = gate.Gate(trainer, adapter.bind(peft_model()), bool, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(gate.Gate, "_check", lambda *_: (torch.rand(3), None))
+    made = made_gate()
+    monkeypatch.setattr(probe, "prompts", lambda *_: ["one"])
+    monkeypatch.setattr(probe, "logprobs_of", lambda model, answers, device: [[-1.0 - 1e-3 * torch.rand(1).item()]])
     before = torch.get_rng_state()
-    drawn, _ = made.check(lambda requests, config: [], [], None)  # type: ignore[arg-type]
-    assert len(drawn) == 3 and torch.equal(before, torch.get_rng_state())
+    asked = made.ask(Rollout())
+    made.judge(asked)
+    assert asked.plain is not None and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("floor, cause", [(0.06, None), (0.7, "base-not-served"), (float("nan"), "base-not-served")])
 def test_a_floor_that_no_rounding_explains_is_a_finding(
     floor: float, cause: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = gate.Gate(SimpleNamespace(), adapter.bind(peft_model()), bool, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(gate, "prompts", lambda trainer: [])
-    monkeypatch.setattr(made, "_measure_floor", lambda *_: gate.Distance(floor, floor, floor))
-    monkeypatch.setattr(made, "_probe", lambda *_: (verdict(0.01, floor=floor), []))
-    _, finding = made._check(lambda requests, config: [], [], None)  # type: ignore[arg-type]
+    made = made_gate()
+    made.floor = Distance(floor, floor, floor)
+    monkeypatch.setattr(made, "_compare", lambda *_: (verdict(0.01, floor=floor), []))
+    _, finding = made.judge(gate.Asked(()))
     assert (finding.cause if finding else None) == cause
     assert (made.floor is None) is (cause is not None), "such a floor is not kept"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_lora_fix import releases
+from swift_lora_fix.install import releases
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

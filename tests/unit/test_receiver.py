@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 
 from swift_lora_fix import errors
-from swift_lora_fix.digest import checksum, combine
-from swift_lora_fix.engine.handle import ADAPTER_ID
-from swift_lora_fix.server import receiver
-from swift_lora_fix.server.protocol import GONE, Layout
+from swift_lora_fix.common.digest import checksum, combine
+from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
+from swift_lora_fix.server.rollout import receiver
+from swift_lora_fix.server.wire import GONE, Layout
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
 LAYOUT = Layout("bfloat16", ((B, (6, 2)), (A, (2, 8))), {"r": 2, "lora_alpha": 3})

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from packaging.version import Version
 
-from swift_lora_fix import releases
-from swift_lora_fix.releases import Target, family_of
+from swift_lora_fix.install import releases
+from swift_lora_fix.install.releases import Target, family_of
 
 
 def keys(version: str) -> set[str]:
@@ -157,7 +157,8 @@ def test_versions_come_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from swift_lora_fix import releases; releases.markdown_table(); releases.installed_vllm(); "
+        "import sys; from swift_lora_fix.install import releases; releases.markdown_table(); "
+        "releases.installed_vllm(); "
         "print(sorted({'torch', 'swift', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

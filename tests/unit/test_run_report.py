@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from swift_lora_fix import run_report
-from swift_lora_fix.cli import report as verb
+from swift_lora_fix.tools.report import chart, facts, reading
+from swift_lora_fix.tools.report import view as verb
 from tests.support.environments import Environment, swift_lora_fix
 
 FLOOR = 0.0014
@@ -85,7 +85,7 @@ def test_a_run_that_is_right(tmp_path: Path, text: bool) -> None:
     picture = pixels(tmp_path / "run" / "lora_sync.png")
     height, width, _ = picture.shape
     assert 900 <= width <= 2000 and 700 <= height <= 2000
-    for colour in (run_report.MISMATCH, run_report.BASE, run_report.DOUBLE, *run_report.STAGE_COLOURS.values()):
+    for colour in (chart.MISMATCH, chart.BASE, chart.DOUBLE, *chart.STAGE_COLOURS.values()):
         assert has_colour(picture, colour), colour
     assert (picture.min(axis=-1) < 0.99).any(axis=0).mean() > 0.8, "the axes fill the width"
     assert (picture[:, -2:] > 0.99).all() and (picture[:, :2] > 0.99).all(), "nothing runs over the edge"
@@ -96,7 +96,7 @@ def test_steps_above_what_the_gate_allows(tmp_path: Path) -> None:
     done = swift_lora_fix("report", write(tmp_path, lines), "--out", tmp_path / "charts" / "mine.png")
     assert done.returncode == 1, done.stderr
     assert "did NOT serve the trainer's policy: 2 probed steps above 4 times the noise floor" in words(done.stdout)
-    assert has_colour(pixels(tmp_path / "charts" / "mine.png"), run_report.BAD)
+    assert has_colour(pixels(tmp_path / "charts" / "mine.png"), chart.BAD)
     assert not (tmp_path / "lora_sync.png").exists()
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_steps_that_a_resume_did_again(tmp_path: Path) -> None:
     first = [entry(step, 0.5) for step in range(1, 11)]
     again = [entry(step) for step in range(6, 13)]
-    report = run_report.read(write(tmp_path, [*first[:5], *first[5:], *again]))
+    report = reading.read(write(tmp_path, [*first[:5], *first[5:], *again]))
     assert [step.step for step in report.steps] == list(range(1, 13))
     assert [step.step for step in report.above] == [2, 3, 4, 5], "the last time counts"
     assert report.words == ("4 steps were done again after a resume: the last time counts.",)
@@ -177,11 +177,57 @@ def test_the_newest_run_with_lines_of_ours(tmp_path: Path) -> None:
     assert (tmp_path / "lora_sync.png").is_file()
 
 
-def test_no_matplotlib(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mismatch, status, said", [(0.0013, 0, "The engine served"), (0.14, 1, "did NOT serve")])
+def test_without_matplotlib_there_is_a_verdict_and_no_chart(
+    tmp_path: Path, mismatch: float, status: int, said: str
+) -> None:
     environment = Environment(tmp_path / "environment").without("matplotlib")
-    done = environment.run("report", write(tmp_path / "run", [entry(2)]))
-    assert done.returncode == 2 and 'pip install "swift-lora-fix[plot]"' in done.stderr
-    assert "served the trainer's policy" in words(done.stdout), "the words need no matplotlib"
+    done = environment.run("report", write(tmp_path / "run", [entry(2, mismatch)]))
+    assert done.returncode == status and said in words(done.stdout), done.stdout + done.stderr
+    assert "No chart" in done.stderr and 'pip install "swift-lora-fix[plot]"' in words(done.stderr)
+    assert "Chart:" not in done.stdout and not list((tmp_path / "run").glob("*.png"))
+
+
+def evaluation(step: int, mismatch: float | None = 0.0013, **changes: Any) -> dict[str, Any]:
+    """The line of an evaluation after this step: ms-swift puts ``eval_`` before every name."""
+    numbers = {f"eval_{name}": value for name, value in entry(step, mismatch, **changes).items() if "/max" not in name}
+    return {**numbers, "global_step/max_steps": f"{step}/40"}
+
+
+def test_a_mismatch_in_an_evaluation_is_one(tmp_path: Path) -> None:
+    lines = [entry(1), entry(2), evaluation(2, 1.0, policy_step=2.0), entry(3), entry(4), evaluation(4)]
+    done = swift_lora_fix("report", write(tmp_path, lines))
+    said = words(done.stdout)
+    assert done.returncode == 1, said
+    assert "4 with numbers, 1 to 4, and 2 evaluations" in said
+    assert "probed 6, of which 5 could tell a wrong policy, 1 above" in said
+    assert "the worst at the evaluation after step 2 (714.3 times)" in said
+    assert has_colour(pixels(tmp_path / "lora_sync.png"), chart.BAD)
+
+
+def test_an_evaluation_counts_beside_the_step_it_follows(tmp_path: Path) -> None:
+    lines = [evaluation(0, None), entry(1), entry(2, 0.002), evaluation(2, 0.003), entry(3, 0.0014)]
+    report = reading.read(write(tmp_path, lines))
+    assert [(step.step, step.is_evaluation) for step in report.steps] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False),
+    ]  # fmt: skip
+    assert [step.values.get("mismatch_mean") for step in report.steps] == [None, 0.0013, 0.002, 0.003, 0.0014]
+    assert "at most 2.14 times the noise floor, at the evaluation after step 2." in report.verdict
+    again = [*lines, entry(2, 0.001), evaluation(2, 0.0011), entry(3, 0.0012)]  # a resume did them again
+    report = reading.read(write(tmp_path, again))
+    assert [step.values.get("mismatch_mean") for step in report.steps] == [None, 0.0013, 0.001, 0.0011, 0.0012]
+
+
+def test_only_evaluations(tmp_path: Path) -> None:
+    done = swift_lora_fix("report", write(tmp_path, [evaluation(2), evaluation(4)]))
+    assert done.returncode == 0 and "0 with numbers, and 2 evaluations" in words(done.stdout), done.stdout + done.stderr
+
+
+def test_fused_mode_is_allowed_the_rounding_as_the_gate_allows_it(tmp_path: Path) -> None:
+    lines = [entry(step, 4 * (FLOOR + 0.003) * share, mismatch_rounding=0.003) for step, share in ((2, 0.9), (3, 1.1))]
+    done = swift_lora_fix("report", write(tmp_path, lines))
+    assert done.returncode == 1 and "1 probed step above 4 times the noise floor" in words(done.stdout), done.stdout
+    assert "the worst at step 3 (4.4 times)" in words(done.stdout)
 
 
 @pytest.mark.parametrize("quiet_seconds, shown", [(-1.0, True), (60.0, False)])
@@ -199,9 +245,6 @@ def test_progress_is_shown_for_what_takes_long(
     assert ("Reading the log" in captured.err) is shown and "Reading the log" not in captured.out
 
 
-def test_the_bounds_are_the_gates() -> None:
-    from swift_lora_fix.proof import gate
-
-    assert (run_report.FLOORS, run_report.MINIMUM_FLOOR) == (gate.FLOORS, gate.MINIMUM_FLOOR)
-    exact = run_report.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
-    assert exact.is_distinguishable and not exact.is_above, "float32's own rounding"
+def test_a_mismatch_of_float32s_own_rounding_is_no_alarm() -> None:
+    exact = facts.Step(1, {"mismatch_mean": 3e-5, "noise_floor": 0.0, "distinguishable": 1.0})
+    assert exact.is_distinguishable and not exact.is_above

@@ -15,19 +15,11 @@ import safetensors.torch
 import torch
 
 from swift_lora_fix import errors
-from swift_lora_fix.digest import checksum
-from swift_lora_fix.server import files
+from swift_lora_fix.common.digest import checksum
 from swift_lora_fix.server.content import BLOCK, ContentHash, content_digest
-from swift_lora_fix.server.files import Source, Spool, base_shapes, base_sums, opened, spooled
-from swift_lora_fix.server.protocol import (
-    CONFIG,
-    WEIGHTS,
-    Policy,
-    config_bytes,
-    limit_of,
-    parse_object,
-    root_of,
-)
+from swift_lora_fix.server.rollout import files
+from swift_lora_fix.server.rollout.files import Source, Spool, base_shapes, base_sums, opened, spooled
+from swift_lora_fix.server.wire import CONFIG, WEIGHTS, Policy, config_bytes, limit_of, parse_object, root_of
 
 LIMIT = 1 << 16
 POLICY = {"version": 3, "step": 40, "digest": "cbef3eb6775dfc5a", "run": "0af1"}

@@ -18,11 +18,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
-from swift_lora_fix.engine.handle import ADAPTER_ID
-from swift_lora_fix.server import checks, installing, protocol, receiver, routes, worker
+from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
+from swift_lora_fix.server import wire as protocol
 from swift_lora_fix.server.content import content_digest
-from swift_lora_fix.server.files import Source
-from swift_lora_fix.server.protocol import (
+from swift_lora_fix.server.rollout import checks, installing, receiver, routes, worker
+from swift_lora_fix.server.rollout.files import Source
+from swift_lora_fix.server.wire import (
     BYTES,
     CONFIG,
     EXTENSION,
@@ -764,7 +765,7 @@ def test_modules_that_the_files_do_not_name_are_left_to_vllm() -> None:
 
 
 def _header(*shape: int) -> Any:
-    from swift_lora_fix.adapter_files import TensorHeader
+    from swift_lora_fix.policy.files import TensorHeader
 
     return TensorHeader(shape, "BF16")
 

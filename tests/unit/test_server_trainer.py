@@ -16,14 +16,16 @@ import requests
 import safetensors
 import torch
 
-from swift_lora_fix import adapter, errors
-from swift_lora_fix.digest import checksum
-from swift_lora_fix.engine import base
-from swift_lora_fix.engine.staging import host_digest
-from swift_lora_fix.server import remote
-from swift_lora_fix.server.client import Servers
-from swift_lora_fix.server.protocol import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
-from swift_lora_fix.server.writer import RemoteWriter
+from swift_lora_fix import errors
+from swift_lora_fix.common.digest import checksum
+from swift_lora_fix.engine.vllm.slots.staging import host_digest
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.server.trainer import remote
+from swift_lora_fix.server.trainer.client import Servers
+from swift_lora_fix.server.trainer.writer import RemoteWriter
+from swift_lora_fix.server.wire import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
 from tests.support.peft_models import peft_model
 
 
@@ -134,14 +136,22 @@ def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
             close_communicator=lambda: None,
             pynccl_comms=[],
         ),
-        accelerator=SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu")),
+        accelerator=SimpleNamespace(
+            is_main_process=True, num_processes=1, device=torch.device("cpu"), unwrap_model=lambda m: m
+        ),
         state=SimpleNamespace(global_step=0),
+        vllm_mode="server",
     )
 
 
 def writer_for(model: Any, scripts: list[Scripted]) -> tuple[Any, RemoteWriter]:
     trainer = trainer_for(model, scripts)
-    return trainer, RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model))
+    return trainer, remote_writer(trainer, model)
+
+
+def remote_writer(trainer: Any, model: Any) -> RemoteWriter:
+    port = SwiftTrainer(trainer)
+    return RemoteWriter(port, remote.RemoteEngine(port), adapter.bind(model))
 
 
 def send(writer: RemoteWriter) -> str:
@@ -280,7 +290,7 @@ def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: 
 def test_a_server_that_restarted_between_two_steps_is_looked_after(model: Any, scripts: list[Scripted]) -> None:
     """ms-swift syncs first: nobody asked for a rollout in between."""
     _, writer = writer_for(model, scripts)
-    writer.prove_base(model)
+    writer.send_base()
     send(writer)
     scripts[1].policy, scripts[1].boot = None, "second"
     scripts[1].calls.clear()
@@ -316,7 +326,7 @@ def test_a_server_that_cannot_be_given_the_policy_again_stays_lost(model: Any, s
 
 def test_a_server_that_comes_back_with_another_base_is_refused(model: Any, scripts: list[Scripted]) -> None:
     _, writer = kept = writer_for(model, scripts)
-    writer.prove_base(model)
+    writer.send_base()
     send(writer)
     scripts[1].policy, scripts[1].boot = None, "second"
     scripts[1].sums = {name: [dtype, shape, total + 1] for name, (dtype, shape, total) in scripts[1].sums.items()}
@@ -352,11 +362,11 @@ def test_the_plain_base_is_asked_for_and_given_back(model: Any, scripts: list[Sc
 
 def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scripted]) -> None:
     _, writer = writer_for(model, scripts)
-    writer.prove_base(model)
+    writer.send_base()
     with torch.no_grad():
         model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
     with pytest.raises(errors.BaseMismatchError, match=f"{scripts[0].url} in 1 of .*first.base_layer.weight.*PiSSA"):
-        writer.prove_base(model)
+        writer.send_base()
 
 
 def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
@@ -452,7 +462,7 @@ def wired(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) 
     trainer = trainer_for(model, scripts)
     wires = trainer.vllm_client.pynccl_comms = [Wire() for _ in scripts]
     trainer.vllm_client.hosts, trainer.vllm_client.group_ports = ["127.0.0.1"] * 2, [1, 2]
-    return trainer, RemoteWriter(trainer, remote.RemoteEngine(trainer), adapter.bind(model)), wires
+    return trainer, remote_writer(trainer, model), wires
 
 
 def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any, tmp_path: Path) -> None:
@@ -482,7 +492,7 @@ def test_a_server_that_takes_nothing_over_nccl_gets_a_folder(
     assert scripts[1].routes() == ["stage", "stage", "commit"] and "folder" in scripts[1].calls[-2][1]
     assert not writer.engine.reaches_all and not wires[1].sent
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
-    named = RemoteWriter(wired[0], remote.RemoteEngine(wired[0]), adapter.bind(model))
+    named = remote_writer(wired[0], model)
     with pytest.raises(errors.RolloutServerError, match=f"no NCCL connection to .*{scripts[1].url}"):
         send(named)
 
@@ -535,7 +545,7 @@ def test_a_base_that_differs_is_sent_and_sent_again(
     monkeypatch.setattr(base, "send", lambda *_: pushes.append([s.routes()[-1] for s in scripts]))
     with torch.no_grad():
         model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
-    writer.prove_base(model)
+    writer.send_base()
     send(writer)
     assert pushes == [["pushed", "pushed"]], "what had failed before is not this push's"
     assert scripts[0].routes()[-4:] == ["pushed", "stage", "receive", "commit"], "and it is asked how it went"
@@ -548,7 +558,7 @@ def test_a_base_that_differs_is_sent_and_sent_again(
     del writer._on_main
     writer.ranks = 1
     with pytest.raises(errors.RolloutServerError, match="1 updates over NCCL failed"):
-        writer.prove_base(model)
+        writer.send_base()
 
 
 def test_a_server_with_a_base_of_another_run(
@@ -558,21 +568,21 @@ def test_a_server_with_a_base_of_another_run(
     pushes: list[int] = []
     monkeypatch.setattr(base, "send", lambda *_: pushes.append(1))
     trainer, writer, _ = wired
-    writer.prove_base(model)
+    writer.send_base()
     assert not pushes
     scripts[1].is_pushed = True
     writer.engine.check_fit()
-    writer.prove_base(model)
+    writer.send_base()
     assert pushes == [1], "so it is sent the trainer's"
     writer.engine.nccl.close(1, "a test")
     with pytest.raises(errors.BaseMismatchError, match=f"{scripts[1].url} has a base that was sent to it"):
-        writer.prove_base(model)
+        writer.send_base()
 
 
 def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     with pytest.raises(errors.SettingsError, match=f"{scripts[0].url} has opened NCCL"):
-        remote.RemoteEngine(wired[0])
+        remote.RemoteEngine(SwiftTrainer(wired[0]))
 
 
 def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripted], wired: Any) -> None:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swift_lora_fix import adapter, errors
-from swift_lora_fix.engine import plan, writer
+from swift_lora_fix import errors
+from swift_lora_fix.engine.vllm.slots import plan, writer
+from swift_lora_fix.policy import adapter
 from tests.support.peft_models import peft_model
 
 
@@ -133,7 +134,7 @@ def test_a_proof_finds_what_vllm_wrote_otherwise_or_besides() -> None:
 
 
 def test_settings() -> None:
-    from swift_lora_fix.settings import Settings
+    from swift_lora_fix.common.settings import Settings
 
     assert Settings.from_environment({}).writer == "direct"
     assert Settings.from_environment({"SWIFT_LORA_FIX_WRITER": "Loader"}).writer == "loader"
@@ -143,13 +144,13 @@ def test_settings() -> None:
 
 def test_ranks_that_gather_together_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = writer_for(peft_model())
-    assert made.everywhere(True) and not made.everywhere(False), "alone, a rank decides for itself"
+    assert made.all_ranks(True) and not made.all_ranks(False), "alone, a rank decides for itself"
     made.adapter = dataclasses.replace(made.adapter, sharding="zero3")
     other_rank = 0
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.clamp_(max=other_rank))
-    assert not made.everywhere(True)
+    assert not made.all_ranks(True)
     other_rank = 1
-    assert made.everywhere(True) and not made.everywhere(False)
+    assert made.all_ranks(True) and not made.all_ranks(False)
 
 
 def test_a_parameter_that_is_not_contiguous_is_read_anew_each_time() -> None:

@@ -2,7 +2,7 @@
 
 import wrapt
 
-from swift_lora_fix.verification import observer
+from swift_lora_fix.tools.verify import observer
 
 
 def _no_reward():

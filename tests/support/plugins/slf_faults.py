@@ -178,7 +178,7 @@ def _clean(trainer, infer, requests, config):
     """Many syncs, a new policy each: none of them may raise."""
     import torch
 
-    from swift_lora_fix import sync
+    from swift_lora_fix import session
 
     os.environ["SWIFT_LORA_FIX_ON_MISMATCH"] = "raise"
     generator = torch.Generator().manual_seed(7)
@@ -190,10 +190,10 @@ def _clean(trainer, infer, requests, config):
         _perturb(trainer, torch, generator)
         trainer._move_model_to_vllm(skip_async_check=True)
         infer(requests[:1], config)
-        proof = sync.state_of(trainer).proof
-        v = proof.verdict
-        seconds = [proof.audit_seconds, proof.base_audit_seconds, proof.gate_seconds]
-        seconds.append(sync.state_of(trainer).last_seconds)
+        seen = session.session_of(trainer).examination
+        v = seen.verdict
+        seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds]
+        seconds.append(session.session_of(trainer).last_seconds)
         verdicts.append([v.distance.mean, v.distance.max, v.floor.mean, v.control_base, v.control_double, *seconds])
     _record(fault="clean", verdicts=verdicts)
 

@@ -1,0 +1,34 @@
+"""The console script ``swift-lora-fix``: arguments only. What a verb does is in its folder of ``tools/``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import SwiftLoraFixError
+from .tools import plugin
+from .tools.doctor import view as doctor
+from .tools.fork import view as fork
+from .tools.report import view as report
+from .tools.verify import view as verify
+
+VERBS = {"plugin": plugin, "doctor": doctor, "verify": verify, "report": report, "fork": fork}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit status (2 for a mistake of the user's, named on standard error)."""
+    parser = argparse.ArgumentParser(prog="swift-lora-fix", description="LoRA sync for ms-swift and vLLM, done right.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in VERBS.items():
+        verb = verbs.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SwiftLoraFixError as error:
+        print(f"swift-lora-fix: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""What every layer uses and what uses none of them: log, settings, digest, clock, ranks, files."""

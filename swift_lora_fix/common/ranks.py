@@ -1,0 +1,12 @@
+"""What the ranks of one run tell each other."""
+
+from __future__ import annotations
+
+import torch
+
+
+def ranks_agree(fine: bool, device: torch.device) -> bool:
+    """Whether it is fine on every rank of this run. A collective: all ranks must ask."""
+    flag = torch.tensor(int(fine), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)

@@ -1,0 +1,1 @@
+"""vLLM in this process: what it holds and how it is written."""

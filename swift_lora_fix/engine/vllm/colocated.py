@@ -1,0 +1,230 @@
+"""The writers of a colocated vLLM engine: base and adapter apart, in vLLM's LoRA layers, or folded into one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from ...common.clock import Clock
+from ...policy import adapter as adapters
+from ...policy.adapter import Adapter
+from ...policy.merging import MergedModule, twin_of
+from ...trainer import TrainerPort
+from ..port import ServingPort, WriteReport
+from .fitting import check_fits
+from .handle import EngineHandle
+from .slots.staging import host_digest
+from .slots.writer import AdapterWriter
+from .weights import base
+from .weights.fused import FusedWriter
+
+
+class AdapterModeWriter:
+    """The base once, the adapter at each sync. Raises UnsupportedAdapterError for one that vLLM cannot apply."""
+
+    mode: ClassVar[Literal["adapter", "fused"]] = "adapter"
+    keeps_base = True
+    weights = None
+
+    def __init__(self, trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, direct: bool) -> None:
+        check_fits(adapter, engine)
+        self.trainer, self.engine, self.adapter = trainer, engine, adapter
+        self.slots = AdapterWriter(engine, adapter, trainer.adapter_request_class, trainer.device, direct)
+        self.serving: ServingPort = AdapterServing(trainer, engine, adapter)
+
+    @property
+    def place(self) -> str:
+        return self.slots.place
+
+    def all_ranks(self, fine: bool) -> bool:
+        return self.slots.all_ranks(fine)
+
+    def begin_validation(self) -> None:
+        self.slots.begin_validation()
+
+    def validate(self) -> None:
+        self.engine.check_idle()
+        self.slots.validate()
+
+    def send_base(self) -> base.BaseRecord:
+        return base.push(self.trainer, self.engine, self.adapter).record
+
+    def write(self) -> WriteReport:
+        keep_views = not self.trainer.offloads_model
+        return _finished(self.engine, self.slots.write(keep_views), self.slots.finish)
+
+    def write_by_reference(self) -> WriteReport:
+        return _finished(self.engine, self.slots.write_by_reference(), self.slots.finish)
+
+    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
+        return host_digest(self.adapter, held, self.engine.lora_dtype)
+
+    def what_is_missing(self) -> str | None:
+        return self.engine.what_is_missing()
+
+    def is_current(self) -> bool:
+        return self.slots.is_current()
+
+    def adapted_parameters(self) -> set[str]:
+        return self.slots.adapted_parameters()
+
+
+class FusedModeWriter:
+    """The engine's weights become those of the base with the adapter folded in."""
+
+    mode: ClassVar[Literal["adapter", "fused"]] = "fused"
+    keeps_base = False  # where the weights lie is learnt by a push
+    slots = None
+
+    def __init__(
+        self, trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, modules: Sequence[MergedModule]
+    ) -> None:
+        self.trainer, self.engine, self.adapter = trainer, engine, adapter
+        reload = partial(base.reload, trainer, engine, adapter)
+        self.weights = FusedWriter(engine, adapter, modules, trainer.device, reload)
+        self.serving: ServingPort = FusedServing(engine, self.weights)
+
+    @property
+    def place(self) -> str:
+        return self.weights.place
+
+    def all_ranks(self, fine: bool) -> bool:
+        return self.weights.all_ranks(fine)
+
+    def begin_validation(self) -> None:
+        self.weights.begin_validation()
+
+    def validate(self) -> None:
+        self.engine.check_idle()
+        self.weights.validate()
+
+    def send_base(self) -> base.BaseRecord:
+        pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing)
+        self.weights.accept_base(pushed)
+        return pushed.record
+
+    def write(self) -> WriteReport:
+        keep_views = not self.trainer.offloads_model
+        return _finished(self.engine, self.weights.write(keep_views), self.weights.finish)
+
+    def write_by_reference(self) -> WriteReport:
+        """The base goes through vLLM's own loading just before, and its regions are proved again."""
+        return self.write()
+
+    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
+        """Of the trainer's adapter as it is, in float32."""
+        return host_digest(self.adapter, held, torch.float32, fold=False)
+
+    def what_is_missing(self) -> str | None:
+        if self.trainer.attaches_adapter:
+            return "rollouts would add a LoRA request on top of the merged weights (engine.enable_lora)"
+        return None
+
+    def is_current(self) -> bool:
+        return self.weights.is_current()
+
+    def adapted_parameters(self) -> set[str]:
+        return set()  # the adapter lies in the weights, not beside them
+
+
+def _finished(engine: EngineHandle, report: WriteReport, finish: Callable[[], None]) -> WriteReport:
+    """Forget what was computed with the policy before, while the last copies run, then wait for them."""
+    clock = Clock()
+    engine.reset_caches()
+    clock.lap("caches")
+    finish()
+    clock.lap("wait")
+    report.seconds.update(clock.laps)
+    return report
+
+
+class AdapterServing:
+    """vLLM's LoRA layers apply it. Nothing is rounded that the trainer does not round too."""
+
+    rounds, copies = False, 1
+
+    def __init__(self, trainer: TrainerPort, engine: EngineHandle, adapter: Adapter) -> None:
+        self._trainer, self._adapter = trainer, adapter
+        self.reset_caches: Callable[[], None] | None = engine.reset_caches
+
+    @contextlib.contextmanager
+    def engine_without_adapter(self) -> Iterator[None]:
+        before = self._trainer.attaches_adapter
+        self._trainer.attach_adapter(False)
+        try:
+            yield
+        finally:
+            self._trainer.attach_adapter(before)
+
+    def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        return adapters.scaled(self._adapter, 0.0)
+
+    def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
+        raise AssertionError("nothing is rounded here")
+
+
+class FusedServing:
+    """The adapter is folded into the engine's weights, which are rounded once more than the trainer's."""
+
+    copies = 1
+
+    def __init__(self, engine: EngineHandle, writer: FusedWriter) -> None:
+        self._writer = writer
+        self.reset_caches: Callable[[], None] | None = engine.reset_caches
+        # FSDP2 gathers within ``standing_in``; which experts run differs from rank to rank: they would wait for ever
+        experts = any(".experts." in module.path for module in writer.modules)
+        self.rounds = not (experts and writer.adapter.sharding == "fsdp2")
+
+    @contextlib.contextmanager
+    def engine_without_adapter(self) -> Iterator[None]:
+        assert self.reset_caches is not None
+        try:
+            with self._writer.plain_base():
+                self.reset_caches()
+                yield
+        finally:
+            self.reset_caches()
+
+    def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        if not self.rounds:
+            return adapters.scaled(self._writer.adapter, 0.0)
+        return standing_in(self._writer, merged=False)
+
+    def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
+        """The trainer computing with the weights that the engine should hold, one module's at a time."""
+        return standing_in(self._writer, merged=True)
+
+
+@contextlib.contextmanager
+def standing_in(writer: FusedWriter, merged: bool) -> Iterator[None]:
+    """The trainer's model with plain layers in place of PEFT's: of the base's weights, or of the merged ones, rounded
+    as the engine rounds them. Only ``forward`` of single modules is shadowed; their parameters stay."""
+    wrapped = [module for module in writer.modules if module.inner is not None]
+    before = [vars(module.module).get("forward") for module in wrapped]
+    for module in wrapped:
+        vars(module.module)["forward"] = partial(_forward, writer, module, merged)
+    try:
+        yield
+    finally:
+        for module, forward in zip(wrapped, before):
+            if forward is None:
+                del vars(module.module)["forward"]
+            else:
+                vars(module.module)["forward"] = forward
+
+
+def _forward(writer: FusedWriter, module: MergedModule, merged: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+    inner = module.inner if merged else module.inner_plain
+    assert inner is not None
+    with writer.whole(module) as whole:
+        values = dict(whole)
+        for source, value in module.values(whole).items() if merged else ():
+            name = module.sent[source]
+            values[name] = value.to(writer.dtype_of(source)).to(whole[name].dtype)
+        twin = twin_of(module.module.get_submodule(inner), values, f"{inner}.")
+        output: torch.Tensor = twin.forward(*args, **kwargs)
+    return output

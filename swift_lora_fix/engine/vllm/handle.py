@@ -1,0 +1,129 @@
+"""A trainer's colocated vLLM engine, seen through the few things a sync needs. Nothing is cached: vLLM is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...errors import CacheResetError, EngineStateError
+from ...install import releases
+from ...trainer import TrainerPort
+
+# One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora), before
+# that it takes the only adapter there is.
+ADAPTER_ID = releases.FIXED_ADAPTER_ID
+ADAPTER_NAME = "swift_lora"
+ADAPTER_PATH = "swift_dummy_lora_path"
+
+
+@dataclass(frozen=True)
+class EngineHandle:
+    """``llm_engine`` is a ``vllm.LLMEngine`` with the executor in this process (colocate)."""
+
+    llm_engine: Any
+
+    is_shared: ClassVar[bool] = False
+
+    def is_of(self, trainer: TrainerPort) -> bool:
+        """Whether the trainer (still) has this engine."""
+        return trainer.vllm_engine is self.llm_engine
+
+    def make_ready(self) -> bool:
+        """Nothing has to be brought back: what is in this process is there."""
+        return False
+
+    def generate(self, infer: Callable[[], Any]) -> Any:
+        """Rollouts, by the framework's own way."""
+        return infer()
+
+    @property
+    def executor(self) -> Any:
+        return self.llm_engine.model_executor
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.worker.model_runner.model
+
+    @property
+    def lora_config(self) -> Any:
+        return self.llm_engine.vllm_config.lora_config
+
+    @property
+    def worker(self) -> Any:
+        return self.executor.driver_worker.worker
+
+    @property
+    def manager(self) -> Any:
+        """vLLM's ``LRUCacheLoRAModelManager`` of this process's worker."""
+        return self.worker.model_runner.lora_manager._adapter_manager
+
+    @property
+    def lora_dtype(self) -> torch.dtype:
+        return self.lora_config.lora_dtype
+
+    @property
+    def load_format(self) -> str:
+        return str(self.llm_engine.vllm_config.load_config.load_format)
+
+    @property
+    def cache_block(self) -> int:
+        """Tokens of a block of vLLM's prefix cache. Before the engine has decided on one, 16."""
+        return int(self.llm_engine.vllm_config.cache_config.block_size or 16)
+
+    @property
+    def is_asleep(self) -> bool:
+        return bool(self.executor.is_sleeping)
+
+    def slot_index(self) -> int | None:
+        """Which LoRA slot holds the adapter."""
+        slots = list(self.manager.lora_index_to_id)
+        return slots.index(ADAPTER_ID) if ADAPTER_ID in slots else None
+
+    def what_is_missing(self) -> str | None:
+        """Name what keeps the adapter from being served, or None when a rollout would use it."""
+        listed = set(self.llm_engine.list_loras())
+        if ADAPTER_ID not in listed:
+            return f"adapter {ADAPTER_ID} ({ADAPTER_NAME}) is not loaded; loaded are {sorted(listed) or 'none'}"
+        if self.slot_index() is None:
+            slots = list(self.manager.lora_index_to_id)
+            return f"adapter {ADAPTER_ID} ({ADAPTER_NAME}) is in no LoRA slot; the slots hold {slots}"
+        return None
+
+    def check_idle(self) -> None:
+        """Raise EngineStateError while requests are running: they would mix two policies."""
+        if self.llm_engine.has_unfinished_requests():
+            raise EngineStateError(
+                "The engine still has unfinished requests, so its policy cannot be replaced now: they would be "
+                "finished by another policy than they began with. Wait for them, or abort them, before the sync."
+            )
+
+    def reset_caches(self) -> None:
+        """Drop what the engine computed with the previous policy: prefix (KV) cache and encoder cache.
+
+        Raises CacheResetError when vLLM answers that a reset was not done (``BlockPool.reset_prefix_cache`` returns
+        False while blocks are in use).
+        """
+        for name in ("reset_prefix_cache", "reset_encoder_cache"):
+            reset = getattr(self.llm_engine, name, None)
+            if reset is not None and reset() is False:
+                raise CacheResetError(
+                    f"vLLM's {name}() reported that it was not done, so rollouts could reuse values computed with the "
+                    "previous policy. Usually a request is still running or a KV connector holds blocks."
+                )
+
+
+@dataclass(frozen=True)
+class WorkerHandle(EngineHandle):
+    """The same, seen from within one of vLLM's workers. ``llm_engine`` is the worker: it has ``vllm_config``,
+    ``add_lora``, ``remove_lora`` and ``list_loras`` as well."""
+
+    @property
+    def worker(self) -> Any:
+        return self.llm_engine
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.worker.get_model()

@@ -1,0 +1,1 @@
+"""What runs on the device: the fold kernel, and CUDA graphs."""

@@ -1,0 +1,51 @@
+"""Work that is the same at every sync, run as a CUDA graph: one launch instead of hundreds of tensors in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ....common.log import warning
+
+
+class Replayed:
+    """Runs ``work`` and returns its result; on a CUDA device as a CUDA graph, from the second run with a key on.
+
+    The work must read and write the same memory each time; the key says which (pointers), and a new key starts over.
+    What it returns must be tensors that it makes, or None: a replay writes into the same ones.
+    """
+
+    def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
+        self.work, self.can_capture = work, device.type == "cuda"
+        self.key: list[int] | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: Any = None
+
+    def run(self, key: list[int]) -> Any:
+        if key != self.key:  # the first run also warms up what a capture must not initialise
+            self.key, self.graph, self.result = key, None, None
+            return self.work()
+        if self.graph is None and self.can_capture:
+            self._capture()
+        if self.graph is None:
+            return self.work()
+        self.graph.replay()
+        return self.result
+
+    def forget(self) -> None:
+        """Drop the graph and with it every reference to the memory that it reads."""
+        self.key, self.graph, self.result = None, None, None
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads of the engine or of a data loader may use the device meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.result = self.work()
+        except RuntimeError as error:
+            self.can_capture = False
+            warning(f"the sync runs without a CUDA graph: {str(error).splitlines()[0]}")
+            return
+        self.graph = graph

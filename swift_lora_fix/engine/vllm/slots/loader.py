@@ -1,0 +1,87 @@
+"""The reference path: vLLM loads the adapter with its own code, from copies, under one fixed id.
+
+Scaling is folded into B here, with PEFT's own number for each module, and vLLM is told 1. So rank and alpha patterns
+and rsLoRA come out right on releases whose ``PEFTHelper`` knows one scaling for the whole adapter. The product is taken
+in fp32 and rounded once to the LoRA dtype. vLLM rounds B first and scales it after (``LoRALayerWeights.optimize``): the
+same bits where the scaling is a power of two, else up to one more rounding away from what the trainer computes with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ....errors import EngineStateError
+from ....policy.adapter import Adapter
+from ..handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
+
+
+def stage(
+    adapter: Adapter, held: dict[str, torch.Tensor], dtype: torch.dtype, pinned: bool = False
+) -> dict[str, torch.Tensor]:
+    """Copy ``held`` (whole CPU tensors by PEFT key) into new CPU tensors of the LoRA dtype, scaling folded into B.
+
+    Always copies: vLLM keeps, and scales in place, what it is given where device and dtype already match.
+    """
+    staged = {}
+    for entry in adapter.entries:
+        value = held[entry.key]
+        copy = torch.empty(value.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+        copy.copy_(value if entry.scale == 1.0 else value.float() * entry.scale)
+        staged[entry.key] = copy
+    return staged
+
+
+def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor], request_class: Any) -> None:
+    """Have vLLM replace the adapter by ``staged`` (PEFT keys, (r, in) and (out, r), LoRA dtype, scaling folded in).
+
+    ``request_class`` is ms-swift's ``TensorLoRARequest``. vLLM keeps the tensors. Raises EngineStateError when it does
+    not take them, or has no layer for modules of them.
+    """
+    fields: dict[str, Any] = dict(
+        lora_name=ADAPTER_NAME,
+        lora_int_id=ADAPTER_ID,
+        lora_path=ADAPTER_PATH,
+        peft_config=plain_config(adapter),
+        lora_tensors=staged,
+    )
+    if "load_inplace" in request_class.__struct_fields__:
+        fields["load_inplace"] = True
+    elif ADAPTER_ID in engine.llm_engine.list_loras():
+        engine.llm_engine.remove_lora(ADAPTER_ID)
+    loaded = engine.llm_engine.add_lora(request_class(**fields))
+    if loaded is False:
+        raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
+    check_served(engine)
+
+
+def check_served(engine: EngineHandle) -> None:
+    """Raise EngineStateError naming the modules of the loaded adapter that no layer of the engine applies: vLLM itself
+    looks at the last part of their names alone."""
+    manager = engine.manager
+    loaded = manager.list_adapters()[ADAPTER_ID]
+    ignored = sorted(name for name in loaded.loras if name not in manager.modules)
+    if ignored or not loaded.loras:
+        raise EngineStateError(
+            f"vLLM applies no LoRA in {len(ignored)} of the adapter's modules, so rollouts would silently lack them: "
+            f"{', '.join(ignored[:8]) or 'all of them'}{' ...' if len(ignored) > 8 else ''}. "
+            "Train without these target modules, or use --vllm_enable_lora false (fused mode)."
+        )
+
+
+def plain_config(adapter: Adapter) -> dict[str, Any]:
+    """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (the scaling is already in B)."""
+    config = dict(adapter.config) if isinstance(adapter.config, Mapping) else dataclasses.asdict(adapter.config)
+    config.update(
+        r=adapter.max_rank,
+        lora_alpha=adapter.max_rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        # PiSSA, OLoRA and the like change the base: the engine has the trainer's own base, so this is a plain LoRA
+        init_lora_weights=True,
+    )
+    return config

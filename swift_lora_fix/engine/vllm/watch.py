@@ -1,0 +1,182 @@
+"""Watching vLLM load: which copies it makes, of which of our tensors, to where in its own.
+
+Both recorders are PyTorch dispatch modes. vLLM does the packing, the slicing and the naming; what it did is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...common.digest import checksum
+
+Locate = Callable[[torch.Tensor], "tuple[str, int] | None"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region (offset, size, stride) of a tensor of the trainer's, and ``destination``, the engine's view it goes to.
+
+    offset counts elements from the tensor's first, whose elements lie one after the other (contiguous).
+    """
+
+    destination: torch.Tensor
+    offset: int
+    stride: tuple[int, ...]
+
+    def region(self, value: torch.Tensor) -> torch.Tensor:
+        """The region of a whole value (contiguous)."""
+        return value.as_strided(self.destination.shape, self.stride, value.storage_offset() + self.offset)
+
+
+class CopyRecorder(TorchDispatchMode):
+    """Records copies out of staging tensors, and the slot rows that are set to a constant."""
+
+    def __init__(self, staged: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.keys = {tensor.untyped_storage().data_ptr(): key for key, tensor in staged.items()}
+        self.copies: list[tuple[str, torch.Tensor, int, tuple[int, ...]]] = []
+        self.cleared: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].untyped_storage().data_ptr() not in self.keys:
+            destination, source = args[0], args[1]
+            key = self.keys.get(source.untyped_storage().data_ptr())
+            if key is not None and destination.shape == source.shape:
+                self.copies.append((key, destination, source.storage_offset(), tuple(source.stride())))
+            elif key is None and source.numel() == 1:  # slot[index] = 0
+                self.cleared.append(destination)
+        elif func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default):
+            self.cleared.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a copy put into an engine parameter: from which parameter of the trainer, or its checksum (0-dim int64)."""
+
+    name: str
+    destination: torch.Tensor
+    source: str | None
+    region: Region | None
+    checksum: torch.Tensor | None
+
+
+class WriteRecorder(TorchDispatchMode):
+    """Records what is written to the parameters of ``model``.
+
+    locate: of a tensor that vLLM loads, the trainer's parameter that it is a part of, and the offset in elements from
+        that one's first; None for any other.
+    changing: the trainer's parameters that will be written again later with other values.
+    """
+
+    def __init__(self, model: torch.nn.Module, locate: Locate, changing: Collection[str]) -> None:
+        super().__init__()
+        self._pointers: set[int] = set()  # of all storages that were written to
+        self._covered: dict[int, dict[tuple[int, Any, Any], int]] = {}  # by storage: bytes of each view copied into
+        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: what was made out of a changing weight
+        self._locate, self._changing = locate, changing
+        self._changing_pointers: dict[int, str] = {}
+        self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
+        self._written: dict[int, dict[tuple[int, int], Written]] = {}  # by storage, then by first and last byte
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and func._schema.is_mutable:
+            pointer = first.untyped_storage().data_ptr()
+            self._pointers.add(pointer)
+            if pointer in self._names and first.numel():
+                self._cover(first, pointer, func is torch.ops.aten.copy_.default)
+                self._record(first, pointer, args[1] if func is torch.ops.aten.copy_.default else None)
+        if self._changing_pointers:
+            self._note_reads(func, args, result)
+        return result
+
+    def _cover(self, destination: torch.Tensor, pointer: int, is_copy: bool) -> None:
+        """A copy covers its view. So does padding that is filled; a parameter that is cleared whole is not loaded."""
+        size = destination.numel() * destination.element_size()
+        if is_copy or size < destination.untyped_storage().nbytes():
+            view = (destination.storage_offset(), destination.shape, destination.stride())
+            self._covered.setdefault(pointer, {})[view] = size
+
+    def unwritten(self, model: torch.nn.Module) -> dict[str, float]:
+        """The parameters that were not written whole, and the share of their bytes that was. One that vLLM put into the
+        place of another while it loaded counts as written whole where anything wrote to its storage."""
+        found = {}
+        for name, parameter in model.named_parameters():
+            pointer = parameter.untyped_storage().data_ptr()
+            size = parameter.numel() * parameter.element_size()
+            covered = sum(self._covered.get(pointer, {}).values())
+            if pointer not in self._names:
+                covered = size if pointer in self._pointers else 0
+            if covered < size:
+                found[name] = covered / size
+        return found
+
+    def _record(self, destination: torch.Tensor, pointer: int, value: torch.Tensor | None) -> None:
+        written = self._written.setdefault(pointer, {})
+        start = destination.data_ptr()
+        extent = sum((size - 1) * stride for size, stride in zip(destination.shape, destination.stride())) + 1
+        end = start + extent * destination.element_size()
+        # whatever was written there before is no longer what is there
+        for span in [span for span in written if span[0] < end and start < span[1]]:
+            del written[span]
+        if value is None:
+            return
+        destination = destination.detach()
+        source, offset = self._locate(value) or (None, 0)
+        if self._changing and (source is None or source in self._changing):
+            if source is not None:
+                self._changing_pointers[pointer] = source
+            if source is None or value.shape != destination.shape:
+                return  # nobody can tell what it will hold later
+            region = Region(destination, offset, tuple(value.stride()))
+            written[start, end] = Written(self._names[pointer], destination, source, region, None)
+        else:
+            written[start, end] = Written(self._names[pointer], destination, None, None, checksum(destination))
+
+    def _note_reads(self, func: Any, args: Any, result: Any) -> None:
+        """Remember tensors computed, directly or transitively, from a weight that will change: they would go stale."""
+        if func.is_view or not isinstance(result, torch.Tensor) or result.numel() < 2:
+            return
+        storage = result.untyped_storage()
+        for value in args[func._schema.is_mutable :]:
+            if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
+                pointer = value.untyped_storage().data_ptr()
+                source = self._changing_pointers.get(pointer) or self._made_of(pointer)
+                if source is not None and pointer != storage.data_ptr():
+                    self._made[storage.data_ptr()] = StorageWeakRef(storage), source
+
+    def _made_of(self, pointer: int) -> str | None:
+        made, source = self._made.get(pointer, (None, None))
+        return None if made is None or made.expired() else source
+
+    def derived(self, model: torch.nn.Module) -> Iterator[str]:
+        """Names of the trainer's parameters whose place in the engine is still in use, and so is something made out of
+        it. (Where vLLM put what it made in its place, the place itself is gone.)"""
+        used = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        in_use = {source for pointer, source in self._changing_pointers.items() if pointer in used}
+        for made, source in self._made.values():
+            if source in in_use and not made.expired():
+                yield source
+
+    def frozen(self) -> Iterator[Written]:
+        """What was written and will not change."""
+        return (written for written in self._all() if written.checksum is not None)
+
+    def regions(self) -> dict[str, tuple[Region, ...]]:
+        found: dict[str, tuple[Region, ...]] = {}
+        for written in self._all():
+            if written.source is not None and written.region is not None:
+                found[written.source] = (*found.get(written.source, ()), written.region)
+        return found
+
+    def _all(self) -> Iterator[Written]:
+        for written in self._written.values():
+            yield from written.values()

@@ -1,0 +1,127 @@
+"""Which merged weights a kernel writes: W + s*B*A of a linear LoRA, from the trainer's memory into the engine's.
+
+The kernel (fold_kernel.py) is proved against float64 for every kind of tensor it is to write, on this device, before
+it is trusted with one; what it is not trusted with, PyTorch computes in float32 (merging.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ....common.log import warning
+from ....policy.merging import Factors
+from ..watch import Region
+
+Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+PROOF_ROWS = 1024  # compared at a time: the proof's memory stays below that of a layer
+# of what two parts of bfloat16 leave out of a product (fold_kernel.py), with room for the sum in float32
+LEFT_OUT = 2.0**-15
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoffs of what an engine may hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the kernel is compiled and launched for."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: torch.Size
+    strides: tuple[int, ...]
+    rank: int
+
+
+def block(factors: Factors, region: Region) -> Factors | None:
+    """The factors of a region of W, or None where the region is no block of whole rows' parts."""
+    columns = factors.w.shape[1]
+    shape = region.destination.shape
+    if len(shape) != 2 or region.stride != (columns, 1) or not factors.w.is_contiguous():
+        return None
+    first_row, first_column = divmod(region.offset, columns)
+    if first_column + shape[1] > columns:
+        return None
+    rows, span = slice(first_row, first_row + shape[0]), slice(first_column, first_column + shape[1])
+    return replace(factors, w=factors.w[rows, span], b=factors.b[rows], a=factors.a[:, span])
+
+
+class Folding:
+    """Writes regions by the kernel where that is proved. ``fold`` is the kernel; None: there is none on this device."""
+
+    def __init__(self, fold: Fold | None) -> None:
+        self._fold = fold
+        self._proved: dict[Kind, bool] = {}
+
+    @torch.no_grad()
+    def accepts(self, factors: Factors, region: Region) -> bool:
+        """Whether the kernel may write this region, which holds W now and again afterwards."""
+        part = block(factors, region)
+        if self._fold is None or part is None or not _fits(part, region.destination):
+            return False
+        kind = _kind(part, region.destination)
+        if kind not in self._proved:
+            try:
+                problem = self._prove(part, region.destination)
+            except Exception as error:  # Triton raises many kinds, memory may be short: there is the other way
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            finally:
+                region.destination.copy_(part.w)
+            self._proved[kind] = problem is None
+            if problem is not None and list(self._proved.values()).count(False) == 1:
+                warning(f"fused mode: PyTorch computes weights that the kernel gets wrong: {problem}.")
+        return self._proved[kind]
+
+    def write(self, factors: Factors, region: Region, destination: torch.Tensor) -> None:
+        """Write W + s*B*A of an accepted region to ``destination``, of its shape and dtype."""
+        part = block(factors, region)
+        assert part is not None and self._fold is not None
+        self._fold(destination, part.w, part.b, part.a, part.scale)
+
+    def _prove(self, part: Factors, destination: torch.Tensor) -> str | None:
+        """Fold a random adapter as large as W in; None, or how the outcome is off."""
+        generator = torch.Generator(part.w.device).manual_seed(0)
+        size = float(part.w.abs().max()) or 1.0
+        a = torch.randn(part.a.shape, generator=generator, device=part.a.device)
+        b = torch.randn(part.b.shape, generator=generator, device=part.b.device) * (size / math.sqrt(part.rank))
+        a, b, scale = a.to(part.a.dtype), b.to(part.b.dtype), 0.75
+        self._fold(destination, part.w, b, a, scale)  # type: ignore[misc]
+        for start in range(0, len(destination), PROOF_ROWS):
+            rows = slice(start, start + PROOF_ROWS)
+            exact = part.w[rows].double() + scale * (b[rows].double() @ a.double())
+            limits = torch.finfo(destination.dtype)
+            bound = ROUNDING[destination.dtype] * exact.abs().clamp(min=limits.smallest_normal)
+            bound += LEFT_OUT * scale * (b[rows].abs().float() @ a.abs().float())
+            off = (destination[rows].double() - exact).abs()
+            if not bool((off <= bound).all()):
+                most = float(off.nan_to_num(math.inf).max())
+                return f"a weight of shape {tuple(destination.shape)} was off by {most:.3g}"
+        return None
+
+
+def of(device: torch.device) -> Folding:
+    """With the kernel on a CUDA device that has Triton."""
+    if device.type != "cuda":
+        return Folding(None)
+    try:
+        from ..kernels.fold_kernel import fold
+    except ImportError as error:
+        warning(f"fused mode: PyTorch computes the merged weights, which is slower, for want of Triton ({error}).")
+        return Folding(None)
+    return Folding(fold)
+
+
+def _fits(part: Factors, destination: torch.Tensor) -> bool:
+    tensors: tuple[Any, ...] = (destination, part.w, part.b, part.a)
+    return (
+        destination.dtype in ROUNDING
+        and all(tensor.device == destination.device and tensor.is_floating_point() for tensor in tensors)
+        and all(tensor.stride(1) == 1 for tensor in (part.w, part.b, part.a))
+    )
+
+
+def _kind(part: Factors, destination: torch.Tensor) -> Kind:
+    dtypes = (destination.dtype, part.w.dtype, part.b.dtype, part.a.dtype)
+    strides = (*destination.stride(), part.w.stride(0), part.b.stride(0), part.a.stride(0))
+    return Kind(dtypes, destination.shape, strides, part.rank)

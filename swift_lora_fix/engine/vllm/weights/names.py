@@ -1,0 +1,66 @@
+"""Names under which vLLM loads the weights of layers that it has wrapped for LoRA.
+
+vLLM keeps such a layer's own weights under ``base_layer``, and wraps a packed layer (``qkv_proj``) whole, also where
+only some of its parts have a LoRA. Up to 0.27 its loading wants ``base_layer`` in the names of all of them; from 0.28
+on the wrapper has a ``load_weights`` of its own (vLLM 39935), and it must not be there. A framework knows the trainer's
+LoRA layers alone, and then loading dies of a KeyError for the other parts, and for wrapped embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..handle import EngineHandle
+
+WRAPPED = "base_layer"
+# Names differ between the trainer's model and vLLM's in front (model., language_model.), never at the end.
+TAIL = 4
+
+
+class Names:
+    """Paths of modules, to be asked by another model's path of the same module."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        parts = [path.split(".") for path in paths]
+        self._ends = {".".join(part[-size:]) for part in parts for size in range(1, min(TAIL, len(part)) + 1)}
+        self._short = {".".join(part) for part in parts if len(part) < TAIL}
+
+    def __contains__(self, path: str) -> bool:
+        parts = path.split(".")[-TAIL:]
+        ends = {".".join(parts[-size:]) for size in range(1, len(parts) + 1)}
+        return ".".join(parts) in self._ends or bool(ends & self._short)
+
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+
+def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
+    """What gives each weight of a wrapped layer the name that this engine loads it by."""
+    layers = dict(_wrapped(engine.model))
+    wrapped = Names(layers)
+    forwards = any(hasattr(type(layer), "load_weights") for layer in layers.values())
+
+    def rename(name: str) -> str:
+        if forwards:
+            return name.replace(f".{WRAPPED}.", ".")
+        module, _, parameter = name.rpartition(".")
+        if module.endswith(f".{WRAPPED}") or module not in wrapped:
+            return name
+        return f"{module}.{WRAPPED}.{parameter}"
+
+    if not layers:
+        return lambda weights: weights
+    return lambda weights: {rename(name): value for name, value in weights.items()}
+
+
+def _wrapped(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Paths of the wrapped layers and of their packed parts, each with the layer."""
+    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})  # not every model packs
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, WRAPPED, None), torch.nn.Module):
+            parent, _, name = path.rpartition(".")
+            for part in (name, *packed.get(name, ())):
+                yield (f"{parent}.{part}" if parent else part), module

@@ -1,0 +1,1 @@
+"""ms-swift: its trainer behind the port, and the hooks into it."""

@@ -1,0 +1,120 @@
+"""The hooks into ms-swift and PEFT. No logic here: each hands over to the session of its trainer."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from ... import session as sessions
+from ...install.registry import Patch, PatchSet
+from ...policy import origin
+from ...server.trainer.remote import prepare_client
+from .port import SwiftRollout, SwiftTrainer, tag
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    prepare_client(SwiftTrainer(trainer).server_client_to_be)
+    result = wrapped(*args, **kwargs)
+    sessions.begin(trainer, SwiftTrainer(trainer))
+    return result
+
+
+def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    session = sessions.session_of(trainer)
+    # with --async_generate servers are at work, and answer nothing else: they are asked just before the next rollout
+    if session is not None and not session.trainer.is_asynchronous:
+        session.invalidate_if_lost()
+    result = wrapped(*args, **kwargs)
+    session = sessions.session_of(trainer)
+    if session is not None and session.after_rollout():
+        result = wrapped(*args, **kwargs)
+        session.after_rollout()
+    return result
+
+
+def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    if not sessions.is_known(trainer):
+        sessions.begin(trainer, SwiftTrainer(trainer))
+    session = sessions.session_of(trainer)
+    if session is None:
+        return wrapped(*args, **kwargs)
+    port = session.trainer
+    if port.is_asynchronous and not _skips_async_check(*args, **kwargs):
+        port.wait_for_rollouts()  # as ms-swift's own does
+    session.synchronize()
+    if port.is_asynchronous and port.is_main_rank:
+        # rollouts are made in another thread, while the next step is trained: only now is the policy the trainer's
+        session.before_rollout(SwiftTrainer(trainer).probe_rollout())
+    return None
+
+
+def _skips_async_check(skip_async_check: bool = False) -> bool:
+    return skip_async_check
+
+
+def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    session = sessions.session_of(trainer)
+    if session is None:
+        return wrapped(*args, **kwargs)
+
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        return session.engine.generate(lambda: wrapped(*args, **kwargs))
+
+    session.before_rollout(SwiftRollout(infer, *args, **kwargs))
+    return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
+
+
+def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = wrapped(*args, **kwargs)
+    origin.record_load(model, *_adapter_and_folder(*args, **kwargs))
+    return result
+
+
+def _adapter_and_folder(model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> tuple[str, Any]:
+    return adapter_name, model_id
+
+
+ROLLOUT = PatchSet(
+    "ms-swift rollout",
+    (
+        Patch(
+            "RolloutTrainerMixin.prepare_rollout",
+            _prepare_rollout,
+            why="the scope is decided, and an adapter that the engine cannot serve refused, before training starts",
+            goes_when="with the last of the others",
+        ),
+        Patch(
+            "RolloutTrainerMixin._fast_infer",
+            _fast_infer,
+            why="after a sleep the engine may have lost base or slots, and nothing restores them within a step",
+            goes_when="ms-swift syncs again after every wake-up",
+        ),
+        Patch(
+            "RolloutTrainerMixin._move_model_to_vllm",
+            _move_model_to_vllm,
+            why="LoRA counted twice, first batch from the base, trainer's base drifting, its LoRA cast to bf16",
+            goes_when="ms-swift pushes the unmerged base and reads the adapter without merging it",
+            bypasses=("RolloutTrainerMixin._move_model_to_vllm", "RolloutTrainerMixin._move_adapter_to_vllm"),
+        ),
+        Patch(
+            "RolloutTrainerMixin._engine_infer",
+            _engine_infer,
+            why="without the adapter in the engine, rollouts silently come from the base model",
+            goes_when="ms-swift refuses a rollout whose adapter is not loaded",
+        ),
+    ),
+)
+
+PEFT = PatchSet(
+    "PEFT adapter loads",
+    (
+        Patch(
+            "PeftModel.load_adapter",
+            _load_adapter,
+            why="nothing else tells at the first sync which file the trainer's adapter was read from",
+            goes_when="ms-swift or PEFT keeps the folder an adapter was loaded from",
+        ),
+    ),
+)

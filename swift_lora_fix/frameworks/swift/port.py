@@ -1,0 +1,322 @@
+"""ms-swift's trainer behind the port: the one file that reads its attributes and calls its methods.
+
+Each name that is used here is in the contract (install/releases.py, ``ATTRIBUTES``), which is checked before anything
+is patched, and in the source of every release by the release suite. What a release does not have yet is named there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import UnsupportedTrainerError
+from ...install import releases
+from ...server.wire import PROBE
+from ...trainer import Answer, Load, Weights
+
+
+class SwiftTrainer:
+    """A trainer that is built on ms-swift's ``RolloutTrainerMixin`` (GRPO, GKD)."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._of = weakref.ref(trainer)
+
+    @property
+    def trainer(self) -> Any:
+        trainer = self._of()
+        assert trainer is not None, "hooks are called by a trainer that is alive"
+        return trainer
+
+    # ---- who it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.trainer.accelerator.device
+        return device
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer.state.global_step)
+
+    @property
+    def ranks(self) -> int:
+        return int(self.trainer.accelerator.num_processes)
+
+    @property
+    def is_main_rank(self) -> bool:
+        return bool(self.trainer.accelerator.is_main_process)
+
+    # ---- what its user asked for -------------------------------------------------------------------------------------
+
+    @property
+    def uses_vllm(self) -> bool:
+        return bool(self.trainer.args.use_vllm)
+
+    @property
+    def tuner(self) -> str:
+        return str(getattr(self.trainer.args, self._tuner_argument))
+
+    @property
+    def _tuner_argument(self) -> str:
+        """``train_type`` in 3.x, ``tuner_type`` in 4.x."""
+        names = releases.tuner_arguments()
+        return next((name for name in names if hasattr(self.trainer.args, name)), names[0])
+
+    @property
+    def engine_place(self) -> str:
+        return str(self.trainer.vllm_mode)
+
+    @property
+    def engine_has_lora(self) -> bool:
+        return bool(self.trainer.rollout_enable_lora)
+
+    @property
+    def sleep_level(self) -> int:
+        return int(self.trainer.args.sleep_level)
+
+    @property
+    def offloads_model(self) -> bool:
+        """``enable_offload`` is set for --offload_optimizer alone, too, which leaves the model where it is."""
+        return bool(self.trainer.enable_offload) and bool(self.trainer.args.offload_model)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return bool(self.trainer.args.async_generate)
+
+    @property
+    def resume_from(self) -> str | None:
+        claimed = self.trainer.args.resume_from_checkpoint
+        return os.fspath(claimed) if isinstance(claimed, (str, os.PathLike)) else None
+
+    # ---- its engine --------------------------------------------------------------------------------------------------
+
+    @property
+    def vllm_engine(self) -> Any:
+        return self.trainer.engine.engine
+
+    @property
+    def server_client(self) -> Any:
+        """ms-swift gives a client to the main rank alone."""
+        return self.trainer.vllm_client if self.engine_place == "server" and self.is_main_rank else None
+
+    @property
+    def server_client_to_be(self) -> Any:
+        """The same before ms-swift has prepared its rollouts, and in runs without servers: None then."""
+        return vars(self.trainer).get("vllm_client")
+
+    @property
+    def adapter_request_class(self) -> Any:
+        """``TensorLoRARequest``, from the module that defines the trainer's rollout mixin."""
+        return rollout_module(type(self.trainer)).TensorLoRARequest
+
+    @property
+    def attaches_adapter(self) -> bool:
+        """``GRPOVllmEngine`` adds its LoRA request to rollouts while ``enable_lora`` is true (grpo_vllm_engine.py)."""
+        return bool(self.trainer.engine.enable_lora)
+
+    def attach_adapter(self, wanted: bool) -> None:
+        self.trainer.engine.enable_lora = wanted
+
+    # ---- what a probe must know --------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.trainer.template.tokenizer
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The engine's limit and the template's, whichever is less."""
+        colocated = self.engine_place == "colocate"
+        engine = self.trainer.engine.max_model_len if colocated else self.trainer.args.vllm_max_model_len
+        return min((int(limit) for limit in (engine, self.trainer.template.max_length) if limit), default=None)
+
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        """Without sequence parallelism, which parts the sequence among ranks."""
+        context: contextlib.AbstractContextManager[None] = self.trainer._disable_sp_context()
+        return context
+
+    # ---- what it is told to do ---------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Have ms-swift list the names that it pushes once more, now that it knows that the engine has LoRA layers.
+
+        Up to 4.1 it does so before, and then leaves every wrapped layer out when it moves in batches
+        (--move_model_batches). Once training begins it is too late: the activation checkpointing of FSDP2 then puts a
+        prefix into ``named_parameters()`` that the names in ``state_dict()`` lack.
+        """
+        trainer = self.trainer
+        trainer.parameter_groups, groups = trainer.split_batches()
+        # these are compared with names that have lost "modules_to_save.default." already, so such modules were left out
+        trainer.parameter_groups_no_lora = [
+            group and [name.replace("modules_to_save.default.", "") for name in group] for group in groups
+        ]
+
+    def send_base(self, load: Callable[[Load, Weights], Any], note: Callable[[Weights], None]) -> None:
+        """By ms-swift's own ``_move_full_model_to_vllm``, which knows how its names map to vLLM's on each release. What
+        is wrong in it is what it does around that, and those calls are shadowed on the two objects for its duration:
+        merging the adapter into the base, unmerging it, and sending the adapter as well."""
+        trainer = self.trainer
+        own_load = trainer._load_state_dict_to_vllm
+        shadows: dict[str, Callable[..., Any]] = {
+            "_load_state_dict_to_vllm": lambda weights: load(own_load, weights),
+            "_move_adapter_to_vllm": _do_nothing,
+        }
+        if hasattr(trainer, "_process_state_dict_for_vllm"):  # from 3.12 on; FSDP2's whole copies pass through it
+            own_rename = trainer._process_state_dict_for_vllm
+
+            def rename(raw: Weights, *args: Any, **kwargs: Any) -> Any:
+                note(raw)
+                return own_rename(raw, *args, **kwargs)
+
+            shadows["_process_state_dict_for_vllm"] = rename
+        if hasattr(trainer, "_merge_lora_into_state_dict"):  # what FSDP2 does instead of merge_adapter
+            shadows["_merge_lora_into_state_dict"] = _without_lora
+        merges = {"merge_adapter": _do_nothing, "unmerge_adapter": _do_nothing}
+        with shadowed(trainer, **shadows), shadowed(trainer.model, **merges):
+            trainer._move_full_model_to_vllm()
+
+    def probe_rollout(self) -> SwiftRollout:
+        """A call for rollouts that nobody asked for, to ask the engine a probe outside of one."""
+        trainer = self.trainer
+        like: dict[str, Any] = {"messages": []}
+        module = rollout_module(type(trainer))
+        request = module.RolloutInferRequest(**like)
+        return SwiftRollout(trainer._engine_infer.__wrapped__, [request], trainer.request_config)
+
+    def sync_again(self) -> None:
+        self.trainer._last_loaded_step = -1
+
+    def wait_for_rollouts(self) -> None:
+        self.trainer._wait_queue()
+
+    def metrics(self) -> MutableMapping[str, list[float]] | None:
+        """ms-swift averages each list of ``_metrics[mode]`` into ``logging.jsonl`` and wherever --report_to says."""
+        metrics: MutableMapping[str, list[float]] = self.trainer._metrics[
+            "train" if self.trainer.model.training else "eval"
+        ]
+        return metrics
+
+
+class SwiftRollout:
+    """One call of ms-swift's ``_engine_infer``. infer: the call itself, ``infer(requests, config)``."""
+
+    def __init__(
+        self,
+        infer: Callable[[Sequence[Any], Any], Sequence[Any]],
+        infer_requests: Sequence[Any],
+        request_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._infer, self._requests, self._config = infer, infer_requests, request_config
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def most_tokens(self) -> int:
+        answers = len(self._requests) * int(self._config.n or 1)
+        return answers * int(self._config.max_tokens or 0)
+
+    def ask(self, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+        requests = [_request(self._requests[0], index, text) for index, text in enumerate(prompts)]
+        answers = []
+        for output in self._infer(requests, _probe_config(self._config, new_tokens)):
+            choice = output.response.choices[0]
+            logprobs = tuple(float(item["logprob"]) for item in choice.logprobs["content"])
+            answers.append(Answer(tuple(output.response.prompt_token_ids), tuple(choice.token_ids), logprobs))
+        return answers
+
+    def tokens_per_second(self, most_tokens: int) -> float:
+        limit = min(most_tokens, int(self._config.max_tokens or most_tokens))
+        config = altered(self._config, max_tokens=limit, return_details=True)
+        started = time.perf_counter()
+        outputs = self._infer(self._requests, config)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(choice.token_ids or ()) for output in outputs for choice in output.response.choices)
+        return max(1, tokens) / seconds
+
+
+def rollout_module(trainer_class: type) -> Any:
+    """The module of ms-swift's ``RolloutTrainerMixin`` in the trainer's bases."""
+    for cls in trainer_class.__mro__:
+        if cls.__name__ == releases.ROLLOUT_CLASS:
+            return sys.modules[cls.__module__]
+    raise UnsupportedTrainerError(f"{trainer_class.__name__} is not built on ms-swift's {releases.ROLLOUT_CLASS}.")
+
+
+def tag(outputs: Any, step: int | None, digest: str) -> Any:
+    """Write the policy that made them into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
+    for output in outputs if isinstance(outputs, list) else ():
+        if isinstance(output.rollout_infos, dict):
+            output.rollout_infos.update(policy_step=step, policy_digest=digest)
+    return outputs
+
+
+def altered(config: Any, **values: Any) -> Any:
+    """A copy of a request config with these values, as far as its release of ms-swift knows them."""
+    changed = copy.copy(config)
+    known = inspect.signature(type(config)).parameters
+    for name, value in values.items():
+        if name in known:
+            setattr(changed, name, value)
+    return changed
+
+
+def _request(like: Any, index: int, text: str) -> Any:
+    """A request as the run's own, with ``text`` as its only message: no media, no tools, no scheduler's data."""
+    request = copy.deepcopy(like)
+    fields = request if isinstance(request, dict) else vars(request)
+    fields["messages"] = [{"role": "user", "content": text}]
+    for name in ("images", "audios", "videos"):
+        if fields.get(name):
+            fields[name] = []
+    if fields.get("tools"):
+        fields["tools"] = None
+    for name in ("uuid", "request_id"):
+        if name in fields:
+            fields[name] = f"{PROBE}{index}"
+    return request
+
+
+def _probe_config(like: Any, new_tokens: int) -> Any:
+    sampling = dict(temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, repetition_penalty=1.0, n=1, seed=0, stop=[])
+    answer = dict(max_tokens=new_tokens, logprobs=True, top_logprobs=None, return_details=True, stream=False)
+    return altered(like, structured_outputs_regex=None, **sampling, **answer)
+
+
+@contextlib.contextmanager
+def shadowed(target: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
+    """Replace methods of one object; the class and every other object keep theirs."""
+    attributes = vars(target)
+    taken = [name for name in replacements if name in attributes]
+    if taken:
+        raise AssertionError(f"{type(target).__name__} already shadows {taken}")
+    attributes.update(replacements)
+    try:
+        yield
+    finally:
+        for name in replacements:
+            del attributes[name]
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _without_lora(state_dict: Weights) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state_dict.items() if "lora_" not in name}

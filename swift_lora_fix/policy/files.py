@@ -1,0 +1,105 @@
+"""Files of a PEFT adapter folder: which is the weights file, what its header says, and, in a fork, where it came from.
+
+Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterFileError
+
+SAFETENSORS = "adapter_model.safetensors"
+TORCH_FILE = "adapter_model.bin"
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"
+PROVENANCE = "fork_provenance.json"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor. dtype: the format's name (``F32``, ``BF16``, ``U8``, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights file of a PEFT adapter folder. Raises AdapterFileError naming what is not there."""
+    if not folder.is_dir():
+        raise AdapterFileError(f"The adapter folder {folder} does not exist.")
+    for name in (SAFETENSORS, TORCH_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterFileError(
+        f"The adapter folder {folder} has no {SAFETENSORS} (nor {TORCH_FILE}); it holds "
+        f"{sorted(p.name for p in folder.iterdir())[:12]}."
+    )
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """``global_step`` of a Trainer checkpoint, or None for a bare adapter folder. AdapterFileError: unreadable."""
+    file = folder / TRAINER_STATE
+    if not file.is_file():
+        return None
+    try:
+        return int(read_json(file)["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"The checkpoint file {file} cannot be read: {error!r}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises AdapterFileError naming the file when it is unreadable or something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{file} cannot be read: {error!r}") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{file} holds {type(value).__name__} where a JSON object is expected.")
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorHeader]:
+    """Shape and dtype of every tensor of a safetensors file, by name; not one tensor is read.
+
+    Raises AdapterFileError when the header is corrupt or the file shorter or longer than it says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: TensorHeader(tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file} cannot be read, it is corrupt or half-written: {error}") from error
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_fork(file: Path, sha256: str) -> str | None:
+    """Whether a weights file still is the one that a fork made: in words what it is a fork of, None if it is no fork.
+
+    Raises AdapterFileError naming both digests when the file is another one, or when the provenance file beside it
+    is unreadable.
+    """
+    note = file.parent / PROVENANCE
+    if not note.is_file():
+        return None
+    made = read_json(note)
+    if made.get("sha256") != sha256:
+        raise AdapterFileError(
+            f"{file} has SHA-256 {sha256}, but the fork was made with {made.get('sha256')} ({note}): it was changed "
+            f"afterwards. Fork {made.get('source')} again, or delete {note.name} if the change was meant."
+        )
+    step = f" at step {made['step']}" if made.get("step") is not None else ""
+    return f"a fork of {made.get('source')}{step}"

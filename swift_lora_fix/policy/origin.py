@@ -1,0 +1,140 @@
+"""Where the LoRA weights that a run starts from came from, and whether the trainer really holds them.
+
+Transformers loads a checkpoint after the trainer is built, so this is decided at the first sync, from two sources: what
+the run claims (``resume_from_checkpoint``), and which files PEFT loaded into the adapter (recorded by a hook on
+``PeftModel.load_adapter``, which both ``from_pretrained`` and the resume go through).
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterFileError, ResumeMismatchError
+from .adapter import Adapter
+from .files import check_fork, checkpoint_step, sha256_of, weights_file
+from .kinds import is_b
+
+_loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """kind: ``scratch``, ``adapters`` (--adapters), ``resume`` (--resume_from_checkpoint) or ``memory`` (neither, but B
+    is not zero). path, step, sha256: the folder, its ``trainer_state.json`` step and the digest of its weights file.
+    norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter does nothing yet.
+    compared: the trainer's tensors were found equal to the file's. reference: folder of the ``ref_adapter``.
+    fork: of what the folder is a fork, in words, its weights file found to be the fork's.
+    """
+
+    kind: str
+    path: str | None
+    step: int | None
+    sha256: str | None
+    norm: float
+    b_is_zero: bool
+    compared: bool
+    reference: str | None
+    fork: str | None = None
+
+    def __str__(self) -> str:
+        source = {
+            "scratch": "from scratch",
+            "adapters": f"from --adapters {self.path}",
+            "resume": f"from --resume_from_checkpoint {self.path} at step {self.step}",
+            "memory": "from memory: no file was seen being loaded",
+        }[self.kind]
+        parts = [f"LoRA weights {source}", *([self.fork] if self.fork else [])]
+        if self.sha256:
+            parts.append(f"SHA-256 {self.sha256}")
+            parts.append("the trainer's tensors equal the file's" if self.compared else "not compared: already trained")
+        parts.append(f"norm {self.norm:.6g}")
+        parts.append("every lora_B is zero" if self.b_is_zero else "lora_B is not zero")
+        parts.append(f"reference adapter {self.reference or 'none'}")
+        return ", ".join(parts)
+
+
+def record_load(model: Any, adapter_name: str, folder: Any) -> None:
+    """Remember that PEFT loaded ``folder`` into ``model``'s adapter (called by the hook on ``load_adapter``)."""
+    _loads.setdefault(model, {})[adapter_name] = os.fspath(folder)
+
+
+def determine(
+    model: Any, adapter: Adapter, held: dict[str, torch.Tensor], claimed: str | None, step: int
+) -> AdapterOrigin:
+    """Say where the adapter came from and check it against its file.
+
+    Args:
+        model: the trainer's PeftModel. adapter: its adapter. held: what the trainer holds of it, whole, on the CPU.
+        claimed: the checkpoint that the run claims to go on from (``resume_from_checkpoint``).
+        step: the trainer's ``global_step`` now.
+
+    Raises:
+        AdapterFileError: the folder that the run starts from is missing, its weights file is unreadable, or it is a
+            fork and the file is not the one that the fork was made with.
+        ResumeMismatchError: the trainer's tensors are not the file's; names both.
+    """
+    loads = _loads.get(model, {})
+    folder = _folder(claimed, loads.get(adapter.name))
+    norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
+    b_is_zero = not any(bool(value.any()) for key, value in held.items() if is_b(key))
+    facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, reference=loads.get("ref_adapter"))
+    if folder is None:
+        kind = "scratch" if b_is_zero else "memory"
+        return AdapterOrigin(kind, path=None, step=None, sha256=None, compared=False, **facts)
+    file = weights_file(folder)
+    digest = sha256_of(file)
+    fork = check_fork(file, digest)
+    saved_step = checkpoint_step(folder)
+    expected_step = (saved_step or 0) if claimed else 0
+    compared = step <= expected_step  # later, the file is rightly no longer what the trainer holds
+    if compared:
+        _compare(folder, read_weights(file), held, norm, b_is_zero)
+    kind = "resume" if claimed else "adapters"
+    return AdapterOrigin(kind, str(folder), saved_step, digest, compared=compared, fork=fork, **facts)
+
+
+def _folder(claimed: str | os.PathLike[str] | None, loaded: str | None) -> Path | None:
+    if claimed:
+        return Path(claimed)
+    # PEFT also takes the name of a hub repository; ms-swift downloads first and passes a folder
+    return Path(loaded) if loaded and os.path.isdir(loaded) else None
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors, by PEFT key. Raises AdapterFileError when the file is corrupt."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterFileError(f"The adapter file {file} cannot be read: {error}") from error
+
+
+def _compare(
+    folder: Path, saved: dict[str, torch.Tensor], held: dict[str, torch.Tensor], norm: float, b_is_zero: bool
+) -> None:
+    different = []
+    for key, value in held.items():
+        file_value = saved.get(key)
+        if file_value is None:
+            different.append(f"{key} is not in the file")
+        elif file_value.shape != value.shape:
+            different.append(f"{key} is {tuple(file_value.shape)} in the file, {tuple(value.shape)} in the run")
+        elif not torch.equal(file_value.to(value.dtype), value):
+            different.append(f"{key} differs")
+    if different:
+        file_norm = float(torch.stack([t.float().norm() for t in saved.values()]).norm()) if saved else 0.0
+        raise ResumeMismatchError(
+            f"The run claims to start from {folder} (LoRA norm {file_norm:.6g}), but the trainer holds another adapter "
+            f"(LoRA norm {norm:.6g}{', every lora_B zero' if b_is_zero else ''}). {len(different)} of {len(held)} "
+            f"tensors disagree: {'; '.join(different[:4])}. Check that the base model, --lora_rank and "
+            "--target_modules are those of the checkpoint, and that nothing re-initialised the adapter."
+        )

@@ -1,0 +1,90 @@
+"""ms-swift's own routes of a rollout server: which are not called now, and what they change of the policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ...errors import ProtocolError
+from ..wire import POLICY_HEADER, Policy, parse_object
+from .requests import Refused, drain
+from .routes import Policies
+
+_INFER = "/infer"
+# ms-swift's own ways to change what the engine serves: the adapter, and the base
+_ADAPTER = {"/update_adapter_flattened_param", "/update_adapter_param"}
+_BASE = {"/update_named_param", "/update_flattened_params", "/process_weights_after_loading"}
+
+# ms-swift's trainer connects for NCCL as it parses its arguments, before any plugin and without a key. With
+# SWIFT_LORA_FIX_TRANSPORT=reload it is told that there is nobody to connect to: a group of its own alone opens no NCCL
+# (vLLM's PyNcclCommunicator).
+_HANDSHAKE: dict[str, dict[str, Any]] = {
+    "/get_world_size": {"world_size": 0},
+    "/init_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
+    "/close_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
+}
+
+
+class Guard:
+    """ASGI middleware around all routes."""
+
+    def __init__(self, app: Any, policies: Policies) -> None:
+        self.app, self.policies = app, policies
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request, path = Request(scope, receive), scope["path"].rstrip("/")
+        if self.policies.is_reload and path in _HANDSHAKE:
+            await drain(request)
+            await JSONResponse(_HANDSHAKE[path])(scope, receive, send)
+            return
+        refused = self._refusal(path, request.headers.get(POLICY_HEADER))
+        if refused is None:
+            if request.method == "POST" and self.policies.is_allowed(request):
+                self._note(path)
+            await self.app(scope, receive, send)
+            return
+        await drain(request)
+        await refused.response()(scope, receive, send)
+
+    def _refusal(self, path: str, expected: str | None) -> Refused | None:
+        """Why this route is not called now. ``expected``: the value of `POLICY_HEADER`."""
+        policies = self.policies
+        if policies.is_reload and path in _ADAPTER | _BASE:
+            return Refused(
+                409,
+                ProtocolError.__name__,
+                f"{path}/ is refused: this server takes policies by SWIFT_LORA_FIX_TRANSPORT=reload. Set that for the "
+                "trainer, too, or for neither.",
+            )
+        if path != _INFER:
+            return None
+        if policies.policy is None and policies.is_ours and not policies.plain:
+            return Refused(
+                503,
+                "EngineStateError",
+                "No policy was committed to this rollout server yet (or since it restarted, or a commit failed): it "
+                "has the base model alone. The trainer sends a policy before it asks for rollouts.",
+            )
+        if expected is None:
+            return None
+        try:
+            policy = Policy.from_dict(parse_object(expected, f"The header {POLICY_HEADER}"))
+        except ProtocolError as error:
+            return Refused.of(error)
+        if policies.plain or policy != policies.policy:
+            serves = "the plain base" if policies.plain else str(policies.policy)
+            message = f"Rollouts of {policy} were asked for, this server has {serves}."
+            return Refused(409, "PolicyMismatchError", message)
+        return None
+
+    def _note(self, path: str) -> None:
+        """Before ms-swift does it: its workers then wait for a trainer that waits for this answer."""
+        if path in _BASE:
+            self.policies.base_is_pushed = True
+        elif path in _ADAPTER:
+            self.policies.release()

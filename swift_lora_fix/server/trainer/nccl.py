@@ -1,0 +1,159 @@
+"""Trainer side: ms-swift's NCCL connections, one for each rollout server, and what is sent over them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import requests
+import torch
+
+from ...common.log import info, warning
+from ...errors import RolloutServerError, SettingsError
+from ..wire import release_port
+
+POLL_SECONDS = 0.0005
+GOODBYE_SECONDS = 10.0
+_CONNECTIONS = "swift_lora_fix_connections"
+
+
+class Connections:
+    """Of ms-swift's ``VLLMClient``, which has opened them: ``pynccl_comms``, vLLM's ``PyNcclCommunicator``."""
+
+    @classmethod
+    def of(cls, client: Any) -> Connections:
+        """Those of this client, the same ones each time."""
+        found: Connections = vars(client).setdefault(_CONNECTIONS, None) or cls(client)
+        setattr(client, _CONNECTIONS, found)
+        return found
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._lost: list[Any] = []  # not freed: NCCL would wait for a peer that is gone
+        self._closed = {index for index in range(client.num_servers) if not _works(client, index)}
+        atexit.unregister(client.close_communicator)  # it waits for a server that hangs
+        atexit.register(self._say_goodbye)
+
+    def is_open(self, index: int) -> bool:
+        return index not in self._closed
+
+    def all_are_open(self) -> bool:
+        return not self._closed
+
+    def close(self, index: int, why: str) -> None:
+        """Never use it again, and say so."""
+        if index not in self._closed:
+            self._closed.add(index)
+            warning(f"rollout server {self._client.base_urls[index]} gets adapters without NCCL from now on: {why}")
+
+    def reopen(self, index: int) -> None:
+        """To a server that restarted, by ms-swift's own way, shown one server."""
+        client = self._client
+        if index in self._closed:
+            return
+        one = copy.copy(client)
+        one.num_servers = 1
+        for name in ("base_urls", "hosts", "sessions", "group_ports"):
+            setattr(one, name, [getattr(client, name)[index]])
+        try:
+            one.init_communicator(device=client.pynccl_comms[index].device)
+            atexit.unregister(one.close_communicator)
+        except Exception as error:
+            self.close(index, f"the server restarted, and NCCL could not be opened again ({error}).")
+            return
+        self._lost.append(client.pynccl_comms[index])
+        client.pynccl_comms[index] = one.pynccl_comms[0]
+        info(f"NCCL to rollout server {client.base_urls[index]} is open again.")
+
+    def send(self, index: int, buffer: torch.Tensor, ask: Callable[[], Any], deadline: float) -> None:
+        """Broadcast ``buffer`` to the server's workers, which ``ask`` has take part. Raises what ``ask`` raises, or
+        RolloutServerError where NCCL is not through within ``deadline`` seconds."""
+        url, communicator = self._client.base_urls[index], self._client.pynccl_comms[index]
+        started, broadcast = time.monotonic(), _Broadcast(communicator, buffer)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            answer = pool.submit(ask)
+            broadcast.start()
+            while not broadcast.is_over() and not (answer.done() and answer.exception() is not None):
+                if time.monotonic() - started > deadline:
+                    break
+                time.sleep(POLL_SECONDS)
+            if not broadcast.is_over():
+                self._closed.add(index)  # it waits for a peer still, and so would whatever comes after it
+            answer.result()
+        broadcast.check(url, deadline)
+
+    def _say_goodbye(self) -> None:
+        """As ms-swift does, with a time limit."""
+        for url, session in zip(self._client.base_urls, self._client.sessions):
+            with contextlib.suppress(requests.RequestException):
+                requests.post(f"{url}/close_communicator/", headers=dict(session.headers), timeout=GOODBYE_SECONDS)
+
+
+def drop(client: Any) -> None:
+    """Connections of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to
+    each server as the process ends, and wait for one that hangs.
+
+    Raises SettingsError where the servers have opened NCCL.
+    """
+    for url, communicator in zip(client.base_urls, client.pynccl_comms):
+        if communicator.world_size > 1:
+            raise SettingsError(
+                f"SWIFT_LORA_FIX_TRANSPORT='reload' is set for the trainer, and rollout server {url} has opened NCCL: "
+                "set it for the servers, too, or for neither."
+            )
+    atexit.unregister(client.close_communicator)
+    for communicator in client.pynccl_comms:
+        release_port(communicator)
+    client.pynccl_comms.clear()
+
+
+def _works(client: Any, index: int) -> bool:
+    """Without a NCCL library vLLM's communicator is made all the same, and does nothing."""
+    made = client.pynccl_comms[index] if index < len(client.pynccl_comms) else None
+    return made is not None and made.world_size > 1 and not getattr(made, "disabled", False)
+
+
+class _Broadcast(threading.Thread):
+    """On a stream and in a thread of its own: what never ends, on the device or before, must not hold up others."""
+
+    def __init__(self, communicator: Any, buffer: torch.Tensor) -> None:
+        super().__init__(daemon=True, name="swift-lora-fix-broadcast")
+        self._communicator, self._buffer = communicator, buffer
+        self._is_done: Callable[[], bool] = lambda: False
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        communicator = self._communicator
+        try:
+            content = self._buffer.to(communicator.device).view(torch.uint8)
+            if not content.is_cuda:
+                communicator.broadcast(content, src=communicator.rank)
+                self._is_done = lambda: True
+                return
+            with torch.cuda.device(content.device):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                communicator.broadcast(content, src=communicator.rank, stream=stream)
+                content.record_stream(stream)
+                self._is_done = stream.record_event().query
+        except Exception as error:
+            self._error = error
+
+    def is_over(self) -> bool:
+        return self._error is not None or self._is_done()
+
+    def check(self, url: str, deadline: float) -> None:
+        """Raise RolloutServerError where it went wrong, or is not over."""
+        if self._error is not None:
+            raise RolloutServerError(f"NCCL to rollout server {url} failed: {self._error}") from self._error
+        if not self.is_over():
+            raise RolloutServerError(
+                f"Rollout server {url} did not take part in the NCCL broadcast within {deadline:g} s "
+                "(SWIFT_LORA_FIX_SERVER_DEADLINE): restart server and trainer."
+            )

@@ -1,0 +1,330 @@
+"""Trainer side of server mode: what a sync, the gate and a rollout ask of an engine, answered by rollout servers.
+
+All or nothing: every server stages and checks the policy, then all switch to it. A server that restarted is found out
+before each rollout, by its boot id and the policy it says it serves, and is sent everything again. Only the main rank
+talks to servers (ms-swift gives only that one a client); the others learn how it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...common.clock import Clock
+from ...common.log import info, warning
+from ...common.settings import Settings
+from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
+from ...trainer import TrainerPort
+from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
+from .client import Fresh, Servers
+from .nccl import Connections, drop
+from .parcel import Parcel
+from .store import Stored
+
+ABORT_SECONDS = 10.0  # a server that hangs has cost its deadline already
+MISSING = 404  # what a server answers that does not see our folders
+
+
+class RemoteEngine:
+    """The rollout servers of one trainer. ``engine`` is ms-swift's ``VLLMClient``, None but on the main rank."""
+
+    is_shared = True
+    is_asleep = False
+    cache_block = 128  # vLLM's largest default, of its CPU backend
+
+    def __init__(self, trainer: TrainerPort) -> None:
+        settings = Settings.from_environment()
+        self.engine = trainer.server_client
+        self.servers: Servers | None = None
+        self.policy: Policy | None = None  # what all of them serve
+        self.seconds: dict[str, float] = {}  # what the last switch took: ``stage`` and ``commit``
+        self._is_plain = self._has_restored = False
+        self._boots: dict[int, str] = {}  # by server
+        self._restore: Callable[[list[int]], None] = lambda lost: None
+        self._inlined: set[int] = set()  # servers that do not see our folders
+        self._told: dict[int, str] = {}  # by server: the layout that it was told last
+        self._only_nccl = settings.transport == "nccl"
+        self.nccl: Connections | None = None
+        if self.engine is not None:
+            if settings.transport == "reload":
+                drop(self.engine)
+            else:
+                self.nccl = Connections.of(self.engine)
+            _mount(self.engine, settings.rollout_deadline)  # it would wait for ever for a rollout
+            self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
+            self.check_fit()
+
+    @property
+    def lora_dtype(self) -> torch.dtype | None:
+        """What the servers hold the adapter in; None where they do not tell."""
+        told = {status.get("lora_dtype") for status in self.statuses} if self.servers else set()
+        dtype = getattr(torch, str(told.pop()).removeprefix("torch."), None) if len(told) == 1 else None
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    @property
+    def max_lora_rank(self) -> int:
+        return min(int(status["max_lora_rank"]) for status in self.statuses)
+
+    def is_of(self, trainer: TrainerPort) -> bool:
+        """Whether the trainer still has this client. On other ranks there is none to lose."""
+        return self.engine is None or trainer.server_client is self.engine
+
+    def on_restart(self, restore: Callable[[list[int]], None]) -> None:
+        """``restore`` sends the policy to these servers, which lost it; from the main rank alone."""
+        self._restore = restore
+
+    def _ask(self) -> list[dict[str, Any]]:
+        assert self.servers is not None
+        return self.servers.each(lambda index: self.servers.get(index, "status"))  # type: ignore[union-attr]
+
+    def check_fit(self) -> None:
+        """Raise RolloutServerError where one cannot take policies from this trainer."""
+        assert self.servers is not None
+        self.statuses = self._ask()
+        for url, status in zip(self.servers.urls, self.statuses):
+            if status.get("protocol") != PROTOCOL:
+                raise RolloutServerError(
+                    f"Rollout server {url} speaks protocol {status.get('protocol')!r} of swift_lora_fix, this trainer "
+                    f"{PROTOCOL}: install the same version on both sides."
+                )
+            if not status.get("enable_lora"):
+                raise RolloutServerError(f"Rollout server {url} has no LoRA layers: add --vllm_enable_lora true there.")
+
+    def lost(self) -> list[int]:
+        """Servers that do not serve ``policy``: restarted, or given another one. All must answer."""
+        if self.servers is None or self.policy is None:
+            return []
+        statuses = self._ask()
+        boots = [status["boot"] for status in statuses]
+        served = [status["policy"] == self.policy.as_dict() and not status["plain"] for status in statuses]
+        found = [i for i, fine in enumerate(served) if not fine or boots[i] != self._boots[i]]
+        for index in found:
+            warning(f"rollout server {self.servers.urls[index]} does not serve the policy of step {self.policy.step}.")
+        return found
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether NCCL is open to each of them, over which ms-swift can send a base."""
+        return self.nccl is not None and self.nccl.all_are_open()
+
+    def check_pushed(self) -> None:
+        """After ms-swift sent the base over NCCL. Raises RolloutServerError where a worker failed (it logs that)."""
+        self._post("pushed", {})
+
+    def forget_failures(self) -> None:
+        """Those of other runs."""
+        with contextlib.suppress(RolloutServerError):
+            self.check_pushed()
+
+    def restarted(self) -> list[int]:
+        """Servers that are not the processes that they were at the last switch. All must answer."""
+        boots = [status["boot"] for status in self._ask()] if self._boots else []
+        return [index for index, boot in enumerate(boots) if boot != self._boots[index]]
+
+    def renew(self, lost: list[int]) -> None:
+        """Open NCCL again to those of ``lost`` that restarted; the gate is due. Raises RolloutServerError for one that
+        cannot take policies."""
+        before, self._has_restored = self._boots, True
+        self.check_fit()  # it may be another server by now
+        for index in lost if self.nccl is not None else ():
+            if before[index] != self.statuses[index]["boot"]:
+                self.nccl.reopen(index)  # type: ignore[union-attr]
+                self._boots[index] = self.statuses[index]["boot"]
+
+    def switch(self, parcel: Parcel, only: list[int] | None = None, by_reference: bool = False) -> None:
+        """Have all servers (or ``only`` some) serve a policy. by_reference: by way of vLLM's own loader. Raises
+        RolloutServerError with the failing servers' own messages: then all of them serve what they served before,
+        unless the message says otherwise."""
+        assert self.servers is not None
+        policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
+        try:
+            self.servers.each(lambda index: self._stage(index, parcel), only)
+        except BaseException:
+            with contextlib.suppress(RolloutServerError):
+                self._post("abort", policy, only, ABORT_SECONDS)
+            raise
+        clock.lap("stage")
+        self.policy = None  # from here on they may differ
+        answers = self._post("commit", {**policy, **({"by_reference": True} if by_reference else {})}, only)
+        for index, answer in zip(range(len(self.servers.urls)) if only is None else only, answers):
+            self._boots[index] = answer["boot"]
+        self.policy = parcel.policy
+        self._announce(parcel.policy)
+        clock.lap("commit")
+        self.seconds = clock.laps
+
+    def _post(
+        self, route: str, content: dict[str, Any], only: list[int] | None = None, deadline: float | None = None
+    ) -> list[dict[str, Any]]:
+        servers = self.servers
+        assert servers is not None
+        return servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
+
+    def _stage(self, index: int, parcel: Parcel) -> None:
+        """Over NCCL where that is open; else by the folder where the server sees that, or in the request's body."""
+        assert self.servers is not None
+        policy = {"policy": parcel.policy.as_dict()}
+        if self.nccl is not None and self.nccl.is_open(index):
+            try:
+                if parcel.is_here:
+                    self._announce_to(index, parcel.layout, policy)
+                    self._send(index, parcel, policy)
+                else:
+                    self.servers.post(index, "find", json=policy)
+                return
+            except RolloutServerError as error:
+                if error.status != NO_NCCL or self._only_nccl:
+                    raise
+                self.nccl.close(index, str(error))
+        elif self._only_nccl:
+            raise RolloutServerError(
+                f"There is no NCCL connection to rollout server {self.servers.urls[index]}, which "
+                "SWIFT_LORA_FIX_TRANSPORT=nccl asks for: unset it, or use reload."
+            )
+        self._hand_over(index, parcel.policy, parcel.stored())
+
+    def _announce_to(self, index: int, layout: Layout, policy: dict[str, Any]) -> None:
+        """What is about to come; the whole layout only where the server was not told it before."""
+        assert self.servers is not None
+        if self._told.get(index) == layout.key:
+            try:
+                self.servers.post(index, "stage", json={**policy, "layout": layout.key})
+                return
+            except RolloutServerError as error:
+                if error.status != GONE:
+                    raise
+        self.servers.post(index, "stage", json={**policy, "layout": layout.as_dict()})
+        self._told[index] = layout.key
+
+    def _send(self, index: int, parcel: Parcel, policy: dict[str, Any]) -> None:
+        servers, nccl = self.servers, self.nccl
+        assert servers is not None and nccl is not None
+        ask = partial(servers.post, index, "receive", json=policy)
+        nccl.send(index, parcel.buffer, ask, servers.deadline)
+
+    def _hand_over(self, index: int, policy: Policy, stored: Stored) -> None:
+        servers = self.servers
+        assert servers is not None
+        about = {"policy": policy.as_dict(), "digest": stored.digest}
+        if index not in self._inlined:
+            try:
+                servers.post(index, "stage", json={**about, "folder": str(stored.folder)})
+                return
+            except RolloutServerError as error:
+                if error.status != MISSING:
+                    raise
+            self._inlined.add(index)
+            info(f"rollout server {servers.urls[index]} does not see {stored.folder.parent}: adapters go over HTTP.")
+        headers = {
+            POLICY_HEADER: json.dumps({**about, "config": stored.config}),
+            "Content-Type": BYTES,
+        }
+        servers.post(index, "stage", data=stored.weights, headers=headers)
+
+    def _announce(self, policy: Policy | None) -> None:
+        """From now on ms-swift's own rollout requests say which policy they want."""
+        for session in self.engine.sessions if self.engine is not None else ():
+            session.headers.pop(POLICY_HEADER, None)
+            if policy is not None:
+                session.headers[POLICY_HEADER] = json.dumps(policy.as_dict())
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """The servers without the adapter, for the gate."""
+        self._announce(None)
+        self._is_plain = True
+        try:
+            self._post("serve", {"plain": True})
+            yield
+        finally:
+            self._is_plain = False
+            try:
+                self._post("serve", {"plain": False})
+            finally:
+                self._announce(self.policy)
+
+    def make_ready(self) -> bool:
+        """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
+        one that does not come back within the deadline."""
+        lost = self.lost()
+        if lost:
+            self._restore(lost)
+        restored, self._has_restored = self._has_restored, False
+        return restored
+
+    def generate(self, infer: Callable[[], Any]) -> Any:
+        """Rollouts, each of the policy that was asked for. Servers that restart meanwhile are waited for, sent the
+        policy again, and asked once more. Raises PolicyMismatchError for a rollout of another policy."""
+        policy, plain = self.policy, self._is_plain
+        if policy is None:
+            raise EngineStateError(
+                "The rollout servers may serve different policies: nothing is generated until a sync."
+            )
+        try:
+            outputs = infer()
+        except (RuntimeError, OSError) as error:  # ms-swift's client makes one RuntimeError of all that went wrong
+            if not self._came_back(error):
+                raise
+            outputs = infer()
+        for output in outputs:
+            infos = getattr(output, "rollout_infos", None) or {}
+            if plain and not infos.get("policy_plain"):
+                raise PolicyMismatchError("A rollout server made a rollout by an adapter while the base was asked for.")
+            if not plain and infos.get("policy_digest") != policy.digest:
+                raise PolicyMismatchError(
+                    f"A rollout was made by policy {infos.get('policy_digest')} of step {infos.get('policy_step')}, "
+                    f"asked for was {policy.digest} of step {policy.step}. Nothing of this batch was used."
+                )
+        return outputs
+
+    def _came_back(self, error: Exception) -> bool:
+        """Whether servers lost the policy, and have it again now."""
+        warning(f"a rollout failed: {str(error)[:500]}; looking after the rollout servers.")
+        try:
+            lost = [] if self._is_plain else self.lost()
+            if not lost:
+                return False
+            self._restore(lost)
+        except RolloutServerError as gone:
+            raise gone from error
+        return True
+
+
+def prepare_client(client: Any) -> None:
+    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY, and each call over a
+    connection of its own. Before it asks servers anything; None is no client."""
+    settings = Settings.from_environment()
+    if client is None:
+        return
+    for session in client.sessions if settings.api_key else ():
+        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+    _mount(client, settings.rollout_deadline if settings.transport == "reload" else None)
+
+
+def _mount(client: Any, seconds: float | None) -> None:
+    """Have its sessions, which a thread each uses, ask by `Fresh`."""
+    for session in client.sessions:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Fresh(seconds))
+
+
+def why_not(trainer: TrainerPort) -> str | None:
+    """Why the trainer's rollout servers take no policies, in words; None where they do. All ranks together."""
+    settings = Settings.from_environment()
+    reason: list[str | None] = [None]
+    if trainer.is_main_rank:
+        servers = Servers(trainer.server_client.base_urls, settings.api_key, settings.server_deadline)
+        try:
+            servers.each(lambda index: servers.get(index, "status"))
+        except RolloutServerError as error:
+            reason = [str(error)]
+            if error.status == MISSING:
+                reason = ["the rollout server is without swift_lora_fix: start it with --external_plugins, too"]
+    if trainer.ranks > 1:
+        torch.distributed.broadcast_object_list(reason, src=0, device=trainer.device)
+    return reason[0]

@@ -1,0 +1,286 @@
+"""Trainer side of server mode: one trainer's adapter to its servers, and its base where they have another one."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+
+from ...common.clock import Clock
+from ...common.digest import checksum
+from ...common.log import info, warning
+from ...common.ranks import ranks_agree
+from ...engine.port import ServingPort, WriteReport
+from ...engine.vllm.finite import FiniteCheck
+from ...engine.vllm.slots import loader
+from ...engine.vllm.slots.staging import Staging, host_digest
+from ...engine.vllm.weights import base
+from ...errors import BaseMismatchError, EngineStateError, RolloutServerError, UnsupportedAdapterError
+from ...policy import adapter as adapters
+from ...policy.adapter import Adapter
+from ...trainer import TrainerPort
+from ..wire import Layout, Policy, plain_config, root_of
+from .parcel import Parcel
+from .remote import RemoteEngine
+from .store import Store
+
+Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
+
+
+class RemoteWriter:
+    """Sends one trainer's adapter to its servers, again and again."""
+
+    mode: ClassVar[Literal["adapter", "fused"]] = "adapter"
+    keeps_base = False  # what servers were sent, this object alone knows
+    slots = weights = None  # nobody here sees the servers' memory: they compare what they load
+
+    def __init__(self, trainer: TrainerPort, engine: RemoteEngine, adapter: Adapter) -> None:
+        self.trainer, self.engine, self.adapter = trainer, engine, adapter
+        self.device, self.ranks = trainer.device, trainer.ranks
+        self.serving: ServingPort = RemoteServing(engine, adapter)
+        self._dtype = engine.lora_dtype or torch.bfloat16
+        self._staging: Staging | None = None
+        self._sent: Parcel | None = None
+        self._layout: Layout | None = None
+        self._version = 0
+        self._sums: Sums = {}
+        self._has_pushed = False  # the base went over NCCL
+        self._run = uuid.uuid4().hex[:16]
+        self._check = FiniteCheck(adapter, self._dtype, self.device, self.all_ranks)
+        if engine.servers is not None:
+            self._store = Store(Path(root_of()), self._run)
+            if adapter.max_rank > engine.max_lora_rank:
+                raise UnsupportedAdapterError(
+                    f"Adapter {adapter.name!r} has rank {adapter.max_rank}, a rollout server has room for "
+                    f"{engine.max_lora_rank}: start it with --vllm_max_lora_rank {adapter.max_rank}."
+                )
+        engine.on_restart(self._send_to)
+
+    @property
+    def place(self) -> str:
+        """Where the adapter ends up, in words."""
+        return f"{len(self.engine.servers.urls) if self.engine.servers else 0} rollout servers"
+
+    def all_ranks(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks: only the main one sees the servers."""
+        return fine if self.ranks == 1 else ranks_agree(fine, self.device)
+
+    def is_current(self) -> bool:
+        """Whether each server serves what was sent last. Asks them; True on the other ranks."""
+        return not self.engine.lost()
+
+    def what_is_missing(self) -> str | None:
+        """Servers refuse rollouts of a policy that they do not serve."""
+        return None
+
+    def adapted_parameters(self) -> set[str]:
+        return set()  # of the engine's parameters nothing is known here
+
+    def send_base(self) -> None:
+        """Compare the trainer's base with the model folders that the servers started from, tensor by tensor. Where it
+        differs it is sent, if NCCL is open to all of them.
+
+        All ranks together. Raises BaseMismatchError where it differs and cannot be sent.
+        """
+        self._sums = _sums(self.trainer.model, self.adapter, self.device)
+        problem = self._on_main(lambda: self._compare(self._sums))
+        if problem is None:
+            return
+        sends = isinstance(problem, BaseMismatchError) and self.engine.reaches_all
+        if not self.all_ranks(sends or self.engine.servers is None):
+            raise problem
+        self._push_base(str(problem))
+        failed = self._on_main(self.engine.check_pushed)
+        if failed is not None:
+            raise failed
+
+    def _push_base(self, why: str) -> None:
+        """All ranks together, which gather what is sharded."""
+        if self.engine.servers is not None:
+            info(f"the base is sent over NCCL, unmerged. {why}")
+            self.engine.forget_failures()
+        base.send(self.trainer, self.adapter)
+        self._has_pushed = True
+
+    def _compare(self, sums: Sums) -> None:
+        servers = self.engine.servers
+        assert servers is not None
+        for url, status in zip(servers.urls, self.engine.statuses):
+            if status["base_is_pushed"]:
+                raise BaseMismatchError(
+                    f"Rollout server {url} has a base that was sent to it over NCCL, in place of its model folder's: "
+                    "restart it, or leave SWIFT_LORA_FIX_TRANSPORT unset on both sides, so that it is sent this one."
+                )
+        for url, answer in zip(servers.urls, servers.each(lambda index: servers.get(index, "base"))):
+            held = {name: (dtype, tuple(shape), value) for name, (dtype, shape, value) in answer["sums"].items()}
+            values, shapes = {(s, v) for _, s, v in held.values()}, {s for _, s, _ in held.values()}
+            differing = [name for name, (_, shape, value) in sums.items() if (shape, value) not in values]
+            elsewhere = [name for name in differing if sums[name][1] not in shapes]
+            if len(differing) > len(elsewhere):
+                name = next(name for name in differing if name not in elsewhere)
+                raise BaseMismatchError(
+                    f"The trainer's base differs from the model folder of rollout server {url} in {len(differing)} of "
+                    f"{len(sums)} parameters ({name}, ...). Start the server from the trainer's own model, in the same "
+                    "--torch_dtype; PiSSA and OLoRA change the base: that takes NCCL, or colocated engines."
+                )
+            if elsewhere:
+                warning(
+                    f"{len(elsewhere)} of {len(sums)} parameters have another layout in the files of rollout server "
+                    f"{url} ({elsewhere[0]}) and were not compared; the agreement gate looks at what it computes."
+                )
+
+    def begin_validation(self) -> None:
+        self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
+
+    def validate(self) -> None:
+        """Before anything is sent. Raises NonFiniteAdapterError: the servers then keep the previous policy."""
+        self._check.finish()
+
+    def digest_of(self, held: dict[str, torch.Tensor]) -> str:
+        """The policy digest of whole CPU values by PEFT key: of the adapter as the servers are to hold it."""
+        return host_digest(self.adapter, held, self._dtype)
+
+    def write(self) -> WriteReport:
+        """Have every server serve the trainer's adapter as it is now, or none of them. All ranks together."""
+        return self._write(False)
+
+    def write_by_reference(self) -> WriteReport:
+        """The same, by way of vLLM's own loader in each server."""
+        return self._write(True)
+
+    def _write(self, by_reference: bool) -> WriteReport:
+        clock = Clock()
+        staging, digest = self._stage()
+        clock.lap("read")
+        self._version += 1
+        problem = self._on_main(lambda: self._send(digest, staging, by_reference))
+        if problem is not None:
+            raise problem
+        clock.lap("write")
+        clock.laps.update(self.engine.seconds)
+        path = "nccl" if self.engine.reaches_all else "reload"
+        return WriteReport(path, clock.laps, staging.buffer.numel() * staging.buffer.element_size(), digest)
+
+    @torch.no_grad()
+    def _stage(self) -> tuple[Staging, str]:
+        """The whole adapter as servers are to hold it, on the trainer's device; and the policy digest."""
+        if self._sent is not None:
+            self._sent.is_here = False
+        if self._staging is None:
+            self._staging = Staging(self.adapter, self._dtype, self.device, whole=True)
+        for chunk in self.adapter.chunks:
+            with adapters.whole_values(self.adapter, chunk, self.device) as values:
+                self._staging.fill(chunk, values)
+        return self._staging, self._staging.digest()
+
+    def _send(self, digest: str, staging: Staging, by_reference: bool) -> None:
+        restarted = self.engine.restarted()
+        if restarted:
+            self._renew(restarted)
+        policy = Policy(self._version, self.trainer.step, digest, self._run)
+        self._layout = self._layout or self._describe()
+        parcel = Parcel(policy, self._layout, staging, self._store)
+        try:
+            self.engine.switch(parcel, by_reference=by_reference)
+        except Exception:
+            if self.engine.policy is None and self._sent is not None:
+                self._go_back(self._sent)
+            raise
+        self._sent = parcel
+
+    def _describe(self) -> Layout:
+        entries = tuple((entry.key, tuple(entry.shape)) for entry in self.adapter.entries)
+        config = plain_config(loader.plain_config(self.adapter))
+        return Layout(str(self._dtype).removeprefix("torch."), entries, config)
+
+    def _go_back(self, previous: Parcel) -> None:
+        """Some servers may have switched: all get the previous policy again, as a version of its own."""
+        self._version += 1
+        again = previous.again(self._version)
+        try:
+            self.engine.switch(again)
+        except Exception as error:
+            warning(f"nor could the rollout servers be given the previous policy again: {error}.")
+            return
+        self._sent = again
+        info(f"the rollout servers serve the previous policy, of step {previous.policy.step}.")
+
+    def _send_to(self, lost: list[int]) -> None:
+        if self._sent is None:
+            raise EngineStateError("A rollout server restarted before the first policy was sent.")
+        self._renew(lost)
+        try:
+            self.engine.switch(self._sent, lost)
+        except RolloutServerError:
+            self.engine.policy = self._sent.policy  # which the others serve, and this one shall
+            raise
+        info(f"sent the policy of step {self._sent.policy.step} again to {len(lost)} rollout servers.")
+
+    def _renew(self, lost: list[int]) -> None:
+        """These servers may have restarted: connect again, and see that they have the trainer's base."""
+        self.engine.renew(lost)
+        if self._has_pushed:
+            self._push_again(lost)
+        elif self._sums:
+            self._compare(self._sums)
+
+    def _push_again(self, lost: list[int]) -> None:
+        """From the main rank alone, to all servers: ms-swift sends a base to none or all of them."""
+        if not self.engine.reaches_all or self.adapter.sharding != "none":
+            raise BaseMismatchError(
+                f"{len(lost)} rollout servers restarted and have lost the base that went to them over NCCL, and it "
+                "cannot be sent again while a run goes on (a sharded trainer, or NCCL is gone): resume from a "
+                "checkpoint."
+            )
+        self._push_base(f"{len(lost)} rollout servers restarted.")
+        self.engine.check_pushed()
+
+    def _on_main(self, work: Callable[[], None]) -> Exception | None:
+        """Do it on the main rank; every rank gets its error, or None."""
+        problem: Exception | None = None
+        if self.engine.servers is not None:
+            try:
+                work()
+            except Exception as error:
+                problem = error
+        if self.ranks > 1:
+            told = [None if problem is None else f"{type(problem).__name__}: {problem}"]
+            torch.distributed.broadcast_object_list(told, src=0, device=self.device)
+            if told[0] is not None and problem is None:
+                problem = RolloutServerError(f"On the main rank: {told[0]}")
+        return problem
+
+
+def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:
+    """Dtype, whole shape and checksum of each frozen parameter; gathered one at a time where they are sharded."""
+    found = {}
+    for name, parameter in adapters.frozen_parameters(model):
+        with adapters.whole([parameter], adapter.sharding, device) as (value,):
+            found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
+    return found
+
+
+class RemoteServing:
+    """vLLM's LoRA layers of the rollout servers apply it. Nothing is rounded that the trainer does not round too."""
+
+    rounds, reset_caches = False, None
+
+    def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
+        self._servers, self._adapter = engine, adapter
+        # ms-swift's client gives each server its share of the requests, one after the other
+        self.copies = len(engine.servers.urls) if engine.servers is not None else 1
+
+    @contextlib.contextmanager
+    def engine_without_adapter(self) -> Iterator[None]:
+        with self._servers.plain():
+            yield
+
+    def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        return adapters.scaled(self._adapter, 0.0)
+
+    def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
+        raise AssertionError("nothing is rounded here")

@@ -1,0 +1,597 @@
+"""One trainer and its engine: the state machine of a run. Nothing else changes its state.
+
+    unbound     nothing is known of the engine: a start, a new engine, a base that a sleep threw away
+    base_held   the engine holds the trainer's unmerged base, and no policy that is known
+    served      it holds the policy of a step: a sync is complete
+    examined    that was looked at, and rollouts may be made (a look that has to wait is in ``pending``)
+
+A framework's hooks call ``begin`` once, and then, in this order, ``invalidate_if_lost``, ``synchronize`` (where the
+step is a new one), ``before_rollout`` and ``after_rollout``.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from . import metrics, scope
+from .auto import Auto
+from .common.clock import Clock
+from .common.log import info, warning
+from .common.ranks import ranks_agree
+from .common.settings import Settings
+from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
+from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
+from .engine.vllm.handle import EngineHandle
+from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
+from .policy import adapter as adapters
+from .policy import merging, origin
+from .proof import audit
+from .proof.causes import Finding
+from .proof.gate import Asked, Gate
+from .proof.verdict import Verdict
+from .server.trainer.remote import RemoteEngine
+from .server.trainer.writer import RemoteWriter
+from .trainer import RolloutPort, TrainerPort
+
+Mode = Literal["adapter", "fused"]
+
+FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair are looked at whole
+BASE_AUDIT_EVERY = 50  # and then every so many, where the gate is off
+PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
+
+
+class Phase(enum.Enum):
+    UNBOUND = "unbound"
+    BASE_HELD = "base_held"
+    SERVED = "served"
+    EXAMINED = "examined"
+
+
+@dataclass
+class Schedule:
+    """When a sync is looked at whole. due: so many syncs still are, before only every Nth is."""
+
+    due: int = FIRST_SYNCS
+    has_slept: bool = False
+
+    def is_due(self, sync: int, every: int) -> bool:
+        return self.due > 0 or sync % every == 0
+
+    def note_look(self) -> None:
+        self.due = max(0, self.due - 1)
+
+    def note_disturbance(self, sleep: bool = False) -> None:
+        """The engine slept for the first time, somebody wrote to it, or it was repaired: look again."""
+        if not (sleep and self.has_slept):
+            self.due = FIRST_SYNCS
+        self.has_slept = self.has_slept or sleep
+
+
+@dataclass
+class Examination:
+    """What was found of the last sync. rounding: what the one rounding of the fused mode costs, None where that was not
+    looked at. Times in seconds, of the adapter's audit, the base's, and the gate."""
+
+    verdict: Verdict | None = None
+    rounding: audit.Rounding | None = None
+    audit_seconds: float = 0.0
+    base_audit_seconds: float = 0.0
+    gate_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A look that waits until the trainer's model is back. asked: None where this rank asked nobody."""
+
+    asked: Asked | None
+    finding: Finding | None
+
+
+class Session:
+    """One trainer, its engine, and what is known of both."""
+
+    def __init__(self, trainer: TrainerPort, mode: Mode, auto: bool = False) -> None:
+        self.trainer = trainer
+        self.phase = Phase.UNBOUND
+        self.origin: origin.AdapterOrigin | None = None
+        self.base: BasePort | None = None
+        self.served_step: int | None = None
+        self.syncs = self.base_pushes = 0
+        self.last_seconds = 0.0
+        self.last_write = WriteReport("none")
+        self.schedule, self.examination = Schedule(), Examination()
+        self.gate: Gate | None = None
+        self.pending: Pending | None = None
+        self.auto = Auto() if auto else None
+        self._repairs = False  # the next sync goes by the reference path
+        self._repaired_step: int | None = None  # once a step is enough: it raises after that
+        self._slept = False  # since the last write
+        self._said: set[str] = set()  # what the log says once a run
+        self._bind(mode)
+
+    @property
+    def mode(self) -> Mode:
+        """``adapter``: base and adapter apart, in vLLM's LoRA layers; ``fused``: folded into the engine's weights."""
+        return self.writer.mode
+
+    # ---- what happens to the engine ----------------------------------------------------------------------------------
+
+    def invalidate_if_lost(self) -> None:
+        """Before a call for rollouts: what an engine that slept, or that somebody wrote to, still holds.
+
+        Sleep level 2 throws the base away. At any other level the LoRA slots may be lost (vLLM issues 39934, 53888):
+        they are compared where they lie, just before the rollout, and only what cannot be compared is sent again.
+        Rollout servers are asked by the sync itself, and just before each rollout.
+        """
+        held = self.writer.slots or self.writer.weights
+        if held is None or self.phase in (Phase.UNBOUND, Phase.BASE_HELD):
+            return
+        if self.engine.is_asleep:
+            self._slept = True
+            self.schedule.note_disturbance(sleep=True)
+            held.forget()
+            if self.trainer.sleep_level == 2:
+                self._lose(Phase.UNBOUND)
+            elif self._can_be_compared():
+                self.phase = Phase.SERVED
+            else:
+                self._lose(Phase.BASE_HELD)
+        elif not self._all_ranks(self.writer.is_current()):
+            held.forget()
+            self._lose(Phase.BASE_HELD)
+
+    def synchronize(self) -> None:
+        """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
+        clock = Clock()
+        started = clock.last
+        if self.syncs:
+            self.writer.begin_validation()  # the device looks at the values while the rest is looked at here
+            clock.lap("validate")
+        if not self.syncs or not adapters.is_still_bound(self.adapter) or not self.engine.is_of(self.trainer):
+            self._bind_again()
+            self.writer.begin_validation()
+        self.examination, self.pending = Examination(), None
+        adapters.check_unmerged(self.adapter)
+        came_from = self._find_origin() if self.origin is None else None
+        clock.lap("check")
+        self.writer.validate()  # before anything is written
+        clock.lap("validate")
+        if self.auto is not None:
+            self._choose_mode()
+        if self.phase is Phase.UNBOUND or self._repairs:
+            self.base = self.writer.send_base()
+            self.base_pushes += 1
+        self.phase, self.served_step = Phase.BASE_HELD, None
+        self.last_write = self.writer.write_by_reference() if self._repairs else self.writer.write()
+        if came_from is not None and came_from != self.last_write.digest:
+            raise ResumeMismatchError(
+                f"What was sent to the engine (digest {self.last_write.digest}) is not the adapter that the run starts "
+                f"from (digest {came_from}): {self.origin}. Report this with your versions (swift-lora-fix doctor)."
+            )
+        self._repairs = self._slept = False
+        self.last_write.seconds.update(clock.laps)
+        self.last_seconds = time.perf_counter() - started
+        self.phase, self.served_step = Phase.SERVED, self.trainer.step
+        self.syncs += 1
+        if self.writer.weights is not None and self._looks_later():
+            self._audit_weights_now()
+
+    def before_rollout(self, rollout: RolloutPort) -> None:
+        """Look at what the engine holds before the first rollout after each sync, and ask it a probe when that is due;
+        later rollouts cost nothing.
+
+        Raises EngineStateError when the engine does not hold the policy at all; PolicyMismatchError when it does not
+        serve the trainer's (setting ``on_mismatch``: ``raise``), or still does not after a repair (``repair``);
+        ``warn`` only says so.
+        """
+        if self.engine.make_ready():
+            self.schedule.note_disturbance()
+            self.phase = Phase.SERVED
+        if self._slept:
+            self._write_what_sleep_lost()
+        missing = self.what_is_missing()
+        if self.phase is Phase.EXAMINED and missing is None and self.writer.is_current():
+            return
+        settings, first = Settings.from_environment(), self.phase is not Phase.EXAMINED
+        together, later = self._are_together(first), self._looks_later()
+        repairs = settings.on_mismatch == "repair" and together and self._repaired_step != self.served_step
+        if missing is not None and not (repairs and not later and self.served_step is not None):
+            raise EngineStateError(
+                f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
+                "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
+            )
+        finding = self._look(rollout, settings, missing, first)
+        if finding is not None and later and repairs:
+            asked = self.pending.asked if self.pending is not None else None
+            self.pending = Pending(asked, finding)  # the trainer's model is needed for it
+        elif finding is not None and self._act(finding, settings, repairs, "Nothing was generated."):
+            self.repair()
+            finding = self._look(rollout, settings, None, first)
+            if finding is not None:
+                raise PolicyMismatchError(
+                    f"After a repair it still does not: {finding} Nothing was generated.", finding
+                )
+            info("repaired: the engine serves the trainer's policy again.")
+        if first:
+            self.phase = Phase.EXAMINED
+            if self.pending is None:
+                self._finish_look(rollout)
+
+    def after_rollout(self) -> bool:
+        """After a call for rollouts, with the trainer's model back where it computes: judge what was asked. All ranks
+        together. Whether the rollouts must be made again, which a repair asks for.
+
+        Raises PolicyMismatchError as ``before_rollout`` does; the rollouts are then made, and not trained on.
+        """
+        pending = self._shared_pending()
+        if pending is None:
+            return False
+        self.pending = None
+        settings = Settings.from_environment()
+        finding = pending.finding
+        if pending.asked is not None:
+            finding = self._judge(pending.asked, finding)
+        finding = self._of_all_ranks(finding)
+        repairs = settings.on_mismatch == "repair" and self._repaired_step != self.served_step
+        if finding is not None and self._act(finding, settings, repairs, "Its rollouts are not trained on."):
+            self._repaired_step = self.served_step
+            self._lose(Phase.UNBOUND)
+            self._repairs = True
+            self.schedule.note_disturbance()
+            return True
+        if finding is None and self._repaired_step == self.served_step:
+            info("repaired: the engine serves the trainer's policy again.")
+        self._finish_look(None)
+        return False
+
+    def repair(self) -> None:
+        """Send base and adapter again, through the reference path. The engine is awake and the trainer's model here."""
+        if adapters.changed_scalings(self.adapter):
+            self._bind_again()
+        step, self.served_step = self.served_step, None
+        self.base = self.writer.send_base()
+        self.base_pushes += 1
+        self.last_write = self.writer.write_by_reference()
+        self.phase, self.served_step = Phase.SERVED, step
+        self.schedule.note_disturbance()
+
+    def change_mode(self, mode: Mode) -> None:
+        """From the next write on serve the policy in the other mode; base and adapter are sent anew."""
+        self._bind(mode)
+        self.phase, self.served_step, self.base = Phase.UNBOUND, None, None
+        self.gate = None
+        self._said.discard("custody")  # it ends at another place now
+        self.trainer.attach_adapter(mode == "adapter")
+
+    def what_is_missing(self) -> str | None:
+        """Why the engine cannot serve the policy of the last sync at all, or None."""
+        if self.served_step is None:
+            return "no sync has completed since the engine was started or slept"
+        return self.writer.what_is_missing()
+
+    def summary(self) -> dict[str, Any]:
+        """For ``swift_lora_fix.status()``."""
+        seen = self.examination
+        return {
+            "origin": str(self.origin) if self.origin else "not decided before the first sync",
+            "phase": self.phase.value,
+            "served_step": self.served_step,
+            "policy_digest": self.last_write.digest,
+            "syncs": self.syncs,
+            "base_pushes": self.base_pushes,
+            "mode": self.mode,
+            "path": self.last_write.path,
+            "adapter_bytes": self.last_write.bytes_written,
+            "sync_seconds": self.last_seconds,
+            **{f"{stage}_seconds": seconds for stage, seconds in self.last_write.seconds.items()},
+            "audit_seconds": seen.audit_seconds,
+            "base_audit_seconds": seen.base_audit_seconds,
+            "gate_seconds": seen.gate_seconds,
+            "gate": str(seen.verdict) if seen.verdict else "did not run at this sync",
+        }
+
+    # ---- binding -----------------------------------------------------------------------------------------------------
+
+    def _bind(self, mode: Mode) -> None:
+        """Around the trainer's model and engine as they are now."""
+        trainer = self.trainer
+        self.adapter = adapters.bind(trainer.model, apart=mode == "adapter")
+        self.engine: EnginePort
+        self.writer: WriterPort
+        if trainer.engine_place == "server":
+            servers = RemoteEngine(trainer)
+            self.engine, self.writer = servers, RemoteWriter(trainer, servers, self.adapter)
+            return
+        engine = self.engine = EngineHandle(trainer.vllm_engine)
+        if mode == "adapter":
+            direct = Settings.from_environment().writer == "direct"
+            self.writer = AdapterModeWriter(trainer, engine, self.adapter, direct)
+        else:
+            self.writer = FusedModeWriter(trainer, engine, self.adapter, merging.bind(trainer.model, self.adapter.name))
+
+    def _bind_again(self) -> None:
+        """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
+        keeps_base = self.writer.keeps_base and self.engine.is_of(self.trainer)
+        self._bind(self.mode)
+        self.gate = None
+        self.served_step = None
+        if not (keeps_base and self.phase is not Phase.UNBOUND):
+            self.phase, self.base = Phase.UNBOUND, None
+        if self.syncs:
+            info("the trainer's LoRA parameters or its engine are new objects: bound again.")
+
+    def _lose(self, phase: Phase) -> None:
+        self.phase, self.served_step = phase, None
+        if phase is Phase.UNBOUND:
+            self.base = None
+        self.trainer.sync_again()
+
+    def _can_be_compared(self) -> bool:
+        """Whether the engine alone tells, after a sleep, if it still holds what was written."""
+        slots, weights = self.writer.slots, self.writer.weights
+        return (slots is not None and slots.expected is not None) or (weights is not None and weights.is_audited)
+
+    def _write_what_sleep_lost(self) -> None:
+        """The adapter alone, where its slots do not hold it any more. Fused weights are compared by the audit."""
+        slots, self._slept = self.writer.slots, False
+        if slots is None or slots.expected is None or slots.read_back() == slots.expected:
+            return
+        if self._says_once("lost slots"):
+            info("the engine's LoRA slots did not survive its sleep: the adapter is written again before rollouts.")
+        self.writer.begin_validation()
+        self.writer.validate()
+        self.last_write = self.writer.write()
+
+    def _find_origin(self) -> str:
+        """Where the adapter came from, checked against its file; the digest that the engine must therefore get."""
+        trainer = self.trainer
+        held = adapters.read_to_host(self.adapter, trainer.device)
+        self.origin = origin.determine(trainer.model, self.adapter, held, trainer.resume_from, trainer.step)
+        info(str(self.origin))
+        return self.writer.digest_of(held)
+
+    def _choose_mode(self) -> None:
+        """``SWIFT_LORA_FIX_MODE=auto``: the engine is awake, the trainer's model is here, nothing is written yet."""
+        assert self.auto is not None
+        bound = Settings.from_environment().lost_share
+        mode = self.auto.choose(self.trainer, self.writer, self._all_ranks, bound)
+        if self.auto.is_settled:
+            self.auto = None
+        if mode is not None and mode != self.mode:
+            self.change_mode(mode)
+            self.writer.begin_validation()
+            self.writer.validate()
+        elif self.mode == "adapter" and mode is not None:
+            self.phase = Phase.UNBOUND  # what was measured wrote to the engine's base
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+
+    def _looks_later(self) -> bool:
+        """Whether the trainer's model cannot score while rollouts are made: it is on the host (--offload_model), the
+        memory is the KV cache's (a sleep level), or not all ranks are there (rollout servers)."""
+        trainer = self.trainer
+        shared = self.engine.is_shared and trainer.ranks > 1
+        return trainer.offloads_model or trainer.sleep_level > 0 or shared
+
+    def _are_together(self, first: bool) -> bool:
+        """Whether all ranks are here: after a sync they all come; later rollouts of a step may be some ranks' alone. Of
+        rollout servers only the main rank makes rollouts."""
+        in_background = threading.current_thread() is not threading.main_thread()
+        return first and not in_background and not (self.engine.is_shared and self.trainer.ranks > 1)
+
+    def _can_repair(self) -> bool:
+        return self._are_together(True) and not self._looks_later()
+
+    def _look(self, rollout: RolloutPort, settings: Settings, missing: str | None, first: bool) -> Finding | None:
+        """The finding of this rank, or that another rank has one."""
+        together = self._are_together(first)
+        later, seen = self._looks_later(), self.examination
+        whole = (together or (first and later)) and self.schedule.is_due(
+            self.syncs, settings.gate_every or BASE_AUDIT_EVERY
+        )
+        started = time.perf_counter()
+        finding = Finding("not-loaded", "check before the rollout", missing) if missing else None
+        finding = finding or self._audit(whole and not later, together, settings)
+        seen.audit_seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        if whole and finding is None and self.base is not None:
+            finding = audit.base(self.base, self.writer.adapted_parameters(), trainer_is_here=not later)
+        seen.base_audit_seconds += time.perf_counter() - started
+        if whole:
+            self.schedule.note_look()
+        asks = whole and settings.gate_every > 0 and self._may_ask(rollout, missing, finding)
+        if self._all_here(asks, together):
+            started = time.perf_counter()
+            asked = self._gate().ask(rollout)
+            if later:
+                self.pending = Pending(asked, finding)
+            else:
+                finding = self._judge(asked, finding, rollout)
+            seen.gate_seconds += time.perf_counter() - started
+        finding = self._of_all_ranks(finding) if together else finding
+        if finding is None and self.pending is None:
+            self._say_custody()
+        return finding
+
+    def _audit(self, whole: bool, together: bool, settings: Settings) -> Finding | None:
+        changed = adapters.changed_scalings(self.adapter)
+        if changed:
+            return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
+        finding = None
+        slots, weights = self.writer.slots, self.writer.weights
+        if slots is not None:
+            finding = audit.adapter(slots, not self.trainer.offloads_model, together)
+            if finding is None:
+                slots.accept()
+        elif weights is not None and self._looks_later():
+            if weights.engine_changed():
+                return Finding("weights-changed", audit.MERGED, "the engine's weights differ from those after the sync")
+            weights.accept()
+        elif weights is not None and (together or self.adapter.sharding == "none"):
+            finding = self._audit_weights(whole, settings)
+        return finding
+
+    def _audit_weights(self, whole: bool, settings: Settings) -> Finding | None:
+        assert self.writer.weights is not None
+        part, parts = (0, 1) if whole else (self.syncs % PARTS, PARTS)
+        finding, rounding = audit.merged(self.writer.weights, part, parts)
+        if rounding is not None:
+            self.examination.rounding = rounding
+            self._mind(rounding, settings)
+        if finding is None:
+            self.writer.weights.accept()
+        return finding
+
+    def _audit_weights_now(self) -> None:
+        """Fused mode, where the trainer's model is away when rollouts are made: engine and trainer are both here now.
+        What is found is acted on before the rollout."""
+        weights, settings = self.writer.weights, Settings.from_environment()
+        assert weights is not None
+        started = time.perf_counter()
+        whole = self.schedule.is_due(self.syncs, settings.gate_every or BASE_AUDIT_EVERY)
+        finding = self._audit_weights(whole, settings)
+        if weights.is_known:
+            weights.note_audited()
+        self.examination.audit_seconds += time.perf_counter() - started
+        if finding is not None:
+            self._act(finding, settings, False, "Nothing was generated.")
+
+    def _mind(self, rounding: audit.Rounding, settings: Settings) -> None:
+        bound, share = settings.lost_share, rounding.lost_share
+        # of a first sync the update may be no more than rounding itself (DoRA's magnitudes, an adapter just begun)
+        begun = self.syncs > 1
+        if share is not None and share > bound and begun and self.auto is None and self._says_once("lost share"):
+            warning(
+                f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
+                f"bound of {bound:.1%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
+                "With --vllm_enable_lora true vLLM serves an adapter that it can serve exactly, apart."
+            )
+
+    def _may_ask(self, rollout: RolloutPort, missing: str | None, audited: Finding | None) -> bool:
+        """The first probe measures the noise floor, for which the engine must hold the trainer's base; and NaN in the
+        slots would stay behind in the memory of the KV cache, where attention meets it again (seen on the CPU)."""
+        has_floor = self.gate is not None and self.gate.floor is not None
+        is_safe = audited is None or (has_floor and audited.cause != "not-finite")
+        return missing is None and rollout.has_requests and is_safe
+
+    def _gate(self) -> Gate:
+        if self.gate is None:
+            block = self.engine.cache_block
+            self.gate = Gate(self.trainer, self.adapter, self.writer.serving, block, self._all_ranks)
+        return self.gate
+
+    def _judge(self, asked: Asked, audited: Finding | None, rollout: RolloutPort | None = None) -> Finding | None:
+        """What an audit has found is told more fully with what the engine answers."""
+        started = time.perf_counter()
+        verdict, found = self._gate().judge(asked, rollout)
+        if rollout is None:  # else whoever calls counts the asking, too
+            self.examination.gate_seconds += time.perf_counter() - started
+        self.examination.verdict = verdict
+        if found is None:
+            info(f"engine and trainer agree at step {self.served_step}{verdict.reservation}: {verdict}.")
+        if found is None or audited is None:
+            return audited or found
+        return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+
+    # ---- acting ------------------------------------------------------------------------------------------------------
+
+    def _act(self, finding: Finding, settings: Settings, repairs: bool, so_far: str) -> bool:
+        """Raise, or say it and go on. Whether the caller is to repair it."""
+        message = f"The engine does not serve the trainer's policy of step {self.served_step}: {finding}"
+        if settings.on_mismatch == "warn":
+            warning(message)
+            return False
+        if not repairs:
+            raise PolicyMismatchError(f"{message} {so_far}", finding)
+        warning(f"{message} Repairing: base and adapter go through the reference path.")
+        return True
+
+    def _finish_look(self, rollout: RolloutPort | None) -> None:
+        self._say_custody()
+        metrics.record(self.trainer, self)
+        if self.auto is not None and self.examination.verdict is not None and rollout is not None:
+            self.auto.watch(rollout, self.writer, self.trainer.device)
+
+    def _say_custody(self) -> None:
+        """Once: the adapter's way from its file into the engine, each step of it looked at."""
+        if not self._says_once("custody"):
+            return
+        parts = ["trainer", self.writer.place]
+        if self.origin is not None and self.origin.sha256 and self.origin.compared:
+            parts.insert(0, f"file (SHA-256 {self.origin.sha256})")
+        info(f"chain of custody: {' = '.join(parts)}, policy digest {self.last_write.digest}.")
+
+    def _says_once(self, what: str) -> bool:
+        new = what not in self._said
+        self._said.add(what)
+        return new
+
+    # ---- ranks -------------------------------------------------------------------------------------------------------
+
+    def _all_ranks(self, fine: bool) -> bool:
+        """Whether it is fine on all ranks. All of them ask."""
+        return fine if self.trainer.ranks == 1 else ranks_agree(fine, self.trainer.device)
+
+    def _all_here(self, fine: bool, together: bool) -> bool:
+        return self._all_ranks(fine) if together else fine
+
+    def _of_all_ranks(self, finding: Finding | None) -> Finding | None:
+        if not self._all_ranks(finding is None) and finding is None:
+            return Finding("unknown", "other ranks", "another rank of this run found a mismatch; its log says which")
+        return finding
+
+    def _shared_pending(self) -> Pending | None:
+        """Of rollout servers the main rank alone has asked; all ranks judge, which gather what is sharded."""
+        if not (self.engine.is_shared and self.trainer.ranks > 1):
+            return self.pending
+        told: list[Pending | None] = [self.pending]
+        torch.distributed.broadcast_object_list(told, src=0, device=self.trainer.device)
+        return told[0]
+
+
+_sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that ``begin`` has decided about
+
+
+def begin(trainer: Any, port: TrainerPort) -> Session | None:
+    """After the framework prepared its engine: take the sync over, or step aside and say so once. ``trainer`` is the
+    framework's own object, which the session does not keep alive; ``port`` is the same for this package."""
+    decision = scope.decide(port)
+    _seen.add(trainer)
+    info(decision.reason)
+    if not decision.ours:
+        return None
+    session = _sessions[trainer] = Session(port, decision.mode, decision.is_open)
+    if decision.mode == "fused":
+        port.attach_adapter(False)
+    port.prepare()
+    return session
+
+
+def is_known(trainer: Any) -> bool:
+    """Whether ``begin`` has decided about this trainer. One that prepared its engine before the patches went in begins
+    at its first sync."""
+    return trainer in _seen
+
+
+def session_of(trainer: Any) -> Session | None:
+    """The session of a trainer whose sync is ours, else None."""
+    return _sessions.get(trainer)
+
+
+def forget() -> None:
+    """The patches are gone: whatever happens to the engines from now on is not known here."""
+    _sessions.clear()
+    _seen.clear()
+
+
+def latest() -> Session | None:
+    """The session of the trainer that began last in this process."""
+    return list(_sessions.values())[-1] if _sessions else None

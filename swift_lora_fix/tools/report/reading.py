@@ -1,0 +1,175 @@
+"""Reads a run: ms-swift's ``logging.jsonl``, where the package's numbers are called ``lora_sync/...``.
+
+ms-swift puts ``eval_`` before the names of what happened in an evaluation, and writes a line of its own for it. The
+training step after an evaluation has no sync of its own: the evaluation has given the engine that policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+from ...errors import RunLogError
+from .facts import PREFIX, RunReport, Step, plural
+
+LOG_NAME = "logging.jsonl"
+STEP = "global_step/max_steps"
+EVALUATION = "eval_"
+
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+
+@dataclass
+class _Reading:
+    """What one file has, so far."""
+
+    steps: list[Step] = field(default_factory=list)  # ascending; an evaluation comes after the step it follows
+    lines: int = 0
+    corrupt: int = 0
+    without_step: int = 0
+    repeated: int = 0
+
+    def add(self, step: Step) -> None:
+        """A resumed run appends to its log and does the steps after its checkpoint again: the last time counts."""
+        while self.steps and self.steps[-1].step > step.step:
+            self.steps.pop()
+            self.repeated += 1
+        for index, known in enumerate(self.steps[-2:], max(0, len(self.steps) - 2)):
+            if (known.step, known.is_evaluation) == (step.step, step.is_evaluation):
+                self.steps[index] = Step(step.step, {**known.values, **step.values}, step.is_evaluation)
+                return
+        self.steps.append(step)
+
+
+def read(folder: Path, progress: Progress = lambda done, total: None) -> RunReport:
+    """Read the run in ``folder``, or the newest one with our lines in its ``vN-...`` folders.
+
+    Raises RunLogError where there is no log, nothing in it, or nothing of ours.
+    """
+    logs = _logs(folder)
+    readings: dict[Path, _Reading] = {}
+    for log in logs:
+        readings[log] = reading = _read(log, progress)
+        if reading.steps:
+            return RunReport(log.parent, tuple(reading.steps), tuple(_words(folder, log, logs, reading)))
+    raise RunLogError(_nothing(readings))
+
+
+def _logs(folder: Path) -> list[Path]:
+    """The candidates, the one to prefer first."""
+    if not folder.exists():
+        raise RunLogError(f"{folder} does not exist.")
+    if not folder.is_dir():
+        raise RunLogError(f"{folder} is no folder: name the run's output folder, which holds {LOG_NAME}.")
+    versions = sorted((path.parent for path in folder.glob(f"v*/{LOG_NAME}")), key=_age, reverse=True)
+    logs = [log for log in (folder / LOG_NAME, *(version / LOG_NAME for version in versions)) if log.is_file()]
+    if not logs:
+        raise RunLogError(
+            f"{folder} has no {LOG_NAME}, and no vN-... folder in it has one. ms-swift writes it into the run's "
+            "--output_dir at the first logging step: name that folder."
+        )
+    return logs
+
+
+def _age(folder: Path) -> tuple[int, float]:
+    """ms-swift counts up: v0-20260102-030405, v1-..."""
+    number = re.match(r"v(\d+)(-|$)", folder.name)
+    return (int(number[1]) if number else -1, folder.stat().st_mtime)
+
+
+def _read(log: Path, progress: Progress) -> _Reading:
+    reading, done, total = _Reading(), 0, log.stat().st_size
+    try:
+        with log.open("rb") as lines:
+            for line in lines:
+                done += len(line)
+                if not line.strip():
+                    continue
+                reading.lines += 1
+                _take(line, reading)
+                if reading.lines % 1000 == 0:
+                    progress(done, total)
+    except OSError as error:
+        raise RunLogError(f"{log} cannot be read: {error.strerror}.") from error
+    return reading
+
+
+def _take(line: bytes, reading: _Reading) -> None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        reading.corrupt += 1
+        return
+    for is_evaluation, prefix in ((False, PREFIX), (True, EVALUATION + PREFIX)):
+        values = {
+            name[len(prefix) :]: number
+            for name, value in entry.items()
+            if name.startswith(prefix) and (number := _number(value)) is not None
+        }
+        if not values:
+            continue
+        step = _step(entry, values)
+        if step is None:
+            reading.without_step += 1
+        else:
+            reading.add(Step(step, values, is_evaluation))
+
+
+def _number(value: Any) -> float | None:
+    """ms-swift writes numbers, some of its releases as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _step(entry: dict[str, Any], values: dict[str, float]) -> int | None:
+    number = _number(str(entry.get(STEP, "")).partition("/")[0])
+    if number is None:
+        number = values.get("policy_step")
+    return int(number) if number is not None and math.isfinite(number) else None
+
+
+def _words(folder: Path, log: Path, logs: Sequence[Path], reading: _Reading) -> Iterator[str]:
+    if log.parent != folder:
+        newer = [other.parent.name for other in logs[: logs.index(log)] if other.parent != folder]
+        skipped = f", {_list(newer)} newer but without {PREFIX} lines" if newer else ""
+        yield f"{log.parent.name} is the newest run of {folder} with {PREFIX} lines{skipped}."
+    if reading.corrupt:
+        lines = f"{plural(reading.corrupt, 'line')} of {reading.lines:,}"
+        yield f"{lines} could not be read and {_are(reading.corrupt)} left out."
+    if reading.without_step:
+        yield f"{plural(reading.without_step, 'line')} without a step {_are(reading.without_step)} left out."
+    if reading.repeated:
+        were = "was" if reading.repeated == 1 else "were"
+        yield f"{plural(reading.repeated, 'step')} {were} done again after a resume: the last time counts."
+
+
+def _nothing(readings: dict[Path, _Reading]) -> str:
+    """Why no log has anything of ours."""
+    log, reading = next(iter(readings.items()))
+    others = f" (nor in {len(readings) - 1} more)" if len(readings) > 1 else ""
+    if not any(each.lines for each in readings.values()):
+        return f"{log} is empty{others}: the run ended before its first logging step."
+    if all(each.corrupt == each.lines for each in readings.values()):
+        return f"{log} is no log of ms-swift{others}: none of its {plural(reading.lines, 'line')} is a JSON object."
+    return (
+        f"{log} has no {PREFIX} line in {reading.lines}{others}: the plugin was not loaded, or it stepped aside, which "
+        'the run\'s own output says. Train with --external_plugins "$(swift-lora-fix plugin)"; `swift-lora-fix doctor` '
+        "tells whether this environment can."
+    )
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,84 @@
+"""Whether what the command line names is there. Looked at before ms-swift, which takes half a minute, is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ...common.files import make_folder
+from ...errors import VerificationError
+
+PROMPTS = ("Name a colour of the sky.", "What is two plus two?", "Which animal barks?", "Write one short sentence.")
+RESOLVE = """
+import sys
+try:
+    from swift.utils import safe_snapshot_download
+except ImportError:
+    from swift.llm import safe_snapshot_download
+print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "true" or None))
+"""
+
+
+def check_model(model: str) -> None:
+    """Raises VerificationError for a path that is no model folder. An id is ms-swift's to find."""
+    if not os.path.isdir(model):
+        if _is_path(model):
+            raise VerificationError(f"The model {model} is no local folder. Give a model folder, or a model id.")
+    elif not os.path.isfile(os.path.join(model, "config.json")):
+        raise VerificationError(f"The model folder {model} has no config.json. Give the folder that holds it.")
+
+
+def resolve(adapter: str, use_hf: bool) -> Path:
+    """The adapter's local folder; an id is downloaded by ms-swift itself, as its ``--adapters`` does."""
+    hint = "Give a PEFT adapter folder, or an id of ModelScope (of Hugging Face with --use_hf true)."
+    if os.path.isdir(adapter):
+        return Path(adapter)
+    if _is_path(adapter):
+        raise VerificationError(f"The adapter {adapter} is no local folder. {hint}")
+    done = subprocess.run([sys.executable, "-c", RESOLVE, adapter, str(use_hf).lower()], capture_output=True, text=True)
+    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("FOLDER ")]
+    if not found:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise VerificationError(
+            f"The adapter {adapter!r} is no local folder, and ms-swift could not download it: {last}. {hint}"
+        )
+    return Path(found[0])
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be no id (OWNER/NAME, perhaps with :SUBFOLDER), so that ms-swift need not be asked."""
+    return name.startswith(("/", ".", "~")) or os.path.exists(name) or (name.count("/") > 1 and ":" not in name)
+
+
+def rank_of(folder: Path) -> int:
+    """The largest rank in the adapter's PEFT configuration. Raises VerificationError naming what is missing."""
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+        return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{file} is no PEFT LoRA configuration: {error!r}. Give a PEFT adapter folder."
+        ) from error
+
+
+def prepare(folder: Path, syncs: int) -> Path:
+    """Make the folder for results and the prompts in it; return the prompts' file.
+
+    Raises VerificationError where that cannot be written.
+    """
+    prompts = folder / "prompts.jsonl"
+    rows = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[i % 4]}]}) for i in range(8 * syncs)]
+    try:
+        make_folder(folder)
+        prompts.write_text("\n".join(rows) + "\n")
+        for side in ("ours", "stock"):
+            make_folder(folder / side)
+    except OSError as error:
+        raise VerificationError(
+            f"{folder} cannot be written: {error.strerror}. Name another folder with --out."
+        ) from error
+    return prompts

@@ -1,0 +1,121 @@
+"""Inside a run of ``swift-lora-fix verify``: measures each sync from outside, stock's and ours in the same way.
+
+At each rollout the agreement gate's probe is answered by the engine and scored by the trainer, and the trainer's base
+is summed up. One JSON line a sync goes to ``$SWIFT_LORA_FIX_VERIFY_FILE``. The noise floor is measured where the engine
+holds the trainer's own base, in our run, and handed to the stock run in ``$SWIFT_LORA_FIX_VERIFY_FLOOR``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from typing import Any, Callable
+
+import torch
+import wrapt
+
+from ...common.digest import checksum
+from ...engine.vllm.colocated import AdapterServing
+from ...engine.vllm.handle import EngineHandle
+from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
+from ...install import releases
+from ...policy import adapter
+from ...proof.gate import Gate
+from ...proof.verdict import Distance
+from ...trainer import RolloutPort
+
+FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
+FLOOR = "SWIFT_LORA_FIX_VERIFY_FLOOR"
+
+
+class Observer:
+    """Watches one trainer."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = SwiftTrainer(trainer)
+        self.model = self.trainer.model
+        self.base = self._base_checksums()
+        self.gate: Gate | None = None
+        self.seconds = 0.0
+        self.lora_changed = 0
+        self.is_new = False
+
+    def sync(self, wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self._lora()
+        _wait_for_device()
+        started = time.perf_counter()
+        result = wrapped(*args, **kwargs)
+        _wait_for_device()
+        self.seconds, self.is_new = time.perf_counter() - started, True
+        self.lora_changed = sum(a != b for a, b in zip(before, self._lora()))
+        return result
+
+    def look(self, rollout: RolloutPort) -> None:
+        """At the first rollout after a sync."""
+        if not self.is_new or not rollout.has_requests:
+            return
+        self.is_new = False
+        if self.gate is None:
+            bound, engine = adapter.bind(self.model), EngineHandle(self.trainer.vllm_engine)
+            serving = AdapterServing(self.trainer, engine, bound)
+            self.gate = Gate(self.trainer, bound, serving, engine.cache_block, lambda fine: fine)
+            known = os.environ.get(FLOOR)
+            self.gate.floor = Distance(*json.loads(known)) if known else None
+        verdict, finding = self.gate.judge(self.gate.ask(rollout), rollout)
+        now = self._base_checksums()
+        record = {
+            "step": self.trainer.step,
+            "seconds": self.seconds,
+            "verdict": asdict(verdict),
+            "agrees": verdict.agrees,
+            "is_distinguishable": verdict.is_distinguishable,
+            "cause": finding.cause if finding else None,
+            "base_tensors": len(now),
+            "base_changed": sum(a != b for a, b in zip(self.base, now)),
+            "lora_tensors": len(self._lora()),
+            "lora_changed": self.lora_changed,
+        }
+        with open(os.environ[FILE], "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    @torch.no_grad()
+    def _base_checksums(self) -> list[int]:
+        return [_sum_up(parameter)[0] for _, parameter in adapter.frozen_parameters(self.model)]
+
+    @torch.no_grad()
+    def _lora(self) -> list[tuple[int, torch.dtype]]:
+        return [_sum_up(parameter) for name, parameter in self.model.named_parameters() if "lora_" in name]
+
+
+def install() -> None:
+    """Wrap ms-swift's sync and rollout once their module is loaded; ours, if it is there, is inside of the wrappers."""
+    for name in releases.rollout_modules():
+        wrapt.register_post_import_hook(_wrap, name)
+
+
+def _wrap(module: Any) -> None:
+    observers: dict[int, Observer] = {}
+
+    def of(trainer: Any) -> Observer:
+        return observers.setdefault(id(trainer), observers.get(id(trainer)) or Observer(trainer))
+
+    def sync(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+        return of(trainer).sync(wrapped, *args, **kwargs)
+
+    def infer(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+        of(trainer).look(SwiftRollout(wrapped, *args, **kwargs))
+        return wrapped(*args, **kwargs)
+
+    wrapt.wrap_function_wrapper(module, "RolloutTrainerMixin._move_model_to_vllm", sync)
+    wrapt.wrap_function_wrapper(module, "RolloutTrainerMixin._engine_infer", infer)
+
+
+def _sum_up(parameter: torch.nn.Parameter) -> tuple[int, torch.dtype]:
+    return int(checksum(adapter.local_part(parameter))), parameter.dtype
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
