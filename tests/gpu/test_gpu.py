@@ -146,8 +146,8 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("enable_lora", ["true", "false"])
 def test_offloaded_and_asleep(tmp_path: Path, enable_lora: str) -> None:
-    """The flags of ms-swift's own examples: the trainer's model is on the host while rollouts are made, so the engine is
-    asked then and judged after. The probe of these tests would need the model as well: the gate's own numbers count."""
+    """The flags of ms-swift's own examples: the trainer's model is on the host while rollouts are made, so the engine
+    is asked then and judged after. The probe of these tests would need the model as well: the gate's numbers count."""
     model = Path(os.environ["SLF_GPU_MODEL"])
     flags = {"offload_model": "true", "offload_optimizer": "true", "sleep_level": 1, "vllm_enable_lora": enable_lora}
     made = Run("offload", this_python(), model, tmp_path, True, arguments={**COMMON, **flags}, gpu=True, probe=False)
