@@ -9,5 +9,5 @@ OF_OTHERS = ("psm_", "sem.mp-")
 
 
 def names() -> set[str]:
-    """Names in /dev/shm. This package's segments have none at all (tests/unit/test_memory.py: memfd)."""
+    """Names in /dev/shm. This package's segments have none at all (tests/unit/memory/test_memory.py: memfd)."""
     return {name for name in os.listdir("/dev/shm") if not name.startswith(OF_OTHERS)}

@@ -1,0 +1,603 @@
+"""The trainer's side of server mode, with scripted servers over HTTP; real `swift rollout`s are in tests/real/server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+import safetensors
+import torch
+
+from swift_lora_fix import errors
+from swift_lora_fix.common.digest import checksum
+from swift_lora_fix.engine.vllm.slots.staging import host_digest
+from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.policy import adapter
+from swift_lora_fix.server.trainer import remote
+from swift_lora_fix.server.trainer.client import Servers
+from swift_lora_fix.server.trainer.writer import RemoteWriter
+from swift_lora_fix.server.wire import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
+from tests.support.peft_models import peft_model
+
+
+class Scripted:
+    """One server: keeps what it is told, and answers ``faults[route]`` (status, body, headers) once each, first."""
+
+    def __init__(self, sums: dict[str, Any]) -> None:
+        self.policy: Any = None
+        self.staged: Any = None
+        self.plain, self.boot, self.sums = False, "first", sums
+        self.is_pushed = False
+        self.calls: list[tuple[str, Any]] = []
+        self.faults: dict[str, list[Any]] = {}
+        self.headers: list[dict[str, str]] = []
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                route = self.path.removeprefix(PREFIX).strip("/")
+                inline = self.headers.get("Content-Type") == "application/octet-stream"
+                content = json.loads(self.headers[POLICY_HEADER] if inline else body or b"{}")
+                script.headers.append(dict(self.headers))
+                status, answer, more = script.answer(route, content, len(body) if inline else None)
+                text = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
+                self.send_response(status)
+                for name, value in {**more, "Content-Length": str(len(text))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+
+            do_GET = do_POST = _answer  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def answer(self, route: str, content: Any, size: int | None) -> tuple[int, Any, dict[str, str]]:
+        self.calls.append((route, content if size is None else {**content, "size": size}))
+        if self.faults.get(route):
+            fault = self.faults[route].pop(0)
+            if callable(fault):
+                fault = fault()
+            if fault is not None:
+                return fault
+        if route in ("stage", "find"):
+            self.staged = content["policy"]
+        elif route == "commit":
+            if self.staged != content["policy"]:
+                return 409, {"message": "not staged"}, {}
+            self.policy = self.staged
+        elif route == "serve":
+            self.plain = content["plain"]
+        elif route == "base":
+            return 200, {"sums": self.sums}, {}
+        about = {"protocol": 2, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": "bfloat16", "boot": self.boot}
+        about["base_is_pushed"] = self.is_pushed
+        return 200, {**about, "policy": self.policy, "plain": self.plain}, {}
+
+    def routes(self) -> list[str]:
+        return [route for route, _ in self.calls if route != "status"]
+
+
+@pytest.fixture
+def model() -> Any:
+    return peft_model()
+
+
+@pytest.fixture
+def scripts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scripted]]:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "3")
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    frozen = adapter.frozen_parameters(model)
+    sums = {name: ["float32", list(p.shape), int(checksum(p.detach()))] for name, p in frozen}
+    made = [Scripted(sums), Scripted(sums)]
+    yield made
+    for script in made:
+        script.http.shutdown()
+        script.http.server_close()
+
+
+class Client(SimpleNamespace):
+    """``connect`` stands for what ms-swift's does to one server's connection."""
+
+    def init_communicator(self, device: Any) -> None:
+        self.pynccl_comms = [self.connect(self)]
+
+
+class Trainer(SimpleNamespace):
+    """A namespace that can be referred to weakly."""
+
+
+def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
+    sessions = [SimpleNamespace(headers={}, mount=lambda *_: None) for _ in scripts]
+    return Trainer(
+        model=model,
+        vllm_client=Client(
+            base_urls=[script.url for script in scripts],
+            sessions=sessions,
+            num_servers=len(scripts),
+            close_communicator=lambda: None,
+            pynccl_comms=[],
+        ),
+        accelerator=SimpleNamespace(
+            is_main_process=True, num_processes=1, device=torch.device("cpu"), unwrap_model=lambda m: m
+        ),
+        state=SimpleNamespace(global_step=0),
+        vllm_mode="server",
+    )
+
+
+def writer_for(model: Any, scripts: list[Scripted]) -> tuple[Any, RemoteWriter]:
+    trainer = trainer_for(model, scripts)
+    return trainer, remote_writer(trainer, model)
+
+
+def remote_writer(trainer: Any, model: Any) -> RemoteWriter:
+    port = SwiftTrainer(trainer)
+    return RemoteWriter(port, remote.RemoteEngine(port), adapter.bind(model))
+
+
+def send(writer: RemoteWriter) -> str:
+    writer.begin_validation()
+    writer.validate()
+    return writer.write().digest
+
+
+def change(model: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.5)
+
+
+def test_every_server_stages_before_any_switches(model: Any, scripts: list[Scripted], tmp_path: Path) -> None:
+    trainer, writer = writer_for(model, scripts)
+    trainer.state.global_step = 7
+    digest = send(writer)
+    for script in scripts:
+        assert script.routes() == ["stage", "commit"]
+        assert script.policy == {"version": 1, "step": 7, "digest": digest, "run": script.policy["run"]}
+        assert Path(script.calls[1][1]["folder"]).parent == tmp_path / "root"
+    assert writer.is_current()
+    assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
+    assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
+    assert digest == digest_in_its_own_order(Path(scripts[0].calls[1][1]["folder"]))
+    change(model)
+    assert send(writer) != digest and scripts[0].policy["version"] == 2
+
+
+def digest_in_its_own_order(folder: Path) -> str:
+    """As a server's vLLM workers compute it, of the file as it says itself that it is to be read."""
+    with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in json.loads(file.metadata()[ORDER])}
+    config = json.loads((folder / CONFIG).read_text())
+    return host_digest(adapter.of_tensors("default", tensors, config), tensors, torch.bfloat16, fold=False)
+
+
+def test_old_folders_are_pruned_and_the_last_are_gone_at_the_end(
+    model: Any, scripts: list[Scripted], tmp_path: Path
+) -> None:
+    trainer, writer = writer_for(model, scripts)
+    for trainer.state.global_step in range(5):
+        change(model)
+        send(writer)
+    names = sorted(path.name.split("-")[1] for path in (tmp_path / "root").iterdir())
+    assert names == ["v3", "v4", "v5"]
+    writer._store.clear()
+    assert not list((tmp_path / "root").iterdir())
+
+
+def test_a_server_that_cannot_stage_leaves_all_with_the_previous_policy(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    first = send(writer)
+    change(model)
+    scripts[1].faults["stage"] = [(422, {"error": "StagingError", "message": "worker 0: NaN in q_proj"}, {})]
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*422: worker 0: NaN in q_proj"):
+        send(writer)
+    assert [script.policy["digest"] for script in scripts] == [first, first]
+    assert all(script.routes()[-1] == "abort" for script in scripts) and writer.is_current()
+
+
+def test_where_one_server_fails_to_switch_all_go_back(model: Any, scripts: list[Scripted]) -> None:
+    trainer, writer = writer_for(model, scripts)
+    first = send(writer)
+    change(model)
+    scripts[0].faults["commit"] = [(500, {"message": "out of memory"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="out of memory"):
+        send(writer)
+    assert [script.policy["digest"] for script in scripts] == [first, first]
+    assert [script.policy["version"] for script in scripts] == [3, 3] and writer.is_current()
+    assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [3, 3]
+
+
+def test_a_server_without_the_folder_gets_the_bytes(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[1].faults["stage"] = [(404, {"message": "no such folder"}, {})]
+    send(writer)
+    change(model)
+    send(writer)
+    sizes = [[content.get("size") for route, content in script.calls if route == "stage"] for script in scripts]
+    assert sizes[0] == [None, None] and sizes[1][0] is None and sizes[1][1] == sizes[1][2] > 500
+    inline = next(content for route, content in scripts[1].calls if content.get("size"))
+    assert inline["config"]["r"] == writer.adapter.max_rank and inline["config"]["lora_alpha"] == inline["config"]["r"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again_when_it_says(model: Any, scripts: list[Scripted], status: int) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[0].faults["stage"] = [(status, {"detail": "starting"}, {"Retry-After": "1"})]
+    started = time.monotonic()
+    send(writer)
+    assert time.monotonic() - started >= 1 and writer.is_current()
+
+
+def test_a_server_that_hangs_is_named_within_the_deadline(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    scripts[1].faults["stage"] = [lambda: time.sleep(4)]
+    started = time.monotonic()
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*within 3 s.*SERVER_DEADLINE.*ReadTimeout"):
+        send(writer)
+    assert time.monotonic() - started < 10 and all(script.policy is None for script in scripts)
+
+
+def test_values_that_are_not_finite_are_not_sent(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    with torch.no_grad():
+        writer.adapter.parameters[0][0, 0] = float("nan")
+    with pytest.raises(errors.NonFiniteAdapterError):
+        send(writer)
+    assert scripts[0].routes() == []
+
+
+def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    digest = send(writer)
+    engine = writer.engine
+    answers = [SimpleNamespace(rollout_infos={"policy_digest": digest, "policy_step": 0})]
+    tries: list[int] = []
+
+    def infer() -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            scripts[1].policy, scripts[1].boot = None, "second"
+            raise RuntimeError("Multiple errors: [ConnectionError()]")
+        return answers
+
+    assert engine.generate(infer) is answers and len(tries) == 2
+    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == ["stage", "commit"] * 2
+    assert scripts[0].routes() == ["stage", "commit"], "the other one kept it"
+    with pytest.raises(RuntimeError, match="out of memory"):  # nobody lost anything: it is not ours to repeat
+        engine.generate(lambda: exec("raise RuntimeError('out of memory')"))
+
+
+def test_a_server_that_restarted_between_two_steps_is_looked_after(model: Any, scripts: list[Scripted]) -> None:
+    """ms-swift syncs first: nobody asked for a rollout in between."""
+    _, writer = writer_for(model, scripts)
+    writer.send_base()
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].calls.clear()
+    change(model)
+    send(writer)
+    assert scripts[1].routes() == ["base", "stage", "commit"], "the base is compared with this one's"
+    assert writer.engine.make_ready() and not writer.engine.make_ready(), "and the gate is due, once"
+    scripts[1].policy, scripts[1].boot = None, "third"
+    scripts[1].sums = {name: [dtype, shape, value + 1] for name, (dtype, shape, value) in scripts[1].sums.items()}
+    with pytest.raises(errors.BaseMismatchError):
+        send(writer)
+
+
+def test_a_rollout_of_another_policy_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    digest = send(writer)
+    for infos in ({}, {"policy_digest": "other", "policy_step": 3}):
+        outputs = [SimpleNamespace(rollout_infos={"policy_digest": digest}), SimpleNamespace(rollout_infos=infos)]
+        with pytest.raises(errors.PolicyMismatchError, match=f"policy {infos.get('policy_digest')}.*asked for was"):
+            writer.engine.generate(lambda outputs=outputs: outputs)
+
+
+def test_a_server_that_cannot_be_given_the_policy_again_stays_lost(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].faults["stage"] = [(422, {"message": "no memory"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="no memory"):
+        writer.engine.make_ready()
+    assert not writer.is_current() and writer.engine.make_ready() and writer.is_current()
+    assert not writer.engine.make_ready() and kept
+
+
+def test_a_server_that_comes_back_with_another_base_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    writer.send_base()
+    send(writer)
+    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].sums = {name: [dtype, shape, total + 1] for name, (dtype, shape, total) in scripts[1].sums.items()}
+    with pytest.raises(errors.BaseMismatchError, match=scripts[1].url):
+        writer.engine.make_ready()
+    assert scripts[1].policy is None and kept
+
+
+def test_nothing_is_generated_while_servers_may_differ(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = kept = writer_for(model, scripts)
+    with pytest.raises(errors.EngineStateError, match="may serve different policies"):
+        writer.engine.generate(list)
+    assert kept
+
+
+def test_the_plain_base_is_asked_for_and_given_back(model: Any, scripts: list[Scripted]) -> None:
+    trainer, writer = writer_for(model, scripts)
+    send(writer)
+    with pytest.raises(ZeroDivisionError), writer.engine.plain():
+        assert all(script.plain for script in scripts)
+        assert POLICY_HEADER not in trainer.vllm_client.sessions[0].headers
+        plain = [SimpleNamespace(rollout_infos={"policy_plain": True})]
+        assert writer.engine.generate(lambda: plain) is plain
+        with pytest.raises(errors.PolicyMismatchError, match="while the base was asked for"):
+            writer.engine.generate(lambda: [SimpleNamespace(rollout_infos={"policy_digest": "x"})])
+        raise ZeroDivisionError
+    assert not any(script.plain for script in scripts) and writer.is_current()
+    scripts[0].faults["serve"] = [None, (500, {"message": "worker 0 ended"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="worker 0 ended"), writer.engine.plain():
+        pass
+    assert POLICY_HEADER in trainer.vllm_client.sessions[0].headers, "the server refuses what it was not asked for"
+
+
+def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    writer.send_base()
+    with torch.no_grad():
+        model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
+    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[0].url} in 1 of .*first.base_layer.weight.*PiSSA"):
+        writer.send_base()
+
+
+def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
+    scripts[1].answer = lambda *_: (200, {"protocol": 2, "enable_lora": False}, {})  # type: ignore[method-assign]
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} has no LoRA layers.*--vllm_enable_lora"):
+        writer_for(model, scripts)
+    scripts[1].answer = lambda *_: (404, b"Not Found", {})  # type: ignore[method-assign]
+    with pytest.raises(errors.RolloutServerError, match="404: Not Found"):
+        writer_for(model, scripts)
+
+
+def test_the_key_goes_with_every_call(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_API_KEY", "secret")
+    trainer, writer = writer_for(model, scripts)
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    trainer.vllm_client.sessions = [requests.Session() for _ in scripts]
+    remote.prepare_client(trainer.vllm_client)
+    send(writer)
+    assert {headers["Authorization"] for script in scripts for headers in script.headers} == {"Bearer secret"}
+    assert trainer.vllm_client.sessions[0].headers["Authorization"] == "Bearer secret"
+
+
+def test_a_server_that_hangs_in_a_rollout_is_given_up(scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ms-swift's client names no timeout."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    monkeypatch.setenv("SWIFT_LORA_FIX_ROLLOUT_DEADLINE", "1")
+    client = SimpleNamespace(sessions=[requests.Session()])
+    remote.prepare_client(client)
+    scripts[0].faults["infer"] = [lambda: time.sleep(3)]
+    with pytest.raises(requests.ReadTimeout, match="read timeout=1"):
+        client.sessions[0].post(f"{scripts[0].url}/infer/", json={})
+
+
+class Impatient(BaseHTTPRequestHandler):
+    """Answers the first request of a connection, and closes it as the second one comes."""
+
+    protocol_version = "HTTP/1.1"
+    has_answered = False
+
+    def do_POST(self) -> None:  # noqa: N802
+        if self.has_answered:
+            self.close_connection = True
+            return
+        self.has_answered = True
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_connection_that_was_idle_is_not_used_again() -> None:
+    """ms-swift's client would, and ends the run where the server closes it at that moment."""
+    client = SimpleNamespace(sessions=[requests.Session()])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Impatient) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        client.sessions[0].post(url)
+        remote.prepare_client(client)
+        assert [client.sessions[0].post(url).status_code for _ in range(3)] == [200] * 3
+        client.sessions[0].close()
+        server.shutdown()
+
+
+def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
+    servers = Servers(["http://127.0.0.1:9"], deadline=1)
+    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):
+        servers.get(0, "status")
+
+
+# ---- over NCCL -----------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """In place of vLLM's ``PyNcclCommunicator``."""
+
+    def __init__(self, world_size: int = 2) -> None:
+        self.world_size, self.rank, self.device = world_size, world_size - 1, torch.device("cpu")
+        self.disabled, self.group = False, SimpleNamespace()
+        self.sent: list[bytes] = []
+        self.works: Any = lambda: None
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        self.works()
+        self.sent.append(bytes(tensor.numpy().tobytes()))
+
+
+@pytest.fixture
+def wired(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Trainer, writer and wires where no transport is asked for by name."""
+    monkeypatch.delenv("SWIFT_LORA_FIX_TRANSPORT")
+    trainer = trainer_for(model, scripts)
+    wires = trainer.vllm_client.pynccl_comms = [Wire() for _ in scripts]
+    trainer.vllm_client.hosts, trainer.vllm_client.group_ports = ["127.0.0.1"] * 2, [1, 2]
+    return trainer, remote_writer(trainer, model), wires
+
+
+def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any, tmp_path: Path) -> None:
+    _, writer, wires = wired
+    digest = send(writer)
+    for script, wire in zip(scripts, wires):
+        assert script.routes() == ["stage", "receive", "commit"] and script.policy["digest"] == digest
+        assert len(wire.sent) == 1 and len(wire.sent[0]) == 2 * writer._staging.buffer.numel()
+        assert script.calls[-3][1]["layout"]["dtype"] == "bfloat16"
+    assert wires[0].sent == wires[1].sent and not (tmp_path / "root").exists(), "no folder was needed"
+    change(model)
+    send(writer)
+    again = scripts[0].calls[-3]
+    assert again[0] == "stage" and again[1]["layout"] == writer._layout.key, "the layout is told once"
+    scripts[0].faults["stage"] = [(410, {"message": "not known"}, {})]
+    send(writer)
+    assert [isinstance(c["layout"], str) for r, c in scripts[0].calls[-5:] if r == "stage"] == [True, False]
+
+
+def test_a_server_that_takes_nothing_over_nccl_gets_a_folder(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, writer, wires = wired
+    scripts[1].faults["stage"] = [(501, {"message": "no NCCL connection"}, {})]
+    send(writer)
+    assert scripts[0].routes() == ["stage", "receive", "commit"]
+    assert scripts[1].routes() == ["stage", "stage", "commit"] and "folder" in scripts[1].calls[-2][1]
+    assert not writer.engine.reaches_all and not wires[1].sent
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
+    named = remote_writer(wired[0], model)
+    with pytest.raises(errors.RolloutServerError, match=f"no NCCL connection to .*{scripts[1].url}"):
+        send(named)
+
+
+def test_a_broadcast_that_nobody_takes_part_in_is_given_up(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    _, writer, wires = wired
+    over = threading.Event()
+    wires[1].works = over.wait
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} did not take part .* within 3 s"):
+        send(writer)
+    over.set()
+    assert scripts[0].policy is None, "nobody switched"
+    while not wires[1].sent:
+        time.sleep(0.01)
+    send(writer)
+    assert len(wires[1].sent) == 1, "what waits on it would come before whatever is sent next"
+
+
+def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    _, writer, wires = wired
+    over = threading.Event()
+    wires[0].works = over.wait
+    scripts[0].faults["receive"] = [(422, {"message": "digest differs"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="digest differs"):
+        send(writer)
+    over.set()
+    assert not writer.engine.nccl.is_open(0) and writer.engine.nccl.is_open(1)
+
+
+def test_where_one_server_fails_to_switch_the_others_find_what_they_had(
+    model: Any, scripts: list[Scripted], wired: Any
+) -> None:
+    _, writer, wires = wired
+    digest = send(writer)
+    change(model)
+    scripts[0].faults["commit"] = [(500, {"message": "no room"}, {})]
+    with pytest.raises(errors.RolloutServerError, match="no room"):
+        send(writer)
+    for script, wire in zip(scripts, wires):
+        assert script.routes()[-2:] == ["find", "commit"] and len(wire.sent) == 2
+        assert script.policy["digest"] == digest and script.policy["version"] == 3
+
+
+def test_a_base_that_differs_is_sent_and_sent_again(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, writer, _ = wired
+    trainer.vllm_client.connect = lambda one: Wire()
+    pushes: list[list[str]] = []
+    monkeypatch.setattr(base, "send", lambda *_: pushes.append([s.routes()[-1] for s in scripts]))
+    with torch.no_grad():
+        model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
+    writer.send_base()
+    send(writer)
+    assert pushes == [["pushed", "pushed"]], "what had failed before is not this push's"
+    assert scripts[0].routes()[-4:] == ["pushed", "stage", "receive", "commit"], "and it is asked how it went"
+    scripts[1].policy, scripts[1].boot = None, "second"
+    writer.ranks = 2  # the other ranks are elsewhere while the main one looks after servers
+    writer._on_main = None
+    writer.engine.make_ready()
+    assert len(pushes) == 2 and scripts[1].policy is not None
+    scripts[0].faults["pushed"] = [None, (500, {"message": "1 updates over NCCL failed"}, {})]
+    del writer._on_main
+    writer.ranks = 1
+    with pytest.raises(errors.RolloutServerError, match="1 updates over NCCL failed"):
+        writer.send_base()
+
+
+def test_a_server_with_a_base_of_another_run(
+    model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model folder says nothing of what it computes with."""
+    pushes: list[int] = []
+    monkeypatch.setattr(base, "send", lambda *_: pushes.append(1))
+    trainer, writer, _ = wired
+    writer.send_base()
+    assert not pushes
+    scripts[1].is_pushed = True
+    writer.engine.check_fit()
+    writer.send_base()
+    assert pushes == [1], "so it is sent the trainer's"
+    writer.engine.nccl.close(1, "a test")
+    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[1].url} has a base that was sent to it"):
+        writer.send_base()
+
+
+def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    with pytest.raises(errors.SettingsError, match=f"{scripts[0].url} has opened NCCL"):
+        remote.RemoteEngine(SwiftTrainer(wired[0]))
+
+
+def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripted], wired: Any) -> None:
+    trainer, writer, wires = wired
+    send(writer)
+    fresh = Wire()
+    seen: list[Any] = []
+
+    def connect(one: Any) -> Wire:
+        seen.append((one.base_urls, one.group_ports, one.num_servers))
+        return fresh
+
+    client = trainer.vllm_client
+    client.connect = connect
+    scripts[1].policy, scripts[1].boot = None, "second"
+    assert writer.engine.make_ready()
+    assert seen == [([scripts[1].url], [2], 1)] and client.num_servers == 2
+    assert len(fresh.sent) == 1 and len(wires[0].sent) == 1 and scripts[1].policy == scripts[0].policy
