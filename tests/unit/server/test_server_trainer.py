@@ -1,4 +1,4 @@
-"""The trainer's side of server mode, with scripted servers over HTTP; real `swift rollout`s are in tests/real/server."""
+"""The trainer's side of server mode, with scripted servers over HTTP; real ones are in tests/real/server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``swift-lora-fix verify`` without its runs (those are in tests/real/swift/test_verify.py): mistakes, and the verdict."""
+"""``swift-lora-fix verify`` without its runs (tests/real/swift/test_verify.py has those): mistakes, and the verdict."""
 
 from __future__ import annotations
 
