@@ -1,4 +1,4 @@
-"""Which merged weights the kernel is trusted with; the kernel itself, by Triton's interpreter. On GPUs: tests/real/gpu."""
+"""Which merged weights the kernel is trusted with; the kernel itself, by Triton's interpreter."""
 
 from __future__ import annotations
 
