@@ -214,11 +214,33 @@ def _fused(adapter: str, resume: bool) -> Callable[[Runs, str], Run]:
 
 
 def _auto(runs: Runs, name: str) -> Run:
-    """Decided once there is an update, and taken back once too much of it is lost."""
+    """Measured in the first rollout, decided at the second sync, and taken back once too much of the update is lost."""
     environment = {"SWIFT_LORA_FIX_MODE": "auto", "SWIFT_LORA_FIX_GATE_EVERY": "1"}
     environment["SLF_SET_AT_STEP"] = "3:SWIFT_LORA_FIX_LOST_SHARE=0.001"
     plugins = (PLUGINS / "slf_slow_lora.py",)  # so that it is the plugin that makes the fused mode faster, no machine
-    return runs.make(name, True, environment, plugins=plugins, max_steps=4, save_steps=100)
+    return runs.make(name, True, environment, plugins=plugins, max_steps=6, save_steps=100)
+
+
+def _offloaded(runs: Runs, name: str) -> Run:
+    """The flags of ms-swift's own examples: the trainer's model is away while rollouts are made, so the gate asks then
+    and judges afterwards. In step 2 somebody empties the engine's LoRA slots: the rollouts are made again."""
+    run = runs.make(
+        name,
+        True,
+        {
+            "SWIFT_LORA_FIX_GATE_EVERY": "1",
+            "SWIFT_LORA_FIX_ON_MISMATCH": "repair",
+            "SLF_FAULTS": "none,zeroed,none,none",
+            "SLF_FAULTS_FILE": str(runs.folder / name / "faults.jsonl"),
+        },
+        adapters=runs.checkpoint,
+        offload_model="true",
+        offload_optimizer="true",
+        max_steps=4,
+        save_steps=100,
+    )
+    run.probe, run.last_plugins = False, (PLUGINS / "slf_faults.py",)
+    return run
 
 
 def _verify(runs: Runs, name: str) -> Verification:
@@ -237,6 +259,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "fused_auto": ((), _auto),
+    "offloaded": (("train_fixed",), _offloaded),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
     "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
     "resume_fixed": (("train_fixed",), _resume(True)),

@@ -87,3 +87,17 @@ def test_the_chain_of_custody_starts_at_the_file(run: Run, runs: Runs) -> None:
 
     digest = hashlib.sha256((runs.checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert f"chain of custody: file (SHA-256 {digest}) = trainer = engine's LoRA slots, policy digest" in run.log
+
+
+@pytest.mark.needs("offloaded")
+def test_a_trainer_that_is_away_is_asked_afterwards(runs: Runs) -> None:
+    """With --offload_model and --offload_optimizer the proof was off: now it comes later, before the batch counts."""
+    run = runs.get("offloaded")
+    assert run.returncode == 0, run.log[-3000:]
+    assert [line["lora_sync/policy_step"] for line in run.metrics()] == [0, 1, 2, 3]
+    for line in run.metrics():
+        mean, floor, base = (line[f"lora_sync/{name}"] for name in ("mismatch_mean", "noise_floor", "control_base"))
+        assert mean < 4 * floor < base, line
+    assert [(step, cause) for step, cause, _ in messages(run)] == [(2, "slots-changed")]
+    assert run.log.count("repaired: the engine serves the trainer's policy again") == 1
+    assert run.log.count("engine and trainer agree at step 2") == 1, "the rollouts that are trained on"

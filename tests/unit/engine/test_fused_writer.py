@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -424,3 +425,18 @@ def test_auto_goes_the_way_that_all_ranks_go(made: tuple, monkeypatch: pytest.Mo
     trainer, using = port_of(made[0]), SimpleNamespace(weights=None, mode="adapter")
     assert choice.choose(trainer, using, another_rank_is_slower, bound=0.5) is None
     assert asked == [True] * 5 and choice.is_settled, "settled for good on this rank, as on the slower one"
+
+
+def test_auto_serves_an_adapter_that_adds_nothing_exactly_and_says_so_once(
+    made: tuple, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    choice: Any = auto.Auto()
+    choice._throughput = {"adapter": 1000.0, "fused": 1400.0}
+    monkeypatch.setattr(auto.audit, "rounding", lambda weights: audit.Rounding(None))
+    monkeypatch.setattr(auto, "FusedModeWriter", lambda *_: SimpleNamespace(weights=made[2]))
+    monkeypatch.setattr(auto.scope, "why_not_fused", lambda trainer: None)
+    trainer, using = port_of(made[0]), SimpleNamespace(weights=None, mode="adapter")
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        assert [choice.choose(trainer, using, bool, bound=0.5) for _ in range(2)] == [None, None]
+    assert len([text for text in caplog.messages if "adds nothing yet" in text]) == 1 and not choice.is_settled
