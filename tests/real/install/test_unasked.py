@@ -20,7 +20,7 @@ import pytest
 from swift_lora_fix.install import releases
 from swift_lora_fix.install.instrumentor import INTERNAL, PARENT_ARMED
 from tests.real.install.test_arming import FAMILY
-from tests.support import driver, forks
+from tests.support import driver, forks, hangs
 from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
 from tests.support.environments import Environment, clean_environment
 from tests.support.rollout_server import RolloutServer, running
@@ -90,7 +90,7 @@ def llm(model: Path, folder: Path, asked: bool) -> Seen:
         spawned = {**variables, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         process = driver.launch([sys.executable, str(program)], spawned, folder, log)
         try:
-            status = process.wait(driver.TIMEOUT_SECONDS)
+            status = hangs.wait(process, folder)
         finally:
             process.kill()
     text = (folder / "log.txt").read_text()
