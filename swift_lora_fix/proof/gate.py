@@ -26,7 +26,8 @@ from ..policy.adapter import Adapter
 from ..server.wire import PROBE
 from .findings import Finding
 from .serving import Apart, Fused
-from .verdict import FLOOR_CEILING, Distance, Verdict, distance_between
+from .verdict import FLOOR_CEILING, Distance, distance_between
+from .verdict import FloorRule as Verdict
 
 GATE = "agreement gate"
 NEW_TOKENS = 16
