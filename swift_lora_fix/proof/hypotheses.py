@@ -36,7 +36,8 @@ class Student:
 @dataclass(frozen=True)
 class Estimate:
     """Of a hypothesis against this policy: see ``verdict.Hypothesis``. ratio: of the engine's distance to the
-    hypothesis, in units of noise. gain: the weight a token that an engine that says exactly this policy would give."""
+    hypothesis, in units of noise. gain: the weight a token that an engine that says exactly this policy would give.
+    weights, slopes: of each prompt's tokens alone."""
 
     weight: float
     slope: float
@@ -44,6 +45,8 @@ class Estimate:
     mean: float
     ratio: float
     gain: float
+    weights: tuple[float, ...] = ()
+    slopes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,37 +83,44 @@ def scale_of(values: Sequence[float], degrees: float) -> float:
 
 
 def weigh(
-    noise: Noise, gaps: Sequence[float], scales: Sequence[float], ways: Sequence[float], extra: Sequence[float]
+    noise: Noise,
+    gaps: Sequence[float],
+    scales: Sequence[float],
+    ways: Sequence[float],
+    extra: Sequence[float],
+    spans: Sequence[slice],
 ) -> Estimate:
     """gaps: engine - this policy. ways: hypothesis - this policy. scales: of the noise. extra: by how much the
-    hypothesis itself may be off. All in nats, one a token."""
+    hypothesis itself may be off. All in nats, one a token. spans: the tokens of each prompt."""
     degrees = DEGREES + 1
     wider = [math.sqrt(scale**2 + more**2) for scale, more in zip(scales, extra)]
     left = [gap - way for gap, way in zip(gaps, ways)]
     here, there = noise.fit(gaps, scales).ratio, noise.fit(left, wider).ratio
     # as wide as the better of the two needs it: with too narrow a noise every wild token would be certain
     factor = max(1.0, min(here, there))
-    weight = gain = 0.0
+    parts, gain = [], 0.0
     for gap, rest, way, scale, wide in zip(gaps, left, ways, scales, wider):
         scale, wide = factor * scale, factor * wide
-        weight += _cut(_log(gap / scale, degrees) - _log(rest / wide, degrees) + math.log(wide / scale))
+        parts.append(_cut(_log(gap / scale, degrees) - _log(rest / wide, degrees) + math.log(wide / scale)))
         gain += _cut(-_log(way / wide, degrees) + math.log(wide / scale))
-    slope, error = slope_of(gaps, ways, [max(here, 1e-9) * scale for scale in scales], degrees)
+    slope, error, slopes = slope_of(gaps, ways, [max(here, 1e-9) * scale for scale in scales], degrees, spans)
+    weights = tuple(sum(parts[span]) for span in spans)
     mean = sum(map(abs, left)) / len(left)
-    return Estimate(weight, slope, error, mean, there, gain / len(gaps))
+    return Estimate(sum(parts), slope, error, mean, there, gain / len(gaps), weights, slopes)
 
 
 def slope_of(
-    gaps: Sequence[float], ways: Sequence[float], scales: Sequence[float], degrees: float
-) -> tuple[float, float]:
-    """Robust slope of gaps on ways through the origin, and its sandwich standard error; NaN where all ways are 0.
+    gaps: Sequence[float], ways: Sequence[float], scales: Sequence[float], degrees: float, spans: Sequence[slice]
+) -> tuple[float, float, tuple[float, ...]]:
+    """Robust slope of gaps on ways through the origin, its sandwich standard error (Huber 1967, the tokens as if
+    independent), and the slope of each prompt alone with the same weights; NaN where all ways are 0.
 
     An M-estimate with Student's weights in the gaps, which start from the weighted median of gap / way, and Mallows'
     weights in the ways."""
     sizes = sorted(abs(way) / scale for way, scale in zip(ways, scales))
     cap = LEVERAGE * sizes[len(sizes) // 2]
     if cap <= 0:
-        return math.nan, math.nan
+        return math.nan, math.nan, (math.nan,) * len(spans)
     pulls = [way / scale**2 * min(1.0, cap * scale / abs(way)) if way else 0.0 for way, scale in zip(ways, scales)]
     ratios = sorted((gap / way, pull * way) for gap, way, pull in zip(gaps, ways, pulls) if way)
     half, passed, slope = sum(weight for _, weight in ratios) / 2, 0.0, 0.0
@@ -118,19 +128,19 @@ def slope_of(
         passed += weight
         if passed >= half:
             break
-    bread = meat = 0.0
+    tops: list[float] = []
+    bottoms: list[float] = []
     for _ in range(ROUNDS):
-        before, top, bread = slope, 0.0, 0.0
-        for gap, way, pull, scale in zip(gaps, ways, pulls, scales):
-            trust = (degrees + 1) / (degrees + ((gap - slope * way) / scale) ** 2)
-            top, bread = top + trust * pull * gap, bread + trust * pull * way
-        slope = top / bread
+        before = slope
+        trusts = [(degrees + 1) / (degrees + ((g - slope * w) / s) ** 2) for g, w, s in zip(gaps, ways, scales)]
+        tops = [trust * pull * gap for trust, pull, gap in zip(trusts, pulls, gaps)]
+        bottoms = [trust * pull * way for trust, pull, way in zip(trusts, pulls, ways)]
+        slope = sum(tops) / sum(bottoms)
         if abs(slope - before) < 1e-7:
             break
-    for gap, way, pull, scale in zip(gaps, ways, pulls, scales):
-        trust = (degrees + 1) / (degrees + ((gap - slope * way) / scale) ** 2)
-        meat += (trust * pull * (gap - slope * way)) ** 2
-    return slope, math.sqrt(meat * len(gaps) / max(1, len(gaps) - 1)) / bread
+    meat = sum((top - slope * bottom) ** 2 for top, bottom in zip(tops, bottoms))
+    alone = tuple(sum(tops[span]) / (sum(bottoms[span]) or math.nan) for span in spans)
+    return slope, math.sqrt(meat * len(gaps) / max(1, len(gaps) - 1)) / sum(bottoms), alone
 
 
 def _log(value: float, degrees: float) -> float:

@@ -16,7 +16,11 @@ How it is decided, all numbers as recorded in bench/recorded_gaps and shown by b
 - slope: where the engine stands on the way from this policy to another. Parts of a fault (a module counted twice,
   another scaling) move it where they do not move the fit.
 - floor: the plain base, on both sides, must be explained by the trainer's own noise on the plain base.
-- repetition: a disagreement counts when probes with other prompts repeat it.
+- repetition: a disagreement counts when there is a second probe, of other prompts, and ``SHARE`` of all prompts show
+  it, each by itself. Tokens of one prompt depend on each other: an expert router that flips moves all that follow.
+
+Prompts of a kind of their own (beyond a kernel's tile, with images) belong in an examination of their own: a fault that
+only they show is a minority among others.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .hypotheses import Estimate, Noise, Student, weigh
+from .hypotheses import Estimate, Noise, weigh
 
 # Until tools/report and the gate are on the new verdict: the old rule's bound and its smallest noise.
 FLOORS = 4.0
@@ -35,7 +39,9 @@ MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both si
 ALLOWED = 2.0  # times what the noise explains, see the module's text
 DECISIVE = 12.0  # nats of evidence between two hypotheses: odds of 160,000 to 1
 PART = 0.15  # of the way to another hypothesis, which a sound engine's rounding does not go
+SHARE = 2 / 3  # of the prompts must show what is said of them together
 ERRORS = 5.0  # standard errors that a fit or a slope must be beyond its bound
+FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise, between the engine's base and the trainer's
 BUDGET = 6  # probes with other prompts, in one examination, before the question stays open
 
 OTHER, KEPT, RESET = "other prompts", "the first prompts again", "the first prompts again, caches reset"
@@ -56,11 +62,12 @@ class Distance:
 @dataclass(frozen=True)
 class Floor:
     """The plain base on both sides, logprobs in nats, one a token. engine: without the adapter. base: the trainer's.
-    shaken: the trainer's again, each layer's output moved by a rounding step."""
+    shaken: the trainer's again, as in ``Evidence``. lengths: tokens of each prompt; empty: all are one prompt's."""
 
     engine: tuple[float, ...]
     base: tuple[float, ...]
     shaken: tuple[float, ...]
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _same_length(self, ("base", "shaken"))
@@ -68,14 +75,16 @@ class Floor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One probe: logprobs in nats of the tokens that the engine chose, one a token. Raises ValueError where the lengths
-    differ or there is no token.
+    """One probe: logprobs in nats of the tokens that the engine chose, one a token. Raises ValueError where the columns
+    differ in length or there is no token.
 
     engine: its own. policy: the trainer's with this policy; in fused mode with the weights as the engine rounds them.
     base, double, previous: with the plain base, twice the adapter, the policy before (None: not known). shaken: like
-    ``policy``, each layer's output moved at random by a rounding step of the dtype it is computed in. exact: in fused
-    mode the trainer's with base and adapter apart, unrounded; it tells what the rounding moves, and by how much
-    ``double`` and ``previous`` may be off, which nobody rounds.
+    ``policy``, each layer's output x made x * (1 + u * step), u at random in [-1, 1], step the rounding step of the
+    coarser of the dtypes that trainer and engine compute in (bf16: 2^-8, fp16: 2^-11), and rounded to its dtype.
+    exact: in fused mode the trainer's with base and adapter apart, unrounded; it tells what the rounding moves, and by
+    how much ``double`` and ``previous`` may be off, which nobody rounds.
+    lengths: tokens of each prompt, in order; empty: all are one prompt's.
     asked: OTHER for prompts that this examination has not asked yet (the first probe, too); KEPT, RESET for the first
     probe's prompts again, as they are or with the engine's caches reset.
     """
@@ -87,6 +96,7 @@ class Evidence:
     shaken: tuple[float, ...]
     previous: tuple[float, ...] | None = None
     exact: tuple[float, ...] | None = None
+    lengths: tuple[int, ...] = ()
     asked: str = OTHER
 
     def __post_init__(self) -> None:
@@ -104,6 +114,18 @@ def _same_length(record: Floor | Evidence, names: Sequence[str]) -> None:
     lengths = {name: len(getattr(record, name)) for name in names if getattr(record, name) is not None}
     if not size or any(length != size for length in lengths.values()):
         raise ValueError(f"a probe needs as many logprobs of each kind: engine {size}, {lengths}")
+    if record.lengths and (sum(record.lengths) != size or min(record.lengths) < 1):
+        raise ValueError(f"the prompts' lengths {record.lengths} are not those of {size} tokens")
+
+
+def _spans(records: Sequence[Floor | Evidence]) -> list[slice]:
+    """Of each prompt, in all the records' tokens one after the other."""
+    found, start = [], 0
+    for record in records:
+        for length in record.lengths or (len(record.engine),):
+            found.append(slice(start, start + length))
+            start += length
+    return found
 
 
 @dataclass(frozen=True)
@@ -241,9 +263,9 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
         if wrong:
             return replace(_verdict([one], floor, None), outcome="disagrees", cause=wrong)
     fresh = [one for one in evidence if one.asked == OTHER]
-    student = _engine_factor(floor)
-    looks = [_Look(one, student) for one in ([item] for item in fresh)]
-    together = _Look(fresh, student)
+    engine = _engine_factor(floor)
+    looks = [_Look([one], engine) for one in fresh]
+    together = looks[0] if len(fresh) == 1 else _Look(fresh, engine)
     verdict = _verdict(fresh, floor, together)
     outcome, cause, ask, note = _decide(evidence, looks, together)
     return replace(verdict, outcome=outcome, cause=cause, ask=ask, note=note)
@@ -252,33 +274,35 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
 def judge_floor(floor: Floor) -> tuple[str, float]:
     """Whether the trainer's own noise explains how far the engine's plain base is off.
 
-    Returns: the outcome (``agrees``, ``disagrees``, ``unsure``: measure it again with more prompts), and the ratio of
-    the two scales. NaN and infinities disagree.
+    Returns: the outcome (``agrees``, ``disagrees``, ``unsure``: measure it again with more prompts, and append them),
+    and the ratio of the two scales, of which ``FLOOR_ALLOWED`` is accepted. NaN and infinities disagree.
     """
     if not all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken))):
         return "disagrees", math.nan
-    fitted = _floor_fit(floor)
-    high, low = fitted.ratio * math.exp(3 * fitted.error), fitted.ratio * math.exp(-3 * fitted.error)
-    if low > FLOOR_ALLOWED:
-        return "disagrees", fitted.ratio
-    return ("agrees" if fitted.ratio <= FLOOR_ALLOWED or high <= FLOOR_ALLOWED else "unsure"), fitted.ratio
-
-
-FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise
+    noise = Noise.of([s - b for s, b in zip(floor.shaken, floor.base)], MINIMUM_FLOOR)
+    gaps = [e - b for e, b in zip(floor.engine, floor.base)]
+    fitted = noise.fit(gaps, noise.scales)
+    spread = math.exp(3 * fitted.error)
+    if fitted.ratio / spread > FLOOR_ALLOWED:
+        spans = _spans([floor])
+        off = sum(noise.fit(gaps[span], noise.scales[span]).ratio > FLOOR_ALLOWED for span in spans)
+        return ("disagrees" if off >= SHARE * len(spans) else "unsure"), fitted.ratio
+    return ("agrees" if fitted.ratio * math.sqrt(spread) <= FLOOR_ALLOWED else "unsure"), fitted.ratio
 
 
 class _Look:
     """The numbers of some probes together, and what they say by themselves: ``good``, ``bad`` (and why) or ``open``."""
 
     def __init__(self, evidence: Sequence[Evidence], engine: float) -> None:
-        self.tokens = sum(len(one.engine) for one in evidence)
-        self.mean_tokens = self.tokens / len(evidence)
+        self.spans = _spans(evidence)
+        self.probe_tokens = self.spans[-1].stop / len(evidence)
         gaps = [e - p for one in evidence for e, p in zip(one.engine, one.policy)]
         shaken = [s - p for one in evidence for s, p in zip(one.shaken, one.policy)]
-        self.noise = Noise.of(shaken, MINIMUM_FLOOR)
-        scales = [engine * scale for scale in self.noise.scales]
-        self.student: Student = self.noise.fit(gaps, scales)
-        self.gaps, self.engine = gaps, engine
+        noise = Noise.of(shaken, MINIMUM_FLOOR)
+        scales = [engine * scale for scale in noise.scales]
+        self.student = noise.fit(gaps, scales)
+        self.ratios = [noise.fit(gaps[span], scales[span]).ratio for span in self.spans]
+        self.engine = engine
         self.estimates: dict[str, Estimate] = {}
         for cause in evidence[0].alternatives:
             if not all(cause in one.alternatives for one in evidence):
@@ -288,10 +312,10 @@ class _Look:
                 ways += [h - p for h, p in zip(one.alternatives[cause], one.policy)]
                 unrounded = one.exact if one.exact is not None and cause != "not-applied" else one.policy
                 extra += [x - p for x, p in zip(unrounded, one.policy)]
-            self.estimates[cause] = weigh(self.noise, gaps, scales, ways, extra)
+            self.estimates[cause] = weigh(noise, gaps, scales, ways, extra, self.spans)
 
     def reach(self, cause: str) -> float:
-        return self.estimates[cause].gain * self.mean_tokens * BUDGET
+        return self.estimates[cause].gain * self.probe_tokens * BUDGET
 
     @property
     def state(self) -> str:
@@ -309,38 +333,37 @@ class _Look:
         named = self._nearer(-DECISIVE)
         if named:
             return named
-        if self.student.ratio * math.exp(-ERRORS * self.student.error) > ALLOWED:
+        is_far = self.student.ratio * math.exp(-ERRORS * self.student.error) > ALLOWED
+        if is_far and self._is_shared([ratio > ALLOWED for ratio in self.ratios]):
             return self._nearer(0.0) or "unknown"
-        if any(abs(e.slope) - ERRORS * e.error > PART for n, e in self.estimates.items() if self.reach(n) >= DECISIVE):
-            return self._nearer(0.0) or "unknown"
+        for name, there in self.estimates.items():
+            if self.reach(name) >= DECISIVE and abs(there.slope) - ERRORS * there.error > PART:
+                side = math.copysign(1.0, there.slope)
+                if self._is_shared([side * slope > PART / 2 for slope in there.slopes]):
+                    return self._nearer(0.0) or "unknown"
         return ""
 
     def _nearer(self, weight: float) -> str:
         """The hypothesis that the engine is closest to, if that explains what it says: it stands at the end of the way
-        there, and is by half closer to it than to this policy or as close as the noise allows."""
+        there, is by half closer to it than to this policy or as close as the noise allows, and most prompts agree."""
         near = {n: e for n, e in self.estimates.items() if e.weight <= weight and e.ratio < self.student.ratio}
         found = min(near, key=lambda name: near[name].ratio, default="")
         if not found:
             return ""
         there = near[found]
         is_close = there.ratio < max(ALLOWED, 0.5 * self.student.ratio)
-        return found if is_close and abs(there.slope - 1) <= PART + 3 * there.error else ""
+        is_there = is_close and abs(there.slope - 1) <= PART + 3 * there.error
+        return found if is_there and self._is_shared([part < 0 for part in there.weights]) else ""
 
-    def leans(self, cause: str) -> bool:
-        """Whether these probes, by themselves, speak for ``cause`` rather than against it."""
-        if cause in self.estimates:
-            return self.estimates[cause].weight < 0
-        parts = (e.slope for e in self.estimates.values() if math.isfinite(e.slope))
-        return self.student.ratio > ALLOWED or any(abs(part) > PART for part in parts)
+    def _is_shared(self, shown: Sequence[bool]) -> bool:
+        return sum(shown) >= SHARE * len(shown)
 
 
 def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Look) -> tuple[str, str, str, str]:
     """outcome, cause, ask and note."""
     cause, more = together.cause, OTHER if len(looks) < BUDGET else ""
-    if cause:
-        repeated = sum(look.leans(cause) for look in looks)
-        if repeated >= max(2, math.ceil(2 / 3 * len(looks))):
-            return "disagrees", cause, "", ""
+    if cause and len(looks) > 1:
+        return "disagrees", cause, "", ""
     if len(looks) > 1 and looks[0].state == "bad" and all(look.state != "bad" for look in looks[1:]):
         kept = [look for look in evidence if look.asked == KEPT]
         reset = [look for look in evidence if look.asked == RESET]
@@ -352,7 +375,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
                 return "unsure", "stale-cache", RESET, ""
             if _Look(reset, engine).state == "good":
                 return "disagrees", "stale-cache", "", "gone once the caches were reset"
-    odd = sum(look.state == "bad" for look in looks)
+    odd = sum(look.state == "bad" for look in looks) if len(looks) > 1 else 0
     note = f"{odd} of them stood out, which the others did not repeat" if odd else ""
     if together.state == "good" or (together.state == "open" and not more and together.student.ratio <= ALLOWED):
         return "agrees", "", "", note
@@ -362,12 +385,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
 def _engine_factor(floor: Floor) -> float:
     """By what this engine's noise differs from the trainer's own, as the plain base shows, within what is sound."""
     finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
-    return min(max(_floor_fit(floor).ratio if finite else 1.0, 0.5), FLOOR_ALLOWED)
-
-
-def _floor_fit(floor: Floor) -> Student:
-    noise = Noise.of([s - b for s, b in zip(floor.shaken, floor.base)], MINIMUM_FLOOR)
-    return noise.fit([e - b for e, b in zip(floor.engine, floor.base)], noise.scales)
+    return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_ALLOWED)
 
 
 def _not_finite(one: Evidence) -> str:

@@ -28,6 +28,7 @@ def probe(seed: int, served: float = 1.0, effect: float = 0.2, noise: float = 0.
         base=tuple(p - m for p, m in zip(policy, moved)),
         double=tuple(p + m for p, m in zip(policy, moved)),
         shaken=tuple(p + heavy() for p in policy),
+        lengths=(16,) * 4,
     )
     return replace(made, asked=asked) if asked else made
 
