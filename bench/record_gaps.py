@@ -11,7 +11,8 @@ Of each policy a file ``CASE-POLICY.json.gz``: versions, date, and of each fault
 of 1e-6 nats: ``p`` the trainer's logprob with this policy, and the rest as differences to it: ``e`` the engine's, ``a``
 the trainer's again in another batch shape, ``f`` the trainer's in float32, ``b`` the plain base, ``d`` twice the
 adapter, ``q`` the policy before; in fused mode ``r`` the rounded weights' and ``c`` these again. ``floor``: the same of
-the plain base, engine without adapter. Differences keep 4 significant digits.
+the plain base, engine without adapter. Differences keep 3 significant digits; ``p``, which only they matter to, three
+decimals of a nat.
 """
 
 from __future__ import annotations
@@ -52,10 +53,35 @@ TRAINED = ("large", "confident")  # of these, the fused faults too, where there 
 Tokens = list[list[int]]
 
 
+@contextlib.contextmanager
+def wide_products() -> Iterator[None]:
+    """bf16 linear layers by float32 kernels: the same factors, a float32 sum, one rounding. Where a CPU has no bf16
+    instructions that is several times faster, and differs from its bf16 kernels in the order of the sum alone."""
+    import torch
+
+    functional = torch.nn.functional
+    plain = functional.linear
+
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+        autocast = torch.is_autocast_enabled("cpu")
+        if not autocast and x.dtype is not torch.bfloat16:
+            return plain(x, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            factors = (x.bfloat16().float(), weight.bfloat16().float(), None if bias is None else bias.float())
+            return plain(*factors).bfloat16()
+
+    functional.linear = linear
+    try:
+        yield
+    finally:
+        functional.linear = plain
+
+
 class Trainer:
     """The PEFT model, its policies by name, and how it scores."""
 
-    def __init__(self, folder: Path, targets: list[str]) -> None:
+    def __init__(self, folder: Path, targets: list[str], quick: bool) -> None:
+        """quick: see ``wide_products``."""
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -67,6 +93,8 @@ class Trainer:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.products = wide_products if quick else contextlib.nullcontext
+        self.rows = 16 if quick else 4
         self.layers = {n: m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
 
     def state(self) -> dict[str, Any]:
@@ -114,18 +142,19 @@ class Trainer:
         return found
 
     def score(
-        self, prompts: Tokens, answers: Tokens, rows: int = 4, pad: int = 0, autocast: bool = True
+        self, prompts: Tokens, answers: Tokens, rows: int = 0, pad: int = 0, autocast: bool = True
     ) -> list[float]:
         """Logprobs of the answers' tokens, ``rows`` prompts at a time, with ``pad`` more columns on the right."""
         import torch
 
         found: list[float] = []
+        rows = rows or self.rows
         for start in range(0, len(prompts), rows):
             whole = [p + a for p, a in zip(prompts[start : start + rows], answers[start : start + rows])]
             ids = torch.zeros(len(whole), max(map(len, whole)) + pad, dtype=torch.int64)
             for row, tokens in zip(ids, whole):
                 row[: len(tokens)] = torch.tensor(tokens)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), self.products():
                 logits = self.model(input_ids=ids, use_cache=False).logits
             for row, prompt, answer in zip(logits, prompts[start:], answers[start:]):
                 part = row[len(prompt) - 1 : len(prompt) - 1 + len(answer)].float().log_softmax(-1)
@@ -176,7 +205,7 @@ class Trainer:
             if step == steps - 3:
                 before = self.state()
             ids = torch.tensor([text[:48] for text in texts[step % 4 :: 4][:4]])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), self.products():
                 loss = self.model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
             loss.backward()
@@ -298,7 +327,10 @@ CHANGES = {"base-ulp": ulp, "base-bent": bent, "another-model": other}
 
 
 class Recorder:
-    def __init__(self, trainer: Trainer, engine: Engine, prompts: Tokens, clean: int, faulty: int) -> None:
+    def __init__(
+        self, trainer: Trainer, engine: Engine, prompts: Tokens, clean: int, faulty: int, quick: bool
+    ) -> None:
+        self.quick = quick
         self.trainer, self.engine, self.prompts = trainer, engine, prompts
         self.clean, self.faulty = clean, faulty
 
@@ -381,16 +413,16 @@ class Recorder:
         columns = self.columns(prompts, *answered, previous, fault == "none")
         with trainer.rounded(now):
             rounded, again = trainer.score(prompts, answered[0]), trainer.shaken(prompts, answered[0])
-        p = [value * 1e-6 for value in columns["p"]]
-        return {**columns, "r": differences(rounded, p), "c": differences(again, p)}, floor
+        held = trainer.score(prompts, answered[0])
+        return {**columns, "r": differences(rounded, held), "c": differences(again, held)}, floor
 
     def columns(
         self, prompts: Tokens, tokens: Tokens, logprobs: list[float], previous: Any, all_noises: bool
     ) -> dict[str, list[int]]:
         trainer = self.trainer
-        held = [round(value, 6) for value in trainer.score(prompts, tokens)]
+        held = trainer.score(prompts, tokens)
         others = {"e": logprobs, "s": trainer.shaken(prompts, tokens)}
-        if all_noises:
+        if all_noises and not self.quick:
             others.update(a=trainer.again(prompts, tokens), f=trainer.exact(prompts, tokens))
         with trainer.scaled(0.0):
             others["b"] = trainer.score(prompts, tokens)
@@ -398,17 +430,17 @@ class Recorder:
             others["d"] = trainer.score(prompts, tokens)
         with trainer.holding(previous):
             others["q"] = trainer.score(prompts, tokens)
-        return {"p": [round(1e6 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
+        return {"p": [1000 * round(1e3 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
 
     def floor(self, prompts: Tokens, all_noises: bool = False) -> dict[str, list[int]]:
         """The engine without the adapter, and the trainer without it: ``p`` is the plain base here."""
         tokens, logprobs = self.engine.ask(prompts, None)
         with self.trainer.scaled(0.0):
-            held = [round(value, 6) for value in self.trainer.score(prompts, tokens)]
+            held = self.trainer.score(prompts, tokens)
             others = {"e": logprobs, "s": self.trainer.shaken(prompts, tokens)}
-            if all_noises:
+            if all_noises and not self.quick:
                 others.update(a=self.trainer.again(prompts, tokens), f=self.trainer.exact(prompts, tokens))
-        return {"p": [round(1e6 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
+        return {"p": [1000 * round(1e3 * x) for x in held], **{n: differences(v, held) for n, v in others.items()}}
 
 
 def differences(values: list[float], held: list[float]) -> list[Any]:
@@ -416,7 +448,7 @@ def differences(values: list[float], held: list[float]) -> list[Any]:
     found: list[Any] = []
     for value, reference in zip(values, held):
         difference = 1e6 * (value - reference)
-        found.append(int(float(f"{difference:.4g}")) if abs(difference) < 1e12 else str(difference))
+        found.append(int(float(f"{difference:.3g}")) if abs(difference) < 1e12 else str(difference))
     return found
 
 
@@ -505,14 +537,16 @@ def main() -> None:
     parser.add_argument("--clean", type=int, default=128, help="prompts without a fault")
     parser.add_argument("--faulty", type=int, default=32, help="prompts of each fault")
     parser.add_argument("--only", nargs="*", help="policies")
+    parser.add_argument("--faults", nargs="*", default=FAULTS)
+    parser.add_argument("--quick", action="store_true", help="without the columns a and f, bf16 by float32 kernels")
     arguments = parser.parse_args()
     folder = model_folder(arguments.case, arguments.folder, arguments.smollm2)
     experts = "moe" in arguments.case
     engine = Engine(folder, layers=not experts)
-    trainer = Trainer(folder, ATTENTION if experts else DENSE)
+    trainer = Trainer(folder, ATTENTION if experts else DENSE, arguments.quick)
     prompts = prompts_of(engine.llm.get_tokenizer(), max(arguments.clean, arguments.faulty),
                          arguments.case == "smollm2")  # fmt: skip
-    recorder = Recorder(trainer, engine, prompts, arguments.clean, arguments.faulty)
+    recorder = Recorder(trainer, engine, prompts, arguments.clean, arguments.faulty, arguments.quick)
     start = trainer.state()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, how in POLICIES[arguments.case].items():
@@ -520,7 +554,8 @@ def main() -> None:
             continue
         trainer.load(start)
         previous = trainer.learn(prompts, **how) if "steps" in how else seeded(trainer, **how)
-        faults = FAULTS[:-1] if arguments.case == "smollm2" else FAULTS  # short prompts are not cached
+        short = arguments.case == "smollm2"  # its prompts are shorter than a block of the cache
+        faults = tuple(fault for fault in arguments.faults if not (short and fault == "stale-cache"))
         runs = {} if experts else recorder.policy(f"{arguments.case} {name}", previous, faults)
         if experts or (name in TRAINED and arguments.case == "qwen2"):
             fused = recorder.policy(f"{arguments.case} {name}", previous, FUSED_FAULTS, fused=True)

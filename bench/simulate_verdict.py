@@ -37,6 +37,7 @@ from swift_lora_fix.proof.hypotheses import CENSOR, DEGREES, LEVERAGE
 HERE = Path(__file__).parent
 PROBE, FLOOR_PROMPTS, CHUNK = 4, 8, 5000
 CAUSES = {"b": "not-applied", "d": "double-count", "q": "stale"}
+EFFECTS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # nats in noise floors of the plain base
 Array = Any
 
 
@@ -346,6 +347,7 @@ def main() -> None:
     parser.add_argument("--recorded", type=Path, default=HERE / "recorded_gaps")
     parser.add_argument("--examinations", type=int, default=300_000, help="of sound engines, of each kind of noise")
     parser.add_argument("--faults", type=int, default=3000, help="examinations of each fault")
+    parser.add_argument("--power", type=int, default=100, help="examinations of each point of the chart")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--chart", type=Path)
@@ -358,7 +360,8 @@ def main() -> None:
     results: dict[str, Any] = {"alarms": [], "faults": [], "power": []}
     sound = [run for run in runs if run.fault == "none"]
     for kind in ("recorded", "wild", "flips"):
-        each = max(1, arguments.examinations // len(sound))
+        # flips make a tenth of the examinations long ones
+        each = max(1, arguments.examinations // len(sound) // (20 if kind == "flips" else 1))
         total, alarms = 0, 0
         for run in sound:
             start = time.time()
@@ -388,10 +391,13 @@ def main() -> None:
     for run in sound:
         noise = float(np.abs(run.floor["e"] - run.floor["p"]).mean())
         for told in (True, False):
-            for floors in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8):
-                count = max(200, arguments.faults // 6)
-                found = simulation.power(with_effect(run, "d", floors * noise, told), count)
-                results["power"].append({"run": run.name, "told": told, "floors": floors, "count": count, **found})
+            for floors in EFFECTS:
+                found = simulation.power(with_effect(run, "d", floors * noise, told), arguments.power)
+                results["power"].append(
+                    {"run": run.name, "told": told, "floors": floors, "count": arguments.power, **found}
+                )
+                if found["found"] == found["old"] == arguments.power:
+                    break
     for run in sound:
         for told, words in ((True, "double count"), (False, "unknown fault")):
             rows = [row for row in results["power"] if row["run"] == run.name and row["told"] == told]

@@ -6,9 +6,11 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from swift_lora_fix.proof.verdict import BUDGET, KEPT, RESET, Evidence, Floor, judge, judge_floor
+from bench import simulate_verdict as simulate
+from swift_lora_fix.proof.verdict import BUDGET, KEPT, RESET, Evidence, Floor, Verdict, judge, judge_floor
 
 TOKENS = 64
 
@@ -113,3 +115,125 @@ def test_lengths_must_agree() -> None:
         replace(probe(1), base=(0.0,))
     with pytest.raises(ValueError, match="begins"):
         judge([probe(1, asked=KEPT)], plain())
+
+
+# --- gaps recorded from real engines: bench/record_gaps.py
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[tuple[str, str], simulate.Run]:
+    return {(run.name, run.fault): run for run in simulate.load()}
+
+
+def examined(run: simulate.Run, probes: int = 2, start: int = 0) -> Verdict:
+    """The first prompts of the recording, 4 a probe, as often as the verdict asks for more."""
+    floor = simulate.floor_of(run, range(8))
+    asked: list[Evidence] = []
+    for number in range(probes):
+        first = (start + 4 * number) % run.prompts
+        asked.append(simulate.evidence(run, [(first + i) % run.prompts for i in range(4)]))
+        verdict = judge(asked, floor)
+        if not verdict.is_unsure:
+            break
+    return verdict
+
+
+POLICIES = {
+    "qwen2 tiny", "qwen2 small", "qwen2 large", "qwen2 large fused", "qwen2 confident", "qwen2 confident fused",
+    "qwen2_moe small fused", "qwen2_moe large fused", "qwen2_moe confident fused", "smollm2 small", "smollm2 confident",
+}  # fmt: skip
+
+
+def test_what_is_recorded(recorded: dict[tuple[str, str], simulate.Run]) -> None:
+    assert {name for name, _ in recorded} == POLICIES
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_sound_engines_agree_on_every_recorded_prompt(
+    recorded: dict[tuple[str, str], simulate.Run], policy: str
+) -> None:
+    run = recorded[policy, "none"]
+    assert judge_floor(simulate.floor_of(run, range(run.floor["p"].shape[0])))[0] == "agrees"
+    for start in range(0, run.prompts, 4):
+        verdict = examined(run, BUDGET, start)
+        assert verdict.agrees and verdict.is_distinguishable, (start, str(verdict))
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("fault", ["double-count", "not-applied", "stale"])
+def test_recorded_faults_that_the_trainer_can_compute_are_named(
+    recorded: dict[tuple[str, str], simulate.Run], policy: str, fault: str
+) -> None:
+    verdict = examined(recorded[policy, fault], BUDGET)
+    assert verdict.disagrees and verdict.cause == fault, str(verdict)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("fault", ["module-doubled", "scaling-1.5", "another-model", "stale-cache"])
+def test_other_recorded_faults_are_found_where_they_move_the_mean_by_three_floors(
+    recorded: dict[tuple[str, str], simulate.Run], policy: str, fault: str
+) -> None:
+    run = recorded.get((policy, fault))
+    if run is None:
+        pytest.skip("not recorded")
+    moved = run.mean("e") - recorded[policy, "none"].mean("e")
+    verdict = examined(run, BUDGET)
+    if moved > 3 * np.abs(recorded[policy, "none"].floor["e"] - recorded[policy, "none"].floor["p"]).mean():
+        assert verdict.disagrees and verdict.cause in ("unknown", "double-count", "stale"), str(verdict)
+
+
+def test_a_cache_that_was_not_reset_is_named(recorded: dict[tuple[str, str], simulate.Run]) -> None:
+    stale, sound = recorded["qwen2 large", "stale-cache"], recorded["qwen2 large", "none"]
+    floor = simulate.floor_of(sound, range(8))
+    asked = [simulate.evidence(stale, range(4)), simulate.evidence(sound, range(4, 8))]
+    assert judge(asked, floor).ask == KEPT
+    asked.append(simulate.evidence(stale, range(4), asked=KEPT))
+    assert judge(asked, floor).ask == RESET
+    verdict = judge([*asked, simulate.evidence(sound, range(4), asked=RESET)], floor)
+    assert verdict.disagrees and verdict.cause == "stale-cache"
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_one_bit_of_the_base_is_below_what_logprobs_show(
+    recorded: dict[tuple[str, str], simulate.Run], policy: str
+) -> None:
+    run = recorded.get((policy, "base-ulp"))
+    if run is None:
+        pytest.skip("not recorded")
+    assert examined(run, BUDGET).agrees and judge_floor(simulate.floor_of(run, range(run.prompts)))[0] == "agrees"
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("fault", ["another-model", "base-bent"])
+def test_a_fault_that_the_floor_and_the_match_share_is_found_in_the_floor(
+    recorded: dict[tuple[str, str], simulate.Run], policy: str, fault: str
+) -> None:
+    run, sound = recorded.get((policy, fault)), recorded[policy, "none"]
+    if run is None:
+        pytest.skip("not recorded")
+    outcome, ratio = judge_floor(simulate.floor_of(run, range(run.prompts)))
+    if ratio > 3 * judge_floor(simulate.floor_of(sound, range(sound.prompts)))[1]:
+        assert outcome == "disagrees"
+
+
+def test_a_token_as_wild_as_the_one_that_stopped_a_sound_run_stops_nothing(
+    recorded: dict[tuple[str, str], simulate.Run],
+) -> None:
+    run = recorded["qwen2 confident", "none"]
+    wild = np.zeros((4, 16))
+    wild[2, 5] = 2.57
+    floor = simulate.floor_of(run, range(8))
+    verdict = judge([simulate.evidence(run, range(4), wild)], floor)
+    assert verdict.agrees and verdict.distance.max > 2.5 and "slope 1.0" in str(verdict)
+
+
+@pytest.mark.parametrize("kind", ["recorded", "wild", "flips"])
+def test_no_false_alarm_in_a_small_simulation(recorded: dict[tuple[str, str], simulate.Run], kind: str) -> None:
+    simulation = simulate.Simulation(seed=3)
+    for policy in sorted(POLICIES):
+        found = simulation.alarms(recorded[policy, "none"], kind, 40 if kind == "flips" else 400)
+        assert found["alarms"] == 0, (policy, found)
+
+
+def test_the_simulations_arithmetic_is_the_packages(recorded: dict[tuple[str, str], simulate.Run]) -> None:
+    simulate.check(list(recorded.values())[::7], simulate.Simulation(seed=5), 8)
