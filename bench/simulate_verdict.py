@@ -116,29 +116,47 @@ def noise_of(again: Array) -> Array:
     return np.sqrt((DEGREES * scale**2 + again**2) / (DEGREES + 1))
 
 
-def slope_of(
-    gaps: Array, ways: Array, scales: Array, degrees: float, prompts: int
-) -> tuple[Array, Array, Array]:
+def _cap(ways: Array, scales: Array) -> Array:
     sizes = np.sort(np.abs(ways) / scales, axis=1)
-    cap = LEVERAGE * sizes[:, sizes.shape[1] // 2][:, None]
+    return LEVERAGE * sizes[:, sizes.shape[1] // 2][:, None]
+
+
+def meant(ways: Array, again: Array, scales: Array) -> Array:
+    cap = _cap(ways, scales)
+    first, second = np.clip(ways / scales, -cap, cap), np.clip(again / scales, -cap, cap)
     with np.errstate(all="ignore"):
-        pulls = np.where(ways != 0, ways / scales**2 * np.minimum(1.0, cap * scales / np.abs(ways)), 0.0)
-        ratios = np.where(ways != 0, gaps / ways, np.inf)
-        order = np.argsort(ratios, axis=1)
-        weights = np.take_along_axis(pulls * ways, order, 1)
-        passed = np.cumsum(weights, 1) >= weights.sum(1, keepdims=True) / 2
-        slope = np.take_along_axis(np.take_along_axis(ratios, order, 1), passed.argmax(1)[:, None], 1)
-        for _ in range(60):
-            trust = (degrees + 1) / (degrees + ((gaps - slope * ways) / scales) ** 2)
-            bread = (trust * pulls * ways).sum(1, keepdims=True)
-            before, slope = slope, (trust * pulls * gaps).sum(1, keepdims=True) / bread
-            if np.nanmax(np.abs(slope - before)) < 1e-7:
-                break
-        trust = (degrees + 1) / (degrees + ((gaps - slope * ways) / scales) ** 2)
-        meat = ((trust * pulls * (gaps - slope * ways)) ** 2).sum(1)
-        n = gaps.shape[1]
-        alone = _each(trust * pulls * gaps, prompts).sum(2) / _each(trust * pulls * ways, prompts).sum(2)
-        return slope[:, 0], np.sqrt(meat * n / (n - 1)) / bread[:, 0], alone
+        common = np.nan_to_num((first * second).sum(1) / (first**2).sum(1))
+    return np.clip(2 * common - 1, 0, 1)
+
+
+def slope_of(
+    gaps: Array, ways: Array, again: Array, scales: Array, degrees: float, prompts: int
+) -> tuple[Array, Array, Array]:
+    cap, n = _cap(again, scales), gaps.shape[1]
+    best = np.full(len(gaps), np.inf)
+    found = [np.full(len(gaps), np.nan), np.full(len(gaps), np.nan), np.full((len(gaps), prompts), np.nan)]
+    with np.errstate(all="ignore"):
+        pulls = np.where(again != 0, again / scales**2 * np.minimum(1.0, cap * scales / np.abs(again)), 0.0)
+        for start in (0.0, 1.0):
+            slope, going = np.full((len(gaps), 1), start), np.ones((len(gaps), 1), bool)
+            for _ in range(60):
+                trust = (degrees + 1) / (degrees + ((gaps - slope * ways) / scales) ** 2)
+                tops, bottoms = trust * pulls * gaps, trust * pulls * ways
+                bread = bottoms.sum(1, keepdims=True)
+                going &= bread > 0
+                after = np.where(going, tops.sum(1, keepdims=True) / bread, slope)
+                moved, slope = np.abs(after - slope).max(), after
+                if moved < 1e-6:
+                    break
+            misfit = ((degrees + 1) / 2 * np.log1p(((gaps - slope * ways) / scales) ** 2 / degrees)).sum(1)
+            better = (misfit < best) & (bread[:, 0] > 0) & (cap[:, 0] > 0)
+            best = np.where(better, misfit, best)
+            error = np.sqrt(((tops - slope * bottoms) ** 2).sum(1) * n / (n - 1)) / bread[:, 0]
+            under = _each(bottoms, prompts).sum(2)
+            alone = np.where(under > 0, _each(tops, prompts).sum(2) / under, np.nan)
+            for target, values in zip(found, (slope[:, 0], error, alone)):
+                target[better] = values[better]
+    return found[0], found[1], found[2]
 
 
 def _each(values: Array, prompts: int) -> Array:
@@ -172,9 +190,11 @@ def looks(c: dict[str, Array], engine: Array, probe_tokens: int, prompts: int) -
         widening = np.log(wider / scales)
         weights = clip(log(gaps / scales / factor) - log(left / wider / factor) + widening)
         weight = weights.sum(1)
-        reach = clip(-log(ways / wider / factor) + widening).mean(1) * probe_tokens * v.BUDGET
+        again = c[key] - c["s"]
+        share = np.sqrt(meant(ways, again, scales))[:, None]
+        reach = clip(-log(share * ways / wider / factor)).mean(1) * probe_tokens * v.BUDGET
         widths = np.maximum(here, 1e-9)[:, None] * scales
-        slope, slope_error, slopes = slope_of(gaps, ways, widths, degrees, prompts)
+        slope, slope_error, slopes = slope_of(gaps, ways, again, widths, degrees, prompts)
         found.update({f"{cause} weight": weight, f"{cause} slope": slope, f"{cause} error": slope_error,
                       f"{cause} reach": reach})  # fmt: skip
         told = reach >= v.DECISIVE

@@ -8,8 +8,14 @@ by itself when the trainer computes it once more count for less.
 
 The weight of a hypothesis is Huber's censored likelihood ratio (A robust version of the probability ratio test, Annals
 of Mathematical Statistics 36, 1965): the log likelihood ratio of each token, cut at +-``CENSOR``. It is the minimax
-test where any share of the tokens may come from elsewhere. Nothing here needs torch or numpy: a probe has some tens of
-tokens.
+test where any share of the tokens may come from elsewhere.
+
+The slope of (engine - policy) on (hypothesis - policy) has the policy's own rounding on both sides, which bends it from
+0 towards 1 wherever the adapter's effect is of the size of the noise (0.44 of the way to the policy before, on a sound
+SmolLM2). So the way is taken once more from the shaken policy, whose rounding is its own: an instrument (Durbin, Errors
+in variables, 1954). What both ways have in common is also what of a hypothesis is more than noise.
+
+Nothing here needs torch or numpy: a probe has some tens of tokens.
 """
 
 from __future__ import annotations
@@ -87,60 +93,85 @@ def weigh(
     gaps: Sequence[float],
     scales: Sequence[float],
     ways: Sequence[float],
+    again: Sequence[float],
     extra: Sequence[float],
     spans: Sequence[slice],
 ) -> Estimate:
-    """gaps: engine - this policy. ways: hypothesis - this policy. scales: of the noise. extra: by how much the
-    hypothesis itself may be off. All in nats, one a token. spans: the tokens of each prompt."""
+    """gaps: engine - this policy. ways: hypothesis - this policy. again: hypothesis - the shaken policy. scales: of the
+    noise. extra: by how much the hypothesis itself may be off. All in nats, one a token. spans: of each prompt."""
     degrees = DEGREES + 1
     wider = [math.sqrt(scale**2 + more**2) for scale, more in zip(scales, extra)]
     left = [gap - way for gap, way in zip(gaps, ways)]
     here, there = noise.fit(gaps, scales).ratio, noise.fit(left, wider).ratio
     # as wide as the better of the two needs it: with too narrow a noise every wild token would be certain
     factor = max(1.0, min(here, there))
+    share = math.sqrt(meant(ways, again, scales))
     parts, gain = [], 0.0
     for gap, rest, way, scale, wide in zip(gaps, left, ways, scales, wider):
         scale, wide = factor * scale, factor * wide
         parts.append(_cut(_log(gap / scale, degrees) - _log(rest / wide, degrees) + math.log(wide / scale)))
-        gain += _cut(-_log(way / wide, degrees) + math.log(wide / scale))
-    slope, error, slopes = slope_of(gaps, ways, [max(here, 1e-9) * scale for scale in scales], degrees, spans)
+        gain += _cut(-_log(share * way / wide, degrees))
+    slope, error, slopes = slope_of(gaps, ways, again, [max(here, 1e-9) * scale for scale in scales], degrees, spans)
     weights = tuple(sum(parts[span]) for span in spans)
     mean = sum(map(abs, left)) / len(left)
     return Estimate(sum(parts), slope, error, mean, there, gain / len(gaps), weights, slopes)
 
 
-def slope_of(
-    gaps: Sequence[float], ways: Sequence[float], scales: Sequence[float], degrees: float, spans: Sequence[slice]
-) -> tuple[float, float, tuple[float, ...]]:
-    """Robust slope of gaps on ways through the origin, its sandwich standard error (Huber 1967, the tokens as if
-    independent), and the slope of each prompt alone with the same weights; NaN where all ways are 0.
+def meant(ways: Sequence[float], again: Sequence[float], scales: Sequence[float]) -> float:
+    """The share, 0 to 1, of the ways' squares that is no rounding of either end."""
+    cap = _cap(ways, scales)
+    first = [max(-cap, min(cap, way / scale)) for way, scale in zip(ways, scales)]
+    second = [max(-cap, min(cap, way / scale)) for way, scale in zip(again, scales)]
+    whole = sum(a * a for a in first)
+    common = sum(a * b for a, b in zip(first, second)) / whole if whole else 0.0
+    return min(1.0, max(0.0, 2 * common - 1))  # what is not common is one end's rounding; the other end has as much
 
-    An M-estimate with Student's weights in the gaps, which start from the weighted median of gap / way, and Mallows'
-    weights in the ways."""
+
+def _cap(ways: Sequence[float], scales: Sequence[float]) -> float:
     sizes = sorted(abs(way) / scale for way, scale in zip(ways, scales))
-    cap = LEVERAGE * sizes[len(sizes) // 2]
+    return LEVERAGE * sizes[len(sizes) // 2]
+
+
+def slope_of(
+    gaps: Sequence[float],
+    ways: Sequence[float],
+    again: Sequence[float],
+    scales: Sequence[float],
+    degrees: float,
+    spans: Sequence[slice],
+) -> tuple[float, float, tuple[float, ...]]:
+    """Robust slope of gaps on ways through the origin, with ``again`` for instrument; its sandwich standard error, the
+    tokens as if independent; and the slope of each prompt alone with the same weights. NaN where there is no way.
+
+    An M-estimate with Student's weights in the gaps, from 0 and from 1 on (the better fit counts), and Mallows'
+    weights in the ways."""
+    none = (math.nan, math.nan, (math.nan,) * len(spans))
+    cap = _cap(again, scales)
     if cap <= 0:
-        return math.nan, math.nan, (math.nan,) * len(spans)
-    pulls = [way / scale**2 * min(1.0, cap * scale / abs(way)) if way else 0.0 for way, scale in zip(ways, scales)]
-    ratios = sorted((gap / way, pull * way) for gap, way, pull in zip(gaps, ways, pulls) if way)
-    half, passed, slope = sum(weight for _, weight in ratios) / 2, 0.0, 0.0
-    for slope, weight in ratios:  # noqa: B007  the weighted median
-        passed += weight
-        if passed >= half:
-            break
-    tops: list[float] = []
-    bottoms: list[float] = []
-    for _ in range(ROUNDS):
-        before = slope
-        trusts = [(degrees + 1) / (degrees + ((g - slope * w) / s) ** 2) for g, w, s in zip(gaps, ways, scales)]
-        tops = [trust * pull * gap for trust, pull, gap in zip(trusts, pulls, gaps)]
-        bottoms = [trust * pull * way for trust, pull, way in zip(trusts, pulls, ways)]
-        slope = sum(tops) / sum(bottoms)
-        if abs(slope - before) < 1e-7:
-            break
-    meat = sum((top - slope * bottom) ** 2 for top, bottom in zip(tops, bottoms))
-    alone = tuple(sum(tops[span]) / (sum(bottoms[span]) or math.nan) for span in spans)
-    return slope, math.sqrt(meat * len(gaps) / max(1, len(gaps) - 1)) / sum(bottoms), alone
+        return none
+    pulls = [way / scale**2 * min(1.0, cap * scale / abs(way)) if way else 0.0 for way, scale in zip(again, scales)]
+    best: tuple[float, tuple[float, float, tuple[float, ...]]] = (math.inf, none)
+    for slope in (0.0, 1.0):
+        tops, bottoms = [0.0], [0.0]
+        for _ in range(ROUNDS):
+            before = slope
+            trusts = [(degrees + 1) / (degrees + ((g - slope * w) / s) ** 2) for g, w, s in zip(gaps, ways, scales)]
+            tops = [trust * pull * gap for trust, pull, gap in zip(trusts, pulls, gaps)]
+            bottoms = [trust * pull * way for trust, pull, way in zip(trusts, pulls, ways)]
+            if sum(bottoms) <= 0:
+                break
+            slope = sum(tops) / sum(bottoms)
+            if abs(slope - before) < 1e-6:
+                break
+        if sum(bottoms) <= 0:
+            continue
+        misfit = -sum(_log((gap - slope * way) / scale, degrees) for gap, way, scale in zip(gaps, ways, scales))
+        if misfit < best[0]:
+            meat = sum((top - slope * bottom) ** 2 for top, bottom in zip(tops, bottoms))
+            error = math.sqrt(meat * len(gaps) / max(1, len(gaps) - 1)) / sum(bottoms)
+            sums = [(sum(tops[span]), sum(bottoms[span])) for span in spans]
+            best = misfit, (slope, error, tuple(top / bottom if bottom > 0 else math.nan for top, bottom in sums))
+    return best[1]
 
 
 def _log(value: float, degrees: float) -> float:

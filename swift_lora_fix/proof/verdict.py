@@ -157,8 +157,9 @@ class Hypothesis:
 class Verdict:
     """One examination, of all its probes with different prompts together.
 
-    outcome: ``agrees``, ``disagrees`` or ``unsure``. cause: with ``disagrees`` a key of ``findings.CAUSES``; with
-    ``unsure`` what is suspected, or "". ask: what to ask next (OTHER, KEPT, RESET), "" where nothing would help.
+    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with nothing to ask: it stays open, worth a warning and no more).
+    cause: with ``disagrees`` a key of ``findings.CAUSES``; with ``unsure`` what is suspected, or "".
+    ask: what to ask next (OTHER, KEPT, RESET), "" where nothing would help.
     distance: to this policy (fused: as rounded). floor: of the plain base. control_base, control_double: mean |logprob
     difference| in nats to what the trainer says without and with twice the adapter. rounding: in fused mode, by how
     much (the same mean) the one rounding of the merged weights moves what the trainer says; 0 otherwise.
@@ -231,6 +232,8 @@ class Verdict:
     def _said(self) -> str:
         if self.agrees:
             return f"the engine serves this policy{self.reservation}"
+        if self.cause.endswith("not-finite"):
+            return f"the {self.cause.split('-')[0]}'s logprobs are not finite [{self.cause}]"
         if self.disagrees:
             served = {**NAMES, "stale-cache": "cached keys and values of an earlier policy"}
             return f"the engine serves {served.get(self.cause, 'something else than this policy')} [{self.cause}]"
@@ -249,12 +252,15 @@ class Verdict:
 
 
 def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
-    """The verdict of one examination so far. Ask and call again while ``is_unsure``, at most until ``BUDGET`` probes of
-    other prompts are asked; a disagreement is only said of what a second probe repeats.
+    """The verdict of one examination so far. Ask what ``ask`` says, append it and call again while ``is_unsure``, which
+    ends by itself: after ``BUDGET`` probes of other prompts and one each of KEPT and RESET. A disagreement is only said
+    of what a second probe repeats, or a reset of the caches mends; logprobs that are not finite need no repetition.
+    Raises ValueError where the first probe is not one of OTHER prompts.
 
     Args:
         evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
-        floor: of this engine's plain base; see ``judge_floor``, which says whether it may be used.
+        floor: of this engine's plain base; ask ``judge_floor`` first whether it is sound. It only sets by what factor,
+            0.5 to ``FLOOR_ALLOWED``, this engine's noise differs from the trainer's own.
     """
     if not evidence or evidence[0].asked != OTHER:
         raise ValueError("an examination begins with a probe of its own prompts")
@@ -307,12 +313,13 @@ class _Look:
         for cause in evidence[0].alternatives:
             if not all(cause in one.alternatives for one in evidence):
                 continue
-            ways, extra = [], []
+            ways, again, extra = [], [], []
             for one in evidence:
                 ways += [h - p for h, p in zip(one.alternatives[cause], one.policy)]
+                again += [h - s for h, s in zip(one.alternatives[cause], one.shaken)]
                 unrounded = one.exact if one.exact is not None and cause != "not-applied" else one.policy
                 extra += [x - p for x, p in zip(unrounded, one.policy)]
-            self.estimates[cause] = weigh(noise, gaps, scales, ways, extra, self.spans)
+            self.estimates[cause] = weigh(noise, gaps, scales, ways, again, extra, self.spans)
 
     def reach(self, cause: str) -> float:
         return self.estimates[cause].gain * self.probe_tokens * BUDGET
