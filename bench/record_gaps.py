@@ -204,7 +204,8 @@ class Trainer:
         for step in range(steps):
             if step == steps - 3:
                 before = self.state()
-            ids = torch.tensor([text[:48] for text in texts[step % 4 :: 4][:4]])
+            batch = texts[step % 4 :: 4][:4]
+            ids = torch.tensor([text[: min(48, *map(len, batch))] for text in batch])
             with torch.autocast("cpu", torch.bfloat16), self.products():
                 loss = self.model(input_ids=ids, labels=ids).loss
             optimizer.zero_grad()
