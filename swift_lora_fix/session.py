@@ -35,7 +35,7 @@ from .policy import merging, origin
 from .proof import audit
 from .proof.causes import Finding
 from .proof.gate import Asked, Gate
-from .proof.verdict import Verdict
+from .proof.verdict import FloorRule
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
 from .trainer import RolloutPort, TrainerPort
@@ -79,7 +79,7 @@ class Examination:
     """What was found of the last sync. rounding: what the one rounding of the fused mode costs, None where that was not
     looked at. Times in seconds, of the adapter's audit, the base's, and the gate."""
 
-    verdict: Verdict | None = None
+    verdict: FloorRule | None = None
     rounding: audit.Rounding | None = None
     audit_seconds: float = 0.0
     base_audit_seconds: float = 0.0

@@ -1,7 +1,9 @@
-"""Does the engine serve what the trainer holds? Asked at run time, before rollouts: audits of bits, a gate on logprobs.
+"""Does the engine serve what the trainer holds? It asks and judges; it changes nothing.
 
-audit.py     what lies in the engine's memory against what was staged from the trainer, by checksum
-gate.py      what the engine answers against what the trainer computes, in logprobs
-findings.py  what is wrong, in words: cause, evidence, what to do
-guard.py     when which of them runs, and what follows: raise, repair or warn
+audit.py       what lies in the engine's memory against what was staged from the trainer, by checksum
+probe.py       fixed prompts that the engine answers and the trainer scores
+gate.py        when each is asked, and what a disagreement is called; judged by ``FloorRule`` of verdict.py so far
+verdict.py     which policy the answers are of, from numbers alone: agrees, disagrees and why, or what to ask next
+hypotheses.py  the robust arithmetic of that
+causes.py      what is wrong, in words: cause, evidence, what to do
 """

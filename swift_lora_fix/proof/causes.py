@@ -49,6 +49,16 @@ CAUSES = {
     "not-finite": Cause(
         "the engine holds NaN or infinity in the adapter", "Something wrote to the engine's memory after the sync."
     ),
+    "engine-not-finite": Cause(
+        "the engine answers with NaN or infinite logprobs",
+        "A kernel or a weight of the engine is broken, while the trainer's logprobs of the same tokens are finite. Try "
+        "another attention or LoRA kernel of vLLM, or another release of it.",
+    ),
+    "trainer-not-finite": Cause(
+        "the trainer computes NaN or infinite logprobs",
+        "The policy itself is broken: look at the loss and the gradients of the steps before. Start from an earlier "
+        "checkpoint.",
+    ),
     "slots-changed": Cause(
         "the engine's LoRA slots hold other values than were written",
         "Something wrote to the engine's memory after the sync.",

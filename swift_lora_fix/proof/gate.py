@@ -23,7 +23,7 @@ from ..policy.adapter import Adapter
 from ..trainer import Answer, RolloutPort, TrainerPort
 from . import probe
 from .causes import Finding
-from .verdict import FLOOR_CEILING, Distance, Verdict
+from .verdict import FLOOR_CEILING, Distance, FloorRule
 
 GATE = "agreement gate"
 
@@ -71,14 +71,14 @@ class Gate:
         self._forget_answers()
         return asked
 
-    def judge(self, asked: Asked, rollout: RolloutPort | None = None) -> tuple[Verdict, Finding | None]:
+    def judge(self, asked: Asked, rollout: RolloutPort | None = None) -> tuple[FloorRule, Finding | None]:
         """Score what was asked. With a ``rollout`` whatever disagrees is asked again with other prompts, which tells a
         stale cache from a wrong policy. All ranks come here together and stay together: what one of them has to
         confirm, all do."""
         with probe.same_random_state(self.trainer.device):
             return self._judge(asked, rollout)
 
-    def _judge(self, asked: Asked, rollout: RolloutPort | None) -> tuple[Verdict, Finding | None]:
+    def _judge(self, asked: Asked, rollout: RolloutPort | None) -> tuple[FloorRule, Finding | None]:
         if self.floor is None and asked.plain is not None:
             scores = probe.score(self.trainer, asked.plain, self.serving.trainer_without_adapter())
             self.floor = probe.gap_of(*probe.worst(asked.plain, scores, self.serving.copies))
@@ -99,7 +99,7 @@ class Gate:
         return verdict, Finding(self._cause(verdict, other, answers, previous), GATE, str(verdict))
 
     def _cause(
-        self, verdict: Verdict, other: Verdict, answers: Sequence[Answer], previous: Sequence[Answer] | None
+        self, verdict: FloorRule, other: FloorRule, answers: Sequence[Answer], previous: Sequence[Answer] | None
     ) -> str:
         if other.agrees:
             return "stale-cache"
@@ -122,7 +122,7 @@ class Gate:
         if reset is not None:
             reset()
 
-    def _compare(self, answers: Sequence[Answer]) -> tuple[Verdict, list[Answer]]:
+    def _compare(self, answers: Sequence[Answer]) -> tuple[FloorRule, list[Answer]]:
         assert self.floor is not None
         found, held = probe.worst(answers, probe.score(self.trainer, answers), self.serving.copies)
         base = probe.score(self.trainer, found, self.serving.trainer_without_adapter())
@@ -131,7 +131,7 @@ class Gate:
         if self.serving.rounds:
             rounding = probe.mean_difference(held, probe.score(self.trainer, found, self.serving.trainer_as_rounded()))
         controls = [probe.gap_of(found, scores).mean for scores in (base, double)]
-        return Verdict(probe.gap_of(found, held), self.floor, controls[0], controls[1], rounding), found
+        return FloorRule(probe.gap_of(found, held), self.floor, controls[0], controls[1], rounding), found
 
 
 def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float) -> bool:

@@ -1,21 +1,51 @@
-"""What the agreement gate found, as numbers, and the bounds that it is judged by. The one place of both.
+"""Which policy does the engine serve? The statistics of a proof, without torch: numbers in, a verdict out.
 
-No torch here: the command line's reports read the same bounds.
+One examination is one or more probes. Of each token of a probe there are the engine's logprob and what the trainer says
+of the same token: with this policy, with the plain base, with twice the adapter, with the policy before it where it is
+known. These are the hypotheses (``hypotheses.py`` weighs them). And the trainer says it once more with each layer's
+output shaken by a rounding step of the dtype it computes in: what numerics alone may change. No fault of the engine can
+raise that, it grows with the adapter as the engine's own rounding does, and it is largest at the tokens where a sound
+engine is furthest off (a confident adapter; an expert router at the edge).
+
+How it is decided, all numbers as recorded in bench/recorded_gaps and shown by bench/simulate_verdict.py:
+
+- fit: the engine may be ``ALLOWED`` times as far from this policy as the noise explains. The scale is that of a Student
+  distribution, which outliers do not move.
+- hypotheses: Huber's censored likelihood ratio, token by token no more than 1 nat for or against: a few wild tokens
+  decide nothing. ``DECISIVE`` nats decide.
+- slope: where the engine stands on the way from this policy to another. Parts of a fault (a module counted twice,
+  another scaling) move it where they do not move the fit.
+- floor: the plain base, on both sides, must be explained by the trainer's own noise on the plain base.
+- repetition: a disagreement counts when there is a second probe, of other prompts, and ``SHARE`` of all prompts show
+  it, each by itself. Tokens of one prompt depend on each other: an expert router that flips moves all that follow.
+
+Prompts of a kind of their own (beyond a kernel's tile, with images) belong in an examination of their own: a fault that
+only they show is a minority among others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-# A match may stand this many noise floors off, in the mean. Measured on real runs: a trained LoRA makes logits, and
-# bf16's steps with them, larger than the plain base's, up to 1.9 floors; a double count stood at 20 to 300.
+from .hypotheses import Estimate, Noise, weigh
+
+# Until tools/report and the gate are on the new verdict: the old rule's bound and its smallest noise.
 FLOORS = 4.0
-# Nats. Floors of right engines so far: 0.005 to 0.06. Above this the engine computes something else from the base,
-# which no check of its bits shows: its kernels expect the weights in another layout.
 FLOOR_CEILING = 0.5
 MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
+
+ALLOWED = 2.0  # times what the noise explains, see the module's text
+DECISIVE = 12.0  # nats of evidence between two hypotheses: odds of 160,000 to 1
+PART = 0.15  # of the way to another hypothesis, which a sound engine's rounding does not go
+SHARE = 2 / 3  # of the prompts must show what is said of them together
+ERRORS = 5.0  # standard errors that a fit or a slope must be beyond its bound
+FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise, between the engine's base and the trainer's
+BUDGET = 6  # probes with other prompts, in one examination, before the question stays open
+
+OTHER, KEPT, RESET = "other prompts", "the first prompts again", "the first prompts again, caches reset"
+NAMES = {"not-applied": "the plain base", "double-count": "twice the adapter", "stale": "the policy before"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +60,378 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The plain base on both sides, logprobs in nats, one a token. engine: without the adapter. base: the trainer's.
+    shaken: the trainer's again, as in ``Evidence``. lengths: tokens of each prompt; empty: all are one prompt's."""
+
+    engine: tuple[float, ...]
+    base: tuple[float, ...]
+    shaken: tuple[float, ...]
+    lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _same_length(self, ("base", "shaken"))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One probe: logprobs in nats of the tokens that the engine chose, one a token. Raises ValueError where the columns
+    differ in length or there is no token.
+
+    engine: its own. policy: the trainer's with this policy; in fused mode with the weights as the engine rounds them.
+    base, double, previous: with the plain base, twice the adapter, the policy before (None: not known). shaken: like
+    ``policy``, each layer's output x made x * (1 + u * step), u at random in [-1, 1], step the rounding step of the
+    coarser of the dtypes that trainer and engine compute in (bf16: 2^-8, fp16: 2^-11), and rounded to its dtype.
+    exact: in fused mode the trainer's with base and adapter apart, unrounded; it tells what the rounding moves, and by
+    how much ``double`` and ``previous`` may be off, which nobody rounds.
+    lengths: tokens of each prompt, in order; empty: all are one prompt's.
+    asked: OTHER for prompts that this examination has not asked yet (the first probe, too); KEPT, RESET for the first
+    probe's prompts again, as they are or with the engine's caches reset.
+    """
+
+    engine: tuple[float, ...]
+    policy: tuple[float, ...]
+    base: tuple[float, ...]
+    double: tuple[float, ...]
+    shaken: tuple[float, ...]
+    previous: tuple[float, ...] | None = None
+    exact: tuple[float, ...] | None = None
+    lengths: tuple[int, ...] = ()
+    asked: str = OTHER
+
+    def __post_init__(self) -> None:
+        _same_length(self, ("policy", "base", "double", "shaken", "previous", "exact"))
+
+    @property
+    def alternatives(self) -> dict[str, tuple[float, ...]]:
+        """By cause: what the trainer says under each fault that it can compute."""
+        found = {"not-applied": self.base, "double-count": self.double}
+        return found if self.previous is None else {**found, "stale": self.previous}
+
+
+def _same_length(record: Floor | Evidence, names: Sequence[str]) -> None:
+    size = len(record.engine)
+    lengths = {name: len(getattr(record, name)) for name in names if getattr(record, name) is not None}
+    if not size or any(length != size for length in lengths.values()):
+        raise ValueError(f"a probe needs as many logprobs of each kind: engine {size}, {lengths}")
+    if record.lengths and (sum(record.lengths) != size or min(record.lengths) < 1):
+        raise ValueError(f"the prompts' lengths {record.lengths} are not those of {size} tokens")
+
+
+def _spans(records: Sequence[Floor | Evidence]) -> list[slice]:
+    """Of each prompt, in all the records' tokens one after the other."""
+    found, start = [], 0
+    for record in records:
+        for length in record.lengths or (len(record.engine),):
+            found.append(slice(start, start + length))
+            start += length
+    return found
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What speaks for another policy than this one. cause: a key of ``causes.CAUSES``. weight: log likelihood ratio
+    for this policy and against it, nats, censored; negative where the engine is closer to the other. slope: where the
+    engine stands on the way, 0 this policy and 1 the other, with its standard error (NaN where both are the same).
+    mean: mean |logprob difference| engine - hypothesis, nats. reach: the weight that an engine that says exactly what
+    this policy says would give in ``BUDGET`` probes."""
+
+    cause: str
+    weight: float
+    slope: float
+    error: float
+    mean: float
+    reach: float
+
+    @property
+    def is_rejected(self) -> bool:
+        return self.weight >= DECISIVE
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether asking more could tell it from this policy."""
+        return self.reach >= DECISIVE
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """One passage through the gate. control_base, control_double: mean |logprob difference| in nats to what the trainer
-    says without the adapter and with twice the adapter. rounding: in fused mode, by how much (the same mean) the one
-    rounding of the merged weights moves what the trainer says; 0 otherwise."""
+    """One examination, of all its probes with different prompts together.
+
+    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with nothing to ask: it stays open, worth a warning and no more).
+    cause: with ``disagrees`` a key of ``causes.CAUSES``; with ``unsure`` what is suspected, or "".
+    ask: what to ask next (OTHER, KEPT, RESET), "" where nothing would help.
+    distance: to this policy (fused: as rounded). floor: of the plain base. control_base, control_double: mean |logprob
+    difference| in nats to what the trainer says without and with twice the adapter. rounding: in fused mode, by how
+    much (the same mean) the one rounding of the merged weights moves what the trainer says; 0 otherwise.
+    noise: mean |difference| in nats that the trainer's own rounding explains with this policy, times what the plain
+    base shows of this engine. ratio, error: the engine's distance in units of that noise, robust, and its relative
+    standard error. hypotheses: of the alternatives. probes: with different prompts.
+    """
+
+    outcome: str
+    cause: str
+    ask: str
+    distance: Distance
+    floor: Distance
+    control_base: float
+    control_double: float
+    rounding: float = 0.0
+    noise: float = math.nan
+    ratio: float = math.nan
+    error: float = math.nan
+    hypotheses: tuple[Hypothesis, ...] = ()
+    probes: int = 1
+    note: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        return self.outcome == "agrees"
+
+    @property
+    def disagrees(self) -> bool:
+        return self.outcome == "disagrees"
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether asking ``ask`` could decide it."""
+        return self.outcome == "unsure" and bool(self.ask)
+
+    @property
+    def bound(self) -> float:
+        """For charts: the mean |logprob difference| at which a sound-shaped distance would no longer be accepted."""
+        return ALLOWED * self.noise
+
+    @property
+    def near(self) -> tuple[str, ...]:
+        """Causes that this examination does not rule out."""
+        return tuple(hypothesis.cause for hypothesis in self.hypotheses if not hypothesis.is_rejected)
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """Whether the plain base and twice the adapter are ruled out. (The policy before may be as good as this.)"""
+        return bool(self.hypotheses) and not {"not-applied", "double-count"} & set(self.near)
+
+    @property
+    def reservation(self) -> str:
+        """What a match does not tell yet, in words; empty where it tells everything."""
+        near = [NAMES[cause] for cause in self.near if cause != "stale"]
+        return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
+
+    def __str__(self) -> str:
+        parts = [self._said(), *self._slopes()]
+        parts.append(
+            f"mean |logprob difference| {self.distance.mean:.3g} (largest {self.distance.max:.3g}, KL "
+            f"{self.distance.kl:.3g}), {self.ratio:.2g} times the noise of this policy's own numerics "
+            f"({self.noise:.3g}; up to {ALLOWED:g} times is sound)"
+        )
+        if self.rounding:
+            parts.append(f"rounding the merged weights moves {self.rounding:.3g}")
+        parts.append(f"to the plain base {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}")
+        return f"{'; '.join(parts)}; {self.probes} probe{'s' * (self.probes > 1)}{self.note and f' ({self.note})'}"
+
+    def _said(self) -> str:
+        if self.agrees:
+            return f"the engine serves this policy{self.reservation}"
+        if self.cause.endswith("not-finite"):
+            return f"the {self.cause.split('-')[0]}'s logprobs are not finite [{self.cause}]"
+        if self.disagrees:
+            served = {**NAMES, "stale-cache": "cached keys and values of an earlier policy"}
+            return f"the engine serves {served.get(self.cause, 'something else than this policy')} [{self.cause}]"
+        suspected = f", suspected: {self.cause}" if self.cause else ""
+        return f"not decided{suspected}{f', ask {self.ask}' if self.ask else ''}"
+
+    def _slopes(self) -> list[str]:
+        ways = [(h.cause, h.slope, h.error) for h in self.hypotheses if math.isfinite(h.slope) and h.can_be_told]
+        found = []
+        for cause, slope, error in ways:
+            if cause == "not-applied":  # the way from the plain base to this policy, as everybody expects it
+                found.append(f"slope {1 - slope:.3f} +- {error:.3f} (plain base 0, this policy 1)")
+            else:
+                found.append(f"{slope:.3f} +- {error:.3f} of the way to {NAMES[cause]}")
+        return found
+
+
+def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
+    """The verdict of one examination so far. Ask what ``ask`` says, append it and call again while ``is_unsure``, which
+    ends by itself: after ``BUDGET`` probes of other prompts and one each of KEPT and RESET. A disagreement is only said
+    of what a second probe repeats, or a reset of the caches mends; logprobs that are not finite need no repetition.
+    Raises ValueError where the first probe is not one of OTHER prompts.
+
+    Args:
+        evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
+        floor: of this engine's plain base; ask ``judge_floor`` first whether it is sound. It only sets by what factor,
+            0.5 to ``FLOOR_ALLOWED``, this engine's noise differs from the trainer's own.
+    """
+    if not evidence or evidence[0].asked != OTHER:
+        raise ValueError("an examination begins with a probe of its own prompts")
+    for one in evidence:
+        wrong = _not_finite(one)
+        if wrong:
+            return replace(_verdict([one], floor, None), outcome="disagrees", cause=wrong)
+    fresh = [one for one in evidence if one.asked == OTHER]
+    engine = _engine_factor(floor)
+    looks = [_Look([one], engine) for one in fresh]
+    together = looks[0] if len(fresh) == 1 else _Look(fresh, engine)
+    verdict = _verdict(fresh, floor, together)
+    outcome, cause, ask, note = _decide(evidence, looks, together)
+    return replace(verdict, outcome=outcome, cause=cause, ask=ask, note=note)
+
+
+def judge_floor(floor: Floor) -> tuple[str, float]:
+    """Whether the trainer's own noise explains how far the engine's plain base is off.
+
+    Returns: the outcome (``agrees``, ``disagrees``, ``unsure``: measure it again with more prompts, and append them),
+    and the ratio of the two scales, of which ``FLOOR_ALLOWED`` is accepted. NaN and infinities disagree.
+    """
+    if not all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken))):
+        return "disagrees", math.nan
+    noise = Noise.of([s - b for s, b in zip(floor.shaken, floor.base)], MINIMUM_FLOOR)
+    gaps = [e - b for e, b in zip(floor.engine, floor.base)]
+    fitted = noise.fit(gaps, noise.scales)
+    spread = math.exp(3 * fitted.error)
+    if fitted.ratio / spread > FLOOR_ALLOWED:
+        spans = _spans([floor])
+        off = sum(noise.fit(gaps[span], noise.scales[span]).ratio > FLOOR_ALLOWED for span in spans)
+        return ("disagrees" if off >= SHARE * len(spans) else "unsure"), fitted.ratio
+    return ("agrees" if fitted.ratio * math.sqrt(spread) <= FLOOR_ALLOWED else "unsure"), fitted.ratio
+
+
+class _Look:
+    """The numbers of some probes together, and what they say by themselves: ``good``, ``bad`` (and why) or ``open``."""
+
+    def __init__(self, evidence: Sequence[Evidence], engine: float) -> None:
+        self.spans = _spans(evidence)
+        self.probe_tokens = self.spans[-1].stop / len(evidence)
+        gaps = [e - p for one in evidence for e, p in zip(one.engine, one.policy)]
+        shaken = [s - p for one in evidence for s, p in zip(one.shaken, one.policy)]
+        noise = Noise.of(shaken, MINIMUM_FLOOR)
+        scales = [engine * scale for scale in noise.scales]
+        self.student = noise.fit(gaps, scales)
+        self.ratios = [noise.fit(gaps[span], scales[span]).ratio for span in self.spans]
+        self.engine = engine
+        self.estimates: dict[str, Estimate] = {}
+        for cause in evidence[0].alternatives:
+            if not all(cause in one.alternatives for one in evidence):
+                continue
+            ways, again, extra = [], [], []
+            for one in evidence:
+                ways += [h - p for h, p in zip(one.alternatives[cause], one.policy)]
+                again += [h - s for h, s in zip(one.alternatives[cause], one.shaken)]
+                unrounded = one.exact if one.exact is not None and cause != "not-applied" else one.policy
+                extra += [x - p for x, p in zip(unrounded, one.policy)]
+            self.estimates[cause] = weigh(noise, gaps, scales, ways, again, extra, self.spans)
+
+    def reach(self, cause: str) -> float:
+        return self.estimates[cause].gain * self.probe_tokens * BUDGET
+
+    @property
+    def state(self) -> str:
+        if self.cause:
+            return "bad"
+        ratio, error = self.student.ratio, self.student.error
+        if ratio > ALLOWED or ratio * math.exp(error) > 1.5 * ALLOWED:
+            return "open"
+        told = (name for name in self.estimates if name != "stale" and self.reach(name) >= DECISIVE)
+        return "good" if all(self.estimates[name].weight >= DECISIVE for name in told) else "open"
+
+    @property
+    def cause(self) -> str:
+        """What is wrong, "" where nothing is or it is not certain."""
+        named = self._nearer(-DECISIVE)
+        if named:
+            return named
+        is_far = self.student.ratio * math.exp(-ERRORS * self.student.error) > ALLOWED
+        if is_far and self._is_shared([ratio > ALLOWED for ratio in self.ratios]):
+            return self._nearer(0.0) or "unknown"
+        for name, there in self.estimates.items():
+            if self.reach(name) >= DECISIVE and abs(there.slope) - ERRORS * there.error > PART:
+                side = math.copysign(1.0, there.slope)
+                if self._is_shared([side * slope > PART / 2 for slope in there.slopes]):
+                    return self._nearer(0.0) or "unknown"
+        return ""
+
+    def _nearer(self, weight: float) -> str:
+        """The hypothesis that the engine is closest to, if that explains what it says: it stands at the end of the way
+        there, is by half closer to it than to this policy or as close as the noise allows, and most prompts agree."""
+        near = {n: e for n, e in self.estimates.items() if e.weight <= weight and e.ratio < self.student.ratio}
+        found = min(near, key=lambda name: near[name].ratio, default="")
+        if not found:
+            return ""
+        there = near[found]
+        is_close = there.ratio < max(ALLOWED, 0.5 * self.student.ratio)
+        is_there = is_close and abs(there.slope - 1) <= PART + 3 * there.error
+        return found if is_there and self._is_shared([part < 0 for part in there.weights]) else ""
+
+    def _is_shared(self, shown: Sequence[bool]) -> bool:
+        return sum(shown) >= SHARE * len(shown)
+
+
+def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Look) -> tuple[str, str, str, str]:
+    """outcome, cause, ask and note."""
+    cause, more = together.cause, OTHER if len(looks) < BUDGET else ""
+    if cause and len(looks) > 1:
+        return "disagrees", cause, "", ""
+    if len(looks) > 1 and looks[0].state == "bad" and all(look.state != "bad" for look in looks[1:]):
+        kept = [look for look in evidence if look.asked == KEPT]
+        reset = [look for look in evidence if look.asked == RESET]
+        if not kept:
+            return "unsure", "stale-cache", KEPT, ""
+        engine = together.engine
+        if _Look(kept, engine).state == "bad":
+            if not reset:
+                return "unsure", "stale-cache", RESET, ""
+            if _Look(reset, engine).state == "good":
+                return "disagrees", "stale-cache", "", "gone once the caches were reset"
+    odd = sum(look.state == "bad" for look in looks) if len(looks) > 1 else 0
+    note = f"{odd} of them stood out, which the others did not repeat" if odd else ""
+    if together.state == "good" or (together.state == "open" and not more and together.student.ratio <= ALLOWED):
+        return "agrees", "", "", note
+    return "unsure", cause, more, note
+
+
+def _engine_factor(floor: Floor) -> float:
+    """By what this engine's noise differs from the trainer's own, as the plain base shows, within what is sound."""
+    finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
+    return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_ALLOWED)
+
+
+def _not_finite(one: Evidence) -> str:
+    if not all(map(math.isfinite, one.engine)):
+        return "engine-not-finite"
+    others = (one.policy, one.base, one.double, one.shaken, one.previous or (), one.exact or ())
+    return "" if all(math.isfinite(value) for values in others for value in values) else "trainer-not-finite"
+
+
+def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Verdict:
+    def distance(name: str, other: str) -> Distance:
+        return distance_between([a - b for one in fresh for a, b in zip(getattr(one, name), getattr(one, other))])
+
+    held = Verdict(
+        "unsure",
+        "",
+        OTHER,
+        distance("policy", "engine"),
+        distance_between([b - e for b, e in zip(floor.base, floor.engine)]),
+        distance("base", "engine").mean,
+        distance("double", "engine").mean,
+        distance("exact", "policy").mean if all(one.exact is not None for one in fresh) else 0.0,
+        probes=len(fresh),
+    )
+    if look is None:
+        return held
+    hypotheses = tuple(
+        Hypothesis(cause, e.weight, e.slope, e.error, e.mean, look.reach(cause)) for cause, e in look.estimates.items()
+    )
+    noise = look.engine * distance("shaken", "policy").mean
+    return replace(
+        held, noise=max(noise, MINIMUM_FLOOR), ratio=look.student.ratio, error=look.student.error, hypotheses=hypotheses
+    )
+
+
+@dataclass(frozen=True)
+class FloorRule:
+    """The rule before: the mean |logprob difference| may be ``FLOORS`` times that of the plain base. The gate uses it
+    until it asks as ``judge`` needs it, and the simulation shows it beside the new one. Fields as in ``Verdict``."""
 
     distance: Distance
     floor: Distance

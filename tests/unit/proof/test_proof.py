@@ -18,7 +18,7 @@ from swift_lora_fix.engine.vllm.watch import WriteRecorder
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.policy import adapter
 from swift_lora_fix.proof import audit, gate, probe
-from swift_lora_fix.proof.verdict import Distance, Verdict
+from swift_lora_fix.proof.verdict import Distance, FloorRule
 from swift_lora_fix.trainer import Answer
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
@@ -194,8 +194,8 @@ def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_anothe
     assert audit.base(record, {"packed.weight"}).cause == "base-replaced"  # type: ignore[union-attr]
 
 
-def verdict(mean: float, floor: float = 0.01, controls: tuple[float, float] = (0.5, 0.4)) -> Verdict:
-    return Verdict(Distance(mean, 0.0, 0.0), Distance(floor, 0.0, 0.0), *controls)
+def verdict(mean: float, floor: float = 0.01, controls: tuple[float, float] = (0.5, 0.4)) -> FloorRule:
+    return FloorRule(Distance(mean, 0.0, 0.0), Distance(floor, 0.0, 0.0), *controls)
 
 
 def test_a_verdict_is_relative_to_the_floor_and_says_what_it_cannot_tell() -> None:
@@ -260,7 +260,7 @@ def test_metrics_go_where_the_framework_averages_them() -> None:
         last_write=write, examination=session.Examination(), last_seconds=0.1, served_step=7, mode="adapter"
     )
     for mean in (0.01, 0.03):
-        held.examination.verdict = Verdict(Distance(mean, mean * 2, 0), Distance(0.01, 0, 0), 0.5, 0.4)
+        held.examination.verdict = FloorRule(Distance(mean, mean * 2, 0), Distance(0.01, 0, 0), 0.5, 0.4)
         metrics.record(trainer, held)
     lists = trainer.metrics()
     assert lists["lora_sync/mismatch_mean"] == [0.01, 0.03] and lists["lora_sync/mismatch_max"] == [0.06]
