@@ -275,7 +275,9 @@ def killed(engine: Engine, config: Any, tensors: Any, found: dict[str, Any]) -> 
     found["open_between"] = segments_open()
     for pid in others:
         os.kill(pid, signal.SIGKILL)
-    time.sleep(1.0)
+    # a thread of vLLM's notices that; a call before it does would hang as the one above
+    while not engine.engine.engine_core.resources.engine_dead:
+        time.sleep(0.05)
     found["dead"] = refusal(engine, LoRATensorRequest("later", 51, config, tensors), "add")
     found["open_dead"] = segments_open()  # of the call that vLLM leaves hanging
     found["new_in_shm_dead"] = sorted(shm.names() - before)
