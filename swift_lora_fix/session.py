@@ -154,7 +154,8 @@ class Session:
         if self.syncs:
             self.writer.begin_validation()  # the device looks at the values while the rest is looked at here
             clock.lap("validate")
-        if not self.syncs or not adapters.is_still_bound(self.adapter) or not self.engine.is_of(self.trainer):
+        bound = adapters.is_still_bound(self.adapter) and self.engine.is_of(self.trainer)
+        if not self.syncs or not bound or (self._repairs and adapters.changed_scalings(self.adapter)):
             self._bind_again()
             self.writer.begin_validation()
         self.examination, self.pending = Examination(), None
@@ -253,9 +254,10 @@ class Session:
 
     def repair(self) -> None:
         """Send base and adapter again, through the reference path. The engine is awake and the trainer's model here."""
+        step = self.served_step
         if adapters.changed_scalings(self.adapter):
             self._bind_again()
-        step, self.served_step = self.served_step, None
+        self.served_step = None
         self.base = self.writer.send_base()
         self.base_pushes += 1
         self.last_write = self.writer.write_by_reference()

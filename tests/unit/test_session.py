@@ -17,6 +17,7 @@ import torch
 
 from swift_lora_fix import errors, scope
 from swift_lora_fix import session as sessions
+from swift_lora_fix.engine.vllm.colocated import AdapterModeWriter
 from swift_lora_fix.engine.vllm.fitting import check_fits
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, EngineHandle
 from swift_lora_fix.engine.vllm.slots import plan
@@ -302,6 +303,18 @@ def test_release_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "installed_swift", lambda: None)
     with pytest.raises(errors.MissingPackageError, match="ms-swift is not installed"):
         swift_lora_fix.apply()
+
+
+def test_a_repair_takes_a_changed_scaling_over_and_keeps_its_step(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "repair")
+    monkeypatch.setattr(AdapterModeWriter, "write_by_reference", AdapterModeWriter.write)  # there is no loader here
+    session.trainer.learner.updates = 5  # type: ignore[attr-defined]
+    session.synchronize()
+    session.adapter.layers[0].scaling["default"] *= 1.5
+    roll_out(session)
+    assert (session.phase, session.served_step) == (Phase.EXAMINED, 5) and not adapter.changed_scalings(session.adapter)
 
 
 def test_a_rollout_in_the_background_leaves_the_trainer_alone(session: Session) -> None:
