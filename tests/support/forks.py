@@ -63,6 +63,8 @@ class Forked:
 def start(code: str = "", *, module: str = "", arguments: Sequence[str] = (), environment: Mapping[str, str]) -> Forked:
     """Run code, or a module with arguments; environment is all of it."""
     folder = Path(tempfile.mkdtemp(prefix="forked-", dir=_server.folder()))
+    for name in ("stdout", "stderr"):  # there from the start, however late it comes to write to them
+        (folder / name).touch()
     request = {"code": code, "module": module, "arguments": [*arguments], "environment": dict(environment)}
     return Forked(int(_server.ask({**request, "folder": str(folder)})["pid"]), folder)
 
