@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 PROBE, FLOOR_PROMPTS, CHUNK = 4, 8, 5000
 CAUSES = {"b": "not-applied", "d": "double-count", "q": "stale"}
 EFFECTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6)  # in what a sound engine's mean gap is
+PARTS = ("alarms", "faults", "power")
 Array = Any
 
 
@@ -228,7 +229,8 @@ class Simulation:
         self.draw = np.random.default_rng(seed)
 
     def prompts(self, run: Run, examinations: int, probes: int) -> Array:
-        return self.draw.integers(0, run.prompts, (examinations, probes * PROBE))
+        """No prompt twice in an examination: that would count its tokens twice."""
+        return self.draw.random((examinations, run.prompts)).argsort(1)[:, : probes * PROBE]
 
     def noise(self, kind: str, run: Run, shape: tuple[int, ...]) -> Array | None:
         """Added to the engine's logprobs: shape (..., prompts, tokens)."""
@@ -247,20 +249,23 @@ class Simulation:
         made = [floor_of(run, self.draw.integers(0, size, FLOOR_PROMPTS)) for _ in range(count)]
         return made, np.array([v._engine_factor(floor) for floor in made])
 
-    def examine(self, run: Run, kind: str, floor: v.Floor, first: list[v.Evidence]) -> v.Verdict:
+    def examine(self, run: Run, kind: str, floor: v.Floor, first: v.Evidence, prompts: Sequence[int]) -> v.Verdict:
         """To its end. What the first prompts say again is what they said: engines are deterministic here."""
-        asked = list(first)
+        asked, used = [first], list(prompts)
         found = v.judge(asked, floor)
         while found.is_unsure:
             if found.ask == v.OTHER:
-                asked.append(self.probe(run, kind))
+                asked.append(self.probe(run, kind, used))
             else:
                 asked.append(v.replace(asked[0], asked=found.ask))
             found = v.judge(asked, floor)
         return found
 
-    def probe(self, run: Run, kind: str) -> v.Evidence:
-        index = self.prompts(run, 1, 1)[0]
+    def probe(self, run: Run, kind: str, used: list[int]) -> v.Evidence:
+        """Of prompts that are not used yet, as long as there are any."""
+        left = np.setdiff1d(np.arange(run.prompts), used[-(run.prompts - PROBE) :])
+        index = self.draw.choice(left, PROBE, replace=False)
+        used += index.tolist()
         return evidence(run, index, self.noise(kind, run, (PROBE, run.columns["p"].shape[1])))
 
     def batches(
@@ -295,7 +300,7 @@ class Simulation:
                 counts["asked_more"] += 1
                 noise = c["e"][number] - run.columns["e"][index[number]]
                 first = evidence(run, index[number], noise)
-                ended = self.examine(run, kind, floors[which[number]], [first])
+                ended = self.examine(run, kind, floors[which[number]], first, index[number])
                 counts["alarms"] += ended.disagrees
                 counts["undecided"] += ended.outcome == "unsure"
                 if ended.disagrees:
@@ -305,7 +310,7 @@ class Simulation:
     def power(self, run: Run, examinations: int, kind: str = "recorded") -> dict[str, Any]:
         """Of a faulty engine: how many are found, under which names; of those that are not, what is said."""
         names: dict[str, int] = {}
-        said = dict(found=0, old=0, probes=0, tellable=0, floor=0)
+        said = dict(found=0, old=0, probes=0, floor=0)
         for index, c, factors, floors, which in self.batches(run, kind, examinations, 2):
             flat = {key: values.reshape(len(index), -1) for key, values in c.items()}
             half = flat["p"].shape[1] // 2
@@ -323,15 +328,18 @@ class Simulation:
             said["probes"] += 2 * int(quick.sum())
             judged = [v.judge_floor(floor)[0] == "disagrees" for floor in floors]
             said["floor"] += int(np.array(judged)[which].sum())
-            for number in np.flatnonzero(~quick):
+            settled = one["good"]  # by the first probe, for good
+            names["(agrees)"] = names.get("(agrees)", 0) + int(settled.sum())
+            said["probes"] += int(settled.sum())
+            for number in np.flatnonzero(~quick & ~settled):
                 noise = c["e"][number][:PROBE] - run.columns["e"][index[number][:PROBE]]
-                first = [evidence(run, index[number][:PROBE], noise)]
-                ended = self.examine(run, kind, floors[which[number]], first)
+                first = evidence(run, index[number][:PROBE], noise)
+                ended = self.examine(run, kind, floors[which[number]], first, index[number][:PROBE])
                 said["found"] += ended.disagrees
                 said["probes"] += ended.probes
-                key = ended.cause if ended.disagrees else f"({ended.outcome}{ended.reservation})"
+                key = ended.cause if ended.disagrees else f"({ended.outcome})"
                 names[key] = names.get(key, 0) + 1
-        return {**said, "names": names}
+        return {**said, "names": {name: count for name, count in names.items() if count}}
 
 
 def with_effect(sound: Run, times: float, told: bool) -> Run:
@@ -378,6 +386,7 @@ def main() -> None:
     parser.add_argument("--examinations", type=int, default=300_000, help="of sound engines, of each kind of noise")
     parser.add_argument("--faults", type=int, default=3000, help="examinations of each fault")
     parser.add_argument("--power", type=int, default=100, help="examinations of each point of the chart")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--chart", type=Path)
@@ -389,7 +398,7 @@ def main() -> None:
         print("numpy and hypotheses.py agree on every run")
     results: dict[str, Any] = {"alarms": [], "faults": [], "power": []}
     sound = [run for run in runs if run.fault == "none"]
-    for kind in ("recorded", "wild", "flips"):
+    for kind in ("recorded", "wild", "flips") if "alarms" in arguments.parts else ():
         # flips make a tenth of the examinations long ones
         each = max(1, arguments.examinations // len(sound) // (20 if kind == "flips" else 1))
         total, alarms = 0, 0
@@ -405,7 +414,7 @@ def main() -> None:
                   f"{found['old'] / each:.2%} ({time.time() - start:.0f} s)", flush=True)  # fmt: skip
         bound = (3 if not alarms else alarms + 2 * alarms**0.5 + 3) / total
         print(f"sound {kind}: {alarms} alarms in {total} examinations, at 95 % confidence below {bound:.1e}")
-    for run in runs:
+    for run in runs if "faults" in arguments.parts else ():
         if run.fault == "none":
             continue
         found = simulation.power(run, arguments.faults)
@@ -418,7 +427,7 @@ def main() -> None:
               f"{found['found'] / arguments.faults:.4f} with {found['probes'] / arguments.faults:.1f} probes, base "
               f"found {found['floor'] / arguments.faults:.3f}, today's {found['old'] / arguments.faults:.4f}; "
               f"{found['names']}", flush=True)  # fmt: skip
-    for run in sound:
+    for run in sound if "power" in arguments.parts else ():
         floor = run.mean("e") / float(np.abs(run.floor["e"] - run.floor["p"]).mean())
         for told in (True, False):
             for times in EFFECTS:
@@ -427,14 +436,14 @@ def main() -> None:
                 results["power"].append({**row, "count": arguments.power, **found})
                 if found["found"] == found["old"] == arguments.power:
                     break
-    for run in sound:
+    for run in sound if "power" in arguments.parts else ():
         for told, words in ((True, "double count"), (False, "unknown fault")):
             rows = [row for row in results["power"] if row["run"] == run.name and row["told"] == told]
             new, old = (_first(rows, name) for name in ("found", "old"))
             print(f"smallest effect found at 0.9, {run.name:24} {words}: moves the mean by {new}; today's rule {old}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
-    if arguments.chart:
+    if arguments.chart and results["power"]:
         draw(results, arguments.chart)
 
 
