@@ -475,7 +475,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.axhline(0.9, color="0.8", lw=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of examinations that find it")
-    axes[1].legend(fontsize=7, frameon=False, loc="lower right")
+    axes[1].legend(fontsize=7, frameon=False, loc="upper left")
     figure.suptitle("Found: new verdict (solid), today's rule of 4 floors (dotted); gaps recorded from real engines")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
