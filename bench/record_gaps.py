@@ -8,11 +8,12 @@ start them. The trainer is the PEFT model as ms-swift has it: base in bf16, LoRA
 autocast. The engine's answers are sampled at temperature 1, 16 tokens each, as the gate's probes are.
 
 Of each policy a file ``CASE-POLICY.json.gz``: versions, date, and of each fault columns of one number a token, in units
-of 1e-6 nats: ``p`` the trainer's logprob with this policy, and the rest as differences to it: ``e`` the engine's, ``a``
-the trainer's again in another batch shape, ``f`` the trainer's in float32, ``b`` the plain base, ``d`` twice the
-adapter, ``q`` the policy before; in fused mode ``r`` the rounded weights' and ``c`` these again. ``floor``: the same of
-the plain base, engine without adapter. Differences keep 3 significant digits; ``p``, which only they matter to, three
-decimals of a nat.
+of 1e-6 nats: ``p`` the trainer's logprob with this policy, and the rest as differences to it: ``e`` the engine's, ``s``
+the trainer's with each layer's output shaken by a rounding step, ``a`` in another batch shape, ``f`` in float32, ``b``
+the plain base, ``d`` twice the adapter, ``q`` the policy before; in fused mode ``r`` the weights as the engine rounds
+them, and ``c`` these shaken. ``floor``: the
+same of the plain base, engine without adapter. Differences keep 3 significant digits, from 0.1 nats on 4 decimals;
+``p``, which only they matter to, 3 decimals.
 """
 
 from __future__ import annotations
@@ -449,7 +450,10 @@ def differences(values: list[float], held: list[float]) -> list[Any]:
     found: list[Any] = []
     for value, reference in zip(values, held):
         difference = 1e6 * (value - reference)
-        found.append(int(float(f"{difference:.3g}")) if abs(difference) < 1e12 else str(difference))
+        if abs(difference) >= 1e5:
+            found.append(100 * round(difference / 100) if abs(difference) < 1e12 else str(difference))
+        else:
+            found.append(int(float(f"{difference:.3g}")) if difference == difference else str(difference))
     return found
 
 

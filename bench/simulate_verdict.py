@@ -37,7 +37,8 @@ from swift_lora_fix.proof.hypotheses import CENSOR, DEGREES, LEVERAGE
 HERE = Path(__file__).parent
 PROBE, FLOOR_PROMPTS, CHUNK = 4, 8, 5000
 CAUSES = {"b": "not-applied", "d": "double-count", "q": "stale"}
-EFFECTS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)  # nats in noise floors of the plain base
+EFFECTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6)  # in what a sound engine's mean gap is
+PARTS = ("alarms", "faults", "power")
 Array = Any
 
 
@@ -218,12 +219,18 @@ def looks(c: dict[str, Array], engine: Array, probe_tokens: int, prompts: int) -
     return found
 
 
+def _todays_rule(gap: Array, floor: Array, rounding: Any) -> Array:
+    """Which examinations it stops."""
+    return (gap > v.FLOORS * np.maximum(floor + rounding, v.MINIMUM_FLOOR)) | (floor > v.FLOOR_CEILING)
+
+
 class Simulation:
     def __init__(self, seed: int) -> None:
         self.draw = np.random.default_rng(seed)
 
     def prompts(self, run: Run, examinations: int, probes: int) -> Array:
-        return self.draw.integers(0, run.prompts, (examinations, probes * PROBE))
+        """No prompt twice in an examination: that would count its tokens twice."""
+        return self.draw.random((examinations, run.prompts)).argsort(1)[:, : probes * PROBE]
 
     def noise(self, kind: str, run: Run, shape: tuple[int, ...]) -> Array | None:
         """Added to the engine's logprobs: shape (..., prompts, tokens)."""
@@ -242,20 +249,23 @@ class Simulation:
         made = [floor_of(run, self.draw.integers(0, size, FLOOR_PROMPTS)) for _ in range(count)]
         return made, np.array([v._engine_factor(floor) for floor in made])
 
-    def examine(self, run: Run, kind: str, floor: v.Floor, first: list[v.Evidence]) -> v.Verdict:
+    def examine(self, run: Run, kind: str, floor: v.Floor, first: v.Evidence, prompts: Sequence[int]) -> v.Verdict:
         """To its end. What the first prompts say again is what they said: engines are deterministic here."""
-        asked = list(first)
+        asked, used = [first], list(prompts)
         found = v.judge(asked, floor)
         while found.is_unsure:
             if found.ask == v.OTHER:
-                asked.append(self.probe(run, kind))
+                asked.append(self.probe(run, kind, used))
             else:
                 asked.append(v.replace(asked[0], asked=found.ask))
             found = v.judge(asked, floor)
         return found
 
-    def probe(self, run: Run, kind: str) -> v.Evidence:
-        index = self.prompts(run, 1, 1)[0]
+    def probe(self, run: Run, kind: str, used: list[int]) -> v.Evidence:
+        """Of prompts that are not used yet, as long as there are any."""
+        left = np.setdiff1d(np.arange(run.prompts), used[-(run.prompts - PROBE) :])
+        index = self.draw.choice(left, PROBE, replace=False)
+        used += index.tolist()
         return evidence(run, index, self.noise(kind, run, (PROBE, run.columns["p"].shape[1])))
 
     def batches(
@@ -283,14 +293,14 @@ class Simulation:
             old_floor = np.array([np.abs(np.subtract(f.engine, f.base)).mean() for f in floors])[which]
             rounding = np.abs(flat["x"] - flat["p"]).mean(1) if "x" in flat else 0.0
             old_gap = np.abs(flat["e"] - flat.get("x", flat["p"])).mean(1)
-            counts["old"] += int((old_gap > v.FLOORS * np.maximum(old_floor + rounding, v.MINIMUM_FLOOR)).sum())
+            counts["old"] += int(_todays_rule(old_gap, old_floor, rounding).sum())
             counts["first_leans"] += int((found["ratio"] > v.ALLOWED).sum())
             counts["first_bad"] += int((found["cause"] != "").sum())
             for number in np.flatnonzero(~found["good"]):
                 counts["asked_more"] += 1
                 noise = c["e"][number] - run.columns["e"][index[number]]
                 first = evidence(run, index[number], noise)
-                ended = self.examine(run, kind, floors[which[number]], [first])
+                ended = self.examine(run, kind, floors[which[number]], first, index[number])
                 counts["alarms"] += ended.disagrees
                 counts["undecided"] += ended.outcome == "unsure"
                 if ended.disagrees:
@@ -300,7 +310,7 @@ class Simulation:
     def power(self, run: Run, examinations: int, kind: str = "recorded") -> dict[str, Any]:
         """Of a faulty engine: how many are found, under which names; of those that are not, what is said."""
         names: dict[str, int] = {}
-        said = dict(found=0, old=0, probes=0, tellable=0, floor=0)
+        said = dict(found=0, old=0, probes=0, floor=0)
         for index, c, factors, floors, which in self.batches(run, kind, examinations, 2):
             flat = {key: values.reshape(len(index), -1) for key, values in c.items()}
             half = flat["p"].shape[1] // 2
@@ -310,7 +320,7 @@ class Simulation:
             old_floor = np.array([np.abs(np.subtract(f.engine, f.base)).mean() for f in floors])[which]
             old_gap = np.abs(parts[0]["e"] - parts[0].get("x", parts[0]["p"])).mean(1)
             rounding = np.abs(parts[0]["x"] - parts[0]["p"]).mean(1) if "x" in flat else 0.0
-            said["old"] += int((old_gap > v.FLOORS * np.maximum(old_floor + rounding, v.MINIMUM_FLOOR)).sum())
+            said["old"] += int(_todays_rule(old_gap, old_floor, rounding).sum())
             quick = ~one["good"] & (both["cause"] != "")  # found with the second probe
             for cause, count in zip(*np.unique(both["cause"][quick], return_counts=True)):
                 names[str(cause)] = names.get(str(cause), 0) + int(count)
@@ -318,31 +328,39 @@ class Simulation:
             said["probes"] += 2 * int(quick.sum())
             judged = [v.judge_floor(floor)[0] == "disagrees" for floor in floors]
             said["floor"] += int(np.array(judged)[which].sum())
-            for number in np.flatnonzero(~quick):
+            settled = one["good"]  # by the first probe, for good
+            names["(agrees)"] = names.get("(agrees)", 0) + int(settled.sum())
+            said["probes"] += int(settled.sum())
+            for number in np.flatnonzero(~quick & ~settled):
                 noise = c["e"][number][:PROBE] - run.columns["e"][index[number][:PROBE]]
-                first = [evidence(run, index[number][:PROBE], noise)]
-                ended = self.examine(run, kind, floors[which[number]], first)
+                first = evidence(run, index[number][:PROBE], noise)
+                ended = self.examine(run, kind, floors[which[number]], first, index[number][:PROBE])
                 said["found"] += ended.disagrees
                 said["probes"] += ended.probes
-                key = ended.cause if ended.disagrees else f"({ended.outcome}{ended.reservation})"
+                key = ended.cause if ended.disagrees else f"({ended.outcome})"
                 names[key] = names.get(key, 0) + 1
-        return {**said, "names": names}
+        return {**said, "names": {name: count for name, count in names.items() if count}}
 
 
-def with_effect(sound: Run, direction: str, size: float, told: bool) -> Run:
-    """A sound engine's run into which a fault is put: its gaps plus ``size`` nats (in the mean) along what a fault
-    does to these tokens. told: the hypotheses know of it, as they know of twice an adapter of that size."""
+def with_effect(sound: Run, times: float, told: bool) -> Run:
+    """A sound engine's run with a fault in it that moves the mean |engine - policy| by ``times`` its sound value.
+
+    told: the fault is twice the adapter, and adapter and hypotheses are as large as that takes. Or else nobody thought
+    of it: it moves each token by what twice the adapter does to another, and the hypotheses are the recorded ones."""
     c = dict(sound.columns)
-    way = c[direction] - c["p"]
-    scaled = way * size / np.abs(way).mean()
-    c["e"] = c["e"] + scaled
+    way = c["d"] - c["p"]
+    fault = way if told else np.roll(way.reshape(-1), 7).reshape(way.shape)
+    before = np.abs(c["e"] - c["p"]).mean()
+    low, high = 0.0, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        moved = np.abs(c["e"] - c["p"] + middle * fault).mean() - before
+        low, high = (middle, high) if moved < times * before else (low, middle)
+    c["e"] = c["e"] + low * fault
     if told:
         for key in CAUSES:
-            c[key] = c["p"] + scaled if key == direction else c["p"] + (c[key] - c["p"]) * size / np.abs(way).mean()
-    else:  # a fault that nobody thought of: other tokens' effects, and hypotheses far from it
-        turned = np.roll(scaled.reshape(-1), 7).reshape(scaled.shape)
-        c["e"] = sound.columns["e"] + turned
-    return Run(sound.name, f"{size:.3g} nats", c, sound.floor)
+            c[key] = c["p"] + low * (c[key] - c["p"])
+    return Run(sound.name, f"{times} times", c, sound.floor)
 
 
 def check(runs: list[Run], simulation: Simulation, count: int = 40) -> None:
@@ -368,6 +386,7 @@ def main() -> None:
     parser.add_argument("--examinations", type=int, default=300_000, help="of sound engines, of each kind of noise")
     parser.add_argument("--faults", type=int, default=3000, help="examinations of each fault")
     parser.add_argument("--power", type=int, default=100, help="examinations of each point of the chart")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--chart", type=Path)
@@ -379,7 +398,7 @@ def main() -> None:
         print("numpy and hypotheses.py agree on every run")
     results: dict[str, Any] = {"alarms": [], "faults": [], "power": []}
     sound = [run for run in runs if run.fault == "none"]
-    for kind in ("recorded", "wild", "flips"):
+    for kind in ("recorded", "wild", "flips") if "alarms" in arguments.parts else ():
         # flips make a tenth of the examinations long ones
         each = max(1, arguments.examinations // len(sound) // (20 if kind == "flips" else 1))
         total, alarms = 0, 0
@@ -395,7 +414,7 @@ def main() -> None:
                   f"{found['old'] / each:.2%} ({time.time() - start:.0f} s)", flush=True)  # fmt: skip
         bound = (3 if not alarms else alarms + 2 * alarms**0.5 + 3) / total
         print(f"sound {kind}: {alarms} alarms in {total} examinations, at 95 % confidence below {bound:.1e}")
-    for run in runs:
+    for run in runs if "faults" in arguments.parts else ():
         if run.fault == "none":
             continue
         found = simulation.power(run, arguments.faults)
@@ -408,26 +427,31 @@ def main() -> None:
               f"{found['found'] / arguments.faults:.4f} with {found['probes'] / arguments.faults:.1f} probes, base "
               f"found {found['floor'] / arguments.faults:.3f}, today's {found['old'] / arguments.faults:.4f}; "
               f"{found['names']}", flush=True)  # fmt: skip
-    for run in sound:
-        noise = float(np.abs(run.floor["e"] - run.floor["p"]).mean())
+    for run in sound if "power" in arguments.parts else ():
+        floor = run.mean("e") / float(np.abs(run.floor["e"] - run.floor["p"]).mean())
         for told in (True, False):
-            for floors in EFFECTS:
-                found = simulation.power(with_effect(run, "d", floors * noise, told), arguments.power)
-                results["power"].append(
-                    {"run": run.name, "told": told, "floors": floors, "count": arguments.power, **found}
-                )
+            for times in EFFECTS:
+                found = simulation.power(with_effect(run, times, told), arguments.power)
+                row = {"run": run.name, "told": told, "times": times, "floors": times * floor}
+                results["power"].append({**row, "count": arguments.power, **found})
                 if found["found"] == found["old"] == arguments.power:
                     break
-    for run in sound:
+    for run in sound if "power" in arguments.parts else ():
         for told, words in ((True, "double count"), (False, "unknown fault")):
             rows = [row for row in results["power"] if row["run"] == run.name and row["told"] == told]
-            new = next((row["floors"] for row in rows if row["found"] >= 0.9 * row["count"]), math.nan)
-            old = next((row["floors"] for row in rows if row["old"] >= 0.9 * row["count"]), math.nan)
-            print(f"smallest effect found at 0.9, {run.name:24} {words}: {new} floors (today's rule {old})")
+            new, old = (_first(rows, name) for name in ("found", "old"))
+            print(f"smallest effect found at 0.9, {run.name:24} {words}: moves the mean by {new}; today's rule {old}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results))
-    if arguments.chart:
+    if arguments.chart and results["power"]:
         draw(results, arguments.chart)
+
+
+def _first(rows: list[dict[str, Any]], name: str) -> str:
+    for row in rows:
+        if row[name] >= 0.9 * row["count"]:
+            return f"{row['times']} times the sound one ({row['floors']:.2g} floors of the plain base)"
+    return f"more than {rows[-1]['times']} times"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -442,16 +466,16 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axis, told, title in ((axes[0], True, "the LoRA counted twice"), (axes[1], False, "a fault without a name")):
         for name in names:
             rows = [row for row in results["power"] if row["run"] == name and row["told"] == told]
-            at = [row["floors"] for row in rows]
+            at = [row["times"] for row in rows]
             axis.plot(at, [row["found"] / row["count"] for row in rows], "o-", ms=3, color=colours[name], label=name)
             axis.plot(at, [row["old"] / row["count"] for row in rows], ":", lw=1, color=colours[name])
-        axis.set(title=title, xscale="log", xlabel="the fault moves logprobs by, in noise floors of the plain base")
-        axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+        axis.set(title=title, xscale="log", xlabel="the fault moves the mean by, in what a sound engine's is")
+        axis.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 4], ["0.05", "0.1", "0.2", "0.5", "1", "2", "4"])
         axis.minorticks_off()
         axis.axhline(0.9, color="0.8", lw=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of examinations that find it")
-    axes[1].legend(fontsize=7, frameon=False, loc="lower right")
+    axes[1].legend(fontsize=7, frameon=False, loc="upper left")
     figure.suptitle("Found: new verdict (solid), today's rule of 4 floors (dotted); gaps recorded from real engines")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

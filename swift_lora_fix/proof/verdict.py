@@ -40,7 +40,7 @@ ALLOWED = 2.0  # times what the noise explains, see the module's text
 DECISIVE = 12.0  # nats of evidence between two hypotheses: odds of 160,000 to 1
 PART = 0.15  # of the way to another hypothesis, which a sound engine's rounding does not go
 SHARE = 2 / 3  # of the prompts must show what is said of them together
-ERRORS = 5.0  # standard errors that a fit or a slope must be beyond its bound
+ERRORS = 4.0  # standard errors that a fit or a slope must be beyond its bound
 FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise, between the engine's base and the trainer's
 BUDGET = 6  # probes with other prompts, in one examination, before the question stays open
 
