@@ -148,7 +148,7 @@ def moved_by(run: simulate.Run) -> float:
 def test_what_is_recorded() -> None:
     tiny = {"qwen2 tiny", "qwen2 small", "qwen2 large", "qwen2 large fused", "qwen2 confident", "qwen2 confident fused"}
     experts = {f"qwen2_moe {policy} fused" for policy in ("small", "large", "confident")}
-    assert set(POLICIES) == tiny | experts | {"smollm2 small"}
+    assert set(POLICIES) == tiny | experts | {"smollm2 small", "smollm2 confident"}
 
 
 @of("none")
