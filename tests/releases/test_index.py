@@ -1,4 +1,4 @@
-"""Every ms-swift release on the index, its own source against the table in `swift_lora_fix.releases`."""
+"""Every ms-swift release on the index, its own source against the table in `swift_lora_fix.install.releases`."""
 
 from __future__ import annotations
 

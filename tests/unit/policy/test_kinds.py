@@ -434,8 +434,7 @@ def test_an_option_of_a_later_peft_is_refused(mode: str) -> None:
 SWIFTS_OWN = """
 import dataclasses, peft, torch
 from swift.tuners.peft import LoraConfig
-from swift_lora_fix import adapter
-from swift_lora_fix.policy import kinds
+from swift_lora_fix.policy import adapter, kinds
 
 own = {"lora_dtype": "float32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1.0}
 added = {f.name for f in dataclasses.fields(LoraConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}
