@@ -36,6 +36,7 @@ from swift_lora_fix.proof.hypotheses import CENSOR, DEGREES, LEVERAGE
 
 HERE = Path(__file__).parent
 PROBE, FLOOR_PROMPTS, CHUNK = 4, 8, 5000
+OLD_FLOORS, OLD_CEILING = 4.0, 0.5  # the rule before: 4 times the plain base's mean gap, which may be 0.5 nats
 CAUSES = {"b": "not-applied", "d": "double-count", "q": "stale"}
 EFFECTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6)  # in what a sound engine's mean gap is
 PARTS = ("alarms", "faults", "power")
@@ -221,7 +222,7 @@ def looks(c: dict[str, Array], engine: Array, probe_tokens: int, prompts: int) -
 
 def _todays_rule(gap: Array, floor: Array, rounding: Any) -> Array:
     """Which examinations it stops."""
-    return (gap > v.FLOORS * np.maximum(floor + rounding, v.MINIMUM_FLOOR)) | (floor > v.FLOOR_CEILING)
+    return (gap > OLD_FLOORS * np.maximum(floor + rounding, v.MINIMUM_FLOOR)) | (floor > OLD_CEILING)
 
 
 class Simulation:
@@ -326,7 +327,7 @@ class Simulation:
                 names[str(cause)] = names.get(str(cause), 0) + int(count)
             said["found"] += int(quick.sum())
             said["probes"] += 2 * int(quick.sum())
-            judged = [v.judge_floor(floor)[0] == "disagrees" for floor in floors]
+            judged = [v.judge_floor(floor)[0] in ("disagrees", "noisy") for floor in floors]
             said["floor"] += int(np.array(judged)[which].sum())
             settled = one["good"]  # by the first probe, for good
             names["(agrees)"] = names.get("(agrees)", 0) + int(settled.sum())

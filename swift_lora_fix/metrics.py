@@ -1,16 +1,24 @@
 """The numbers of a sync, where users look: in ms-swift's own metrics, so in ``logging.jsonl`` and any ``--report_to``.
 
 All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds_validate``, ``_write``, ``_caches`` and
-``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``. At syncs that pass the gate: ``seconds_base_audit``,
-``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3),
-``noise_floor``, ``control_base``, ``control_double`` (nats a token), ``distinguishable`` (0 or 1). In fused mode also
-``mismatch_rounding`` (nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
+``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``; ``probes_failed`` where a probe could not be made.
+
+At syncs that the gate examines: ``seconds_base_audit``, ``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob
+engine - trainer|, nats a token), ``mismatch_kl`` (k3); ``noise`` (nats a token: what this policy's own numerics
+explain), ``ratio`` (the mismatch in units of that, robust; sound up to ``verdict.ALLOWED``), ``noise_floor`` (of the
+plain base); ``control_base``, ``control_double`` (nats a token, to the plain base and to twice the adapter),
+``against_base``, ``against_double`` (nats of evidence that the engine does not serve those), ``slope`` (where it stands
+from the plain base, 0, to this policy, 1); ``agrees`` (1, 0, or 0.5 where it was left open), ``distinguishable`` (0 or
+1), ``probes``. Of longer prompts: ``long_mismatch_mean``, ``long_ratio``. In fused mode also ``mismatch_rounding``
+(nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .proof import probe
+from .proof.verdict import Verdict
 from .trainer import TrainerPort
 
 if TYPE_CHECKING:
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _LATEST = ("policy_step", "noise_floor", "distinguishable")  # not averaged over a logging interval
+_WORST = {"mismatch_max": max, "agrees": min}
 
 
 def of(session: Session) -> dict[str, float]:
@@ -31,24 +40,43 @@ def of(session: Session) -> dict[str, float]:
     }
     for stage in ("validate", "write", "caches", "wait"):
         numbers[f"seconds_{stage}"] = write.seconds.get(stage, 0.0)
-    verdict = seen.verdict
-    if verdict is not None:
-        numbers.update(
-            seconds_gate=seen.gate_seconds,
-            seconds_base_audit=seen.base_audit_seconds,
-            mismatch_mean=verdict.distance.mean,
-            mismatch_max=verdict.distance.max,
-            mismatch_kl=verdict.distance.kl,
-            noise_floor=verdict.floor.mean,
-            control_base=verdict.control_base,
-            control_double=verdict.control_double,
-            distinguishable=float(verdict.is_distinguishable),
-        )
-        if session.mode == "fused":
-            numbers["mismatch_rounding"] = verdict.rounding
+    if seen.probes_failed:
+        numbers["probes_failed"] = float(seen.probes_failed)
+    if seen.verdict is not None:
+        numbers.update(seconds_gate=seen.gate_seconds, seconds_base_audit=seen.base_audit_seconds)
+    for kind, verdict in seen.verdicts.items():
+        of = _of_verdict(verdict)
+        if kind == probe.SHORT:
+            numbers.update(of)
+        else:
+            numbers.update({f"{kind}_{name}": of[name] for name in ("mismatch_mean", "ratio")})
+    if seen.verdict is not None and session.mode == "fused":
+        numbers["mismatch_rounding"] = seen.verdict.rounding
     if seen.rounding is not None and seen.rounding.lost_share is not None:
         numbers["lost_share"] = seen.rounding.lost_share
     return numbers
+
+
+def _of_verdict(verdict: Verdict) -> dict[str, float]:
+    found = {
+        "mismatch_mean": verdict.distance.mean,
+        "mismatch_max": verdict.distance.max,
+        "mismatch_kl": verdict.distance.kl,
+        "noise": verdict.noise,
+        "ratio": verdict.ratio,
+        "noise_floor": verdict.floor.mean,
+        "control_base": verdict.control_base,
+        "control_double": verdict.control_double,
+        "agrees": 1.0 if verdict.agrees else 0.0 if verdict.disagrees else 0.5,
+        "distinguishable": float(verdict.is_distinguishable),
+        "probes": float(verdict.probes),
+    }
+    for hypothesis in verdict.hypotheses:
+        if hypothesis.cause == "not-applied":
+            found.update(against_base=hypothesis.weight, slope=1 - hypothesis.slope)
+        elif hypothesis.cause == "double-count":
+            found["against_double"] = hypothesis.weight
+    return found
 
 
 def record(trainer: TrainerPort, session: Session) -> None:
@@ -61,7 +89,7 @@ def record(trainer: TrainerPort, session: Session) -> None:
         before = lists.get(key, [])
         if name in _LATEST:
             lists[key] = [value]
-        elif name == "mismatch_max":
-            lists[key] = [max([value, *before])]
+        elif name in _WORST:
+            lists[key] = [_WORST[name]([value, *before])]
         else:
             lists[key] = [*before, value]

@@ -15,7 +15,7 @@ import enum
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,20 +30,22 @@ from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
 from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
 from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
+from .install import releases
+from .looks import Examination, Pending, Schedule, custody
 from .policy import adapter as adapters
 from .policy import merging, origin
-from .proof import audit
+from .proof import audit, probe
 from .proof.causes import Finding
-from .proof.gate import Asked, Gate
-from .proof.verdict import FloorRule
+from .proof.gate import Asked, Gate, ProbeError
+from .proof.verdict import FLOOR_ALLOWED, Verdict
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
 from .trainer import RolloutPort, TrainerPort
 
 Mode = Literal["adapter", "fused"]
 
-FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a repair are looked at whole
 BASE_AUDIT_EVERY = 50  # and then every so many, where the gate is off
+SMALL_LOOKS = 5  # after so many in which the adapter is too small to tell, that is said
 PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
 
 
@@ -52,46 +54,6 @@ class Phase(enum.Enum):
     BASE_HELD = "base_held"
     SERVED = "served"
     EXAMINED = "examined"
-
-
-@dataclass
-class Schedule:
-    """When a sync is looked at whole. due: so many syncs still are, before only every Nth is."""
-
-    due: int = FIRST_SYNCS
-    has_slept: bool = False
-
-    def is_due(self, sync: int, every: int) -> bool:
-        return self.due > 0 or sync % every == 0
-
-    def note_look(self) -> None:
-        self.due = max(0, self.due - 1)
-
-    def note_disturbance(self, sleep: bool = False) -> None:
-        """The engine slept for the first time, somebody wrote to it, or it was repaired: look again."""
-        if not (sleep and self.has_slept):
-            self.due = FIRST_SYNCS
-        self.has_slept = self.has_slept or sleep
-
-
-@dataclass
-class Examination:
-    """What was found of the last sync. rounding: what the one rounding of the fused mode costs, None where that was not
-    looked at. Times in seconds, of the adapter's audit, the base's, and the gate."""
-
-    verdict: FloorRule | None = None
-    rounding: audit.Rounding | None = None
-    audit_seconds: float = 0.0
-    base_audit_seconds: float = 0.0
-    gate_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A look that waits until the trainer's model is back. asked: None where this rank asked nobody."""
-
-    asked: Asked | None
-    finding: Finding | None
 
 
 class Session:
@@ -113,6 +75,7 @@ class Session:
         self._repairs = False  # the next sync goes by the reference path
         self._repaired_step: int | None = None  # once a step is enough: it raises after that
         self._slept = False  # since the last write
+        self._small_looks = 0
         self._said: set[str] = set()  # what the log says once a run
         self._bind(mode)
 
@@ -210,7 +173,7 @@ class Session:
             )
         finding = self._look(rollout, settings, missing, first)
         if finding is not None and later and repairs:
-            asked = self.pending.asked if self.pending is not None else None
+            asked = self.pending.asked if self.pending is not None else ()
             self.pending = Pending(asked, finding)  # the trainer's model is needed for it
         elif finding is not None and self._act(finding, settings, repairs, "Nothing was generated."):
             self.repair()
@@ -223,7 +186,7 @@ class Session:
         if first:
             self.phase = Phase.EXAMINED
             if self.pending is None:
-                self._finish_look(rollout)
+                self._finish_look(finding, rollout)
 
     def after_rollout(self) -> bool:
         """After a call for rollouts, with the trainer's model back where it computes: judge what was asked. All ranks
@@ -237,7 +200,7 @@ class Session:
         self.pending = None
         settings = Settings.from_environment()
         finding = pending.finding
-        if pending.asked is not None:
+        if pending.asked:
             finding = self._judge(pending.asked, finding)
         finding = self._of_all_ranks(finding)
         repairs = settings.on_mismatch == "repair" and self._repaired_step != self.served_step
@@ -249,7 +212,7 @@ class Session:
             return True
         if finding is None and self._repaired_step == self.served_step:
             info("repaired: the engine serves the trainer's policy again.")
-        self._finish_look(None)
+        self._finish_look(finding)
         return False
 
     def repair(self) -> None:
@@ -296,7 +259,9 @@ class Session:
             "audit_seconds": seen.audit_seconds,
             "base_audit_seconds": seen.base_audit_seconds,
             "gate_seconds": seen.gate_seconds,
-            "gate": str(seen.verdict) if seen.verdict else "did not run at this sync",
+            "gate": f"{seen.verdict.outcome}{seen.verdict.reservation}: {seen.verdict}"
+            if seen.verdict
+            else "did not run at this sync",
         }
 
     # ---- binding -----------------------------------------------------------------------------------------------------
@@ -405,22 +370,20 @@ class Session:
         started = time.perf_counter()
         if whole and finding is None and self.base is not None:
             finding = audit.base(self.base, self.writer.adapted_parameters(), trainer_is_here=not later)
+            seen.looked_at.append(f"the base's bits{' in the engine' if later else ' on both sides'}")
         seen.base_audit_seconds += time.perf_counter() - started
         if whole:
             self.schedule.note_look()
         asks = whole and settings.gate_every > 0 and self._may_ask(rollout, missing, finding)
         if self._all_here(asks, together):
             started = time.perf_counter()
-            asked = self._gate().ask(rollout)
+            asked = self._ask(rollout, together, ahead=later)
             if later:
                 self.pending = Pending(asked, finding)
-            else:
+            elif asked:
                 finding = self._judge(asked, finding, rollout)
             seen.gate_seconds += time.perf_counter() - started
-        finding = self._of_all_ranks(finding) if together else finding
-        if finding is None and self.pending is None:
-            self._say_custody()
-        return finding
+        return self._of_all_ranks(finding) if together else finding
 
     def _audit(self, whole: bool, together: bool, settings: Settings) -> Finding | None:
         changed = adapters.changed_scalings(self.adapter)
@@ -432,10 +395,12 @@ class Session:
             finding = audit.adapter(slots, not self.trainer.offloads_model, together)
             if finding is None:
                 slots.accept()
+                self.examination.looked_at.append("the LoRA slots' values")
         elif weights is not None and self._looks_later():
             if weights.engine_changed():
                 return Finding("weights-changed", audit.MERGED, "the engine's weights differ from those after the sync")
             weights.accept()
+            self.examination.looked_at.append("that the weights are still those of the sync")
         elif weights is not None and (together or self.adapter.sharding == "none"):
             finding = self._audit_weights(whole, settings)
         return finding
@@ -449,6 +414,8 @@ class Session:
             self._mind(rounding, settings)
         if finding is None:
             self.writer.weights.accept()
+            part_of = "the merged weights" if whole else f"a {PARTS}th of the merged weights"
+            self.examination.looked_at.append(f"{part_of} against the trainer's")
         return finding
 
     def _audit_weights_now(self) -> None:
@@ -479,7 +446,7 @@ class Session:
     def _may_ask(self, rollout: RolloutPort, missing: str | None, audited: Finding | None) -> bool:
         """The first probe measures the noise floor, for which the engine must hold the trainer's base; and NaN in the
         slots would stay behind in the memory of the KV cache, where attention meets it again (seen on the CPU)."""
-        has_floor = self.gate is not None and self.gate.floor is not None
+        has_floor = self.gate is not None and probe.SHORT in self.gate.floors
         is_safe = audited is None or (has_floor and audited.cause != "not-finite")
         return missing is None and rollout.has_requests and is_safe
 
@@ -489,18 +456,69 @@ class Session:
             self.gate = Gate(self.trainer, self.adapter, self.writer.serving, block, self._all_ranks)
         return self.gate
 
-    def _judge(self, asked: Asked, audited: Finding | None, rollout: RolloutPort | None = None) -> Finding | None:
+    def _ask(self, rollout: RolloutPort, together: bool, ahead: bool) -> Sequence[Asked]:
+        """Nothing where it could not be asked, which is said and counted and no more."""
+        try:
+            return self._gate().ask(rollout, lambda fine: self._all_here(fine, together), ahead)
+        except ProbeError as error:
+            self._note_failed(error)
+            return ()
+
+    def _judge(
+        self, asked: Sequence[Asked], audited: Finding | None, rollout: RolloutPort | None = None
+    ) -> Finding | None:
         """What an audit has found is told more fully with what the engine answers."""
-        started = time.perf_counter()
-        verdict, found = self._gate().judge(asked, rollout)
+        started, seen = time.perf_counter(), self.examination
+        try:
+            judged = self._gate().judge(asked, rollout)
+        except ProbeError as error:
+            self._note_failed(error)
+            return audited
         if rollout is None:  # else whoever calls counts the asking, too
-            self.examination.gate_seconds += time.perf_counter() - started
-        self.examination.verdict = verdict
-        if found is None:
-            info(f"engine and trainer agree at step {self.served_step}{verdict.reservation}: {verdict}.")
+            seen.gate_seconds += time.perf_counter() - started
+        seen.verdicts, found = judged.verdicts, judged.finding
+        if judged.noisy:
+            warning(
+                f"without the adapter, engine and trainer are further apart than the trainer's own numerics explain "
+                f"({', '.join(judged.noisy)}; up to {FLOOR_ALLOWED:g} is usual): a KV cache or weights of fewer bits, "
+                "kernels of another accuracy, or a small fault that is always there. It counts as this engine's noise."
+            )
+        for kind, verdict in judged.verdicts.items():
+            self._say_verdict(kind, verdict)
+        if found is not None and found.cause == "engine-not-finite":
+            known = "; ".join(self._known_faults())
+            found = Finding(found.cause, found.test, f"{found.evidence}{known and f'; known: {known}'}")
         if found is None or audited is None:
             return audited or found
         return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+
+    def _known_faults(self) -> tuple[str, ...]:
+        device = self.trainer.device
+        capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+        return releases.kernel_faults(releases.installed_vllm(), capability)
+
+    def _say_verdict(self, kind: str, verdict: Verdict) -> None:
+        of = "" if kind == probe.SHORT else f" on {kind} prompts"
+        if verdict.agrees:
+            info(f"engine and trainer agree{of} at step {self.served_step}{verdict.reservation}: {verdict}.")
+        elif not verdict.disagrees:
+            self.schedule.note_undecided()
+            if self._says_once(f"undecided {kind}"):
+                warning(f"the probe left open{of} which policy the engine serves; the next sync is asked: {verdict}.")
+        if kind != probe.SHORT or not verdict.agrees:
+            return
+        self._small_looks = 0 if verdict.is_distinguishable else self._small_looks + 1
+        if self._small_looks == SMALL_LOOKS:
+            warning(
+                f"after {self.syncs} syncs the adapter still does less than the noise of computing it"
+                f"{verdict.reservation}: that the engine serves it is known from the audits of its values alone. A "
+                "larger learning rate or a later checkpoint would tell: swift-lora-fix verify --adapter CHECKPOINT."
+            )
+
+    def _note_failed(self, error: ProbeError) -> None:
+        self.examination.probes_failed += 1
+        if self._says_once("probe failed"):
+            warning(f"a probe of the engine failed, so its answers are not compared at this sync: {error}")
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 
@@ -515,20 +533,15 @@ class Session:
         warning(f"{message} Repairing: base and adapter go through the reference path.")
         return True
 
-    def _finish_look(self, rollout: RolloutPort | None) -> None:
-        self._say_custody()
+    def _finish_look(self, finding: Finding | None, rollout: RolloutPort | None = None) -> None:
+        if finding is None and self._says_once("custody"):
+            came_from = self.origin
+            file = f"file (SHA-256 {came_from.sha256})" if came_from and came_from.sha256 and came_from.compared else ""
+            every = Settings.from_environment().gate_every
+            info(custody(file, self.writer.place, self.last_write.digest, self.examination, every))
         metrics.record(self.trainer, self)
         if self.auto is not None and self.examination.verdict is not None and rollout is not None:
             self.auto.watch(rollout, self.writer, self.trainer.device)
-
-    def _say_custody(self) -> None:
-        """Once: the adapter's way from its file into the engine, each step of it looked at."""
-        if not self._says_once("custody"):
-            return
-        parts = ["trainer", self.writer.place]
-        if self.origin is not None and self.origin.sha256 and self.origin.compared:
-            parts.insert(0, f"file (SHA-256 {self.origin.sha256})")
-        info(f"chain of custody: {' = '.join(parts)}, policy digest {self.last_write.digest}.")
 
     def _says_once(self, what: str) -> bool:
         new = what not in self._said

@@ -5,7 +5,7 @@ What only some can do is an attribute that is None in the others, never a method
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -115,6 +115,11 @@ class ServingPort(Protocol):
 
     def trainer_as_rounded(self) -> AbstractContextManager[None]:
         """The trainer computing with what the engine should hold. Where ``rounds``."""
+
+    @property
+    def stand_ins(self) -> Collection[torch.nn.Module]:
+        """Modules of the trainer that compute in place of their children in ``trainer_as_rounded`` and
+        ``trainer_without_adapter``."""
 
 
 class WriterPort(Protocol):

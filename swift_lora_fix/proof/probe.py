@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..trainer import Answer, TrainerPort
-from .verdict import Distance, distance_between
 
 NEW_TOKENS = 16
+SHORT, LONG = "short", "long"  # kinds of prompts
+# beyond 512 tokens and several KV blocks: kernels have gone wrong from 128 tokens (vLLM 48590) and 400 (52568) on
+LONG_TOKENS, LONG_PROMPTS = 560, 2
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
 TEMPLATE_TOKENS = 2 * NEW_TOKENS  # room for what a chat template adds
@@ -19,14 +20,24 @@ TEMPLATE_TOKENS = 2 * NEW_TOKENS  # room for what a chat template adds
 Scores = list[list[float]]  # by answer, by token: the trainer's logprobs in nats
 
 
-def prompts(trainer: TrainerPort, cache_block: int, variant: int = 0) -> list[str]:
-    """Fixed texts, longer than one block of the prefix cache (``cache_block`` tokens) as far as the lengths allow."""
-    room = (trainer.longest_prompt or 1024) - NEW_TOKENS - TEMPLATE_TOKENS
+def kinds(trainer: TrainerPort) -> list[str]:
+    """The kinds of prompts that this run's lengths have room for."""
+    return [SHORT, LONG] if _room(trainer) >= LONG_TOKENS else [SHORT]
+
+
+def prompts(trainer: TrainerPort, cache_block: int, variant: int = 0, kind: str = SHORT) -> list[str]:
+    """Fixed texts: ``SHORT`` ones longer than one block of the prefix cache (``cache_block`` tokens) as far as the
+    lengths allow, ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
     words = trainer.tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
-    length = max(8, min(cache_block + 8, room))
+    length = LONG_TOKENS if kind == LONG else max(8, min(cache_block + 8, _room(trainer)))
     body = trainer.tokenizer.decode((words * (1 + length // len(words)))[:length])
-    start = variant * 7
-    return [f"{number + start} {opening} {body}" for number, opening in enumerate(OPENINGS)]
+    openings, start = OPENINGS[: LONG_PROMPTS if kind == LONG else None], variant * 7
+    return [f"{number + start} {opening} {body}" for number, opening in enumerate(openings)]
+
+
+def _room(trainer: TrainerPort) -> int:
+    """Tokens that are left for a prompt's own text."""
+    return (trainer.longest_prompt or 1024) - NEW_TOKENS - TEMPLATE_TOKENS
 
 
 def score(
@@ -57,27 +68,6 @@ def logprobs_of(model: torch.nn.Module, answers: Sequence[Answer], device: torch
         part = row[start : start + len(answer.tokens)].float().log_softmax(-1)
         found.append(part.gather(1, chosen)[:, 0].tolist())
     return found
-
-
-def gap_of(answers: Sequence[Answer], scores: Sequence[Sequence[float]]) -> Distance:
-    """Between the engine's logprobs and the trainer's ``scores`` of the same tokens."""
-    pairs = zip(answers, scores)
-    return distance_between([held - served for answer, row in pairs for served, held in zip(answer.logprobs, row)])
-
-
-def mean_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """Mean |difference| of two scorings of the same tokens, in nats."""
-    gaps = [abs(a - b) for one, other in zip(first, second) for a, b in zip(one, other)]
-    return sum(gaps) / len(gaps) if gaps else 0.0
-
-
-def worst(answers: Sequence[Answer], scores: Sequence[list[float]], copies: int) -> tuple[list[Answer], Scores]:
-    """Of ``copies`` engines' answers to the same prompts, one engine's after the other's, those furthest off."""
-    size = len(answers) // copies
-    parts = [slice(start, start + size) for start in range(0, len(answers), size)]
-    gaps = [gap_of(answers[part], scores[part]).mean for part in parts]
-    most = parts[max(range(len(parts)), key=lambda index: math.inf if math.isnan(gaps[index]) else gaps[index])]
-    return list(answers[most]), list(scores[most])
 
 
 def same_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,8 @@ How it is decided, all numbers as recorded in bench/recorded_gaps and shown by b
   decide nothing. ``DECISIVE`` nats decide.
 - slope: where the engine stands on the way from this policy to another. Parts of a fault (a module counted twice,
   another scaling) move it where they do not move the fit.
-- floor: the plain base, on both sides, must be explained by the trainer's own noise on the plain base.
+- floor: the plain base, on both sides, must be explained by the trainer's own noise on the plain base. Up to
+  ``FLOOR_ALLOWED`` times it is; from ``FLOOR_WRONG`` on no rounding explains it.
 - repetition: a disagreement counts when there is a second probe, of other prompts, and ``SHARE`` of all prompts show
   it, each by itself. Tokens of one prompt depend on each other: an expert router that flips moves all that follow.
 
@@ -31,9 +32,6 @@ from dataclasses import dataclass, replace
 
 from .hypotheses import Estimate, Noise, weigh
 
-# Until tools/report and the gate are on the new verdict: the old rule's bound and its smallest noise.
-FLOORS = 4.0
-FLOOR_CEILING = 0.5
 MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
 
 ALLOWED = 2.0  # times what the noise explains, see the module's text
@@ -42,6 +40,7 @@ PART = 0.15  # of the way to another hypothesis, which a sound engine's rounding
 SHARE = 2 / 3  # of the prompts must show what is said of them together
 ERRORS = 4.0  # standard errors that a fit or a slope must be beyond its bound
 FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise, between the engine's base and the trainer's
+FLOOR_WRONG = 5.0  # times: what no kernel's own rounding explains; between the two the engine is only noisy
 BUDGET = 6  # probes with other prompts, in one examination, before the question stays open
 
 OTHER, KEPT, RESET = "other prompts", "the first prompts again", "the first prompts again, caches reset"
@@ -218,7 +217,7 @@ class Verdict:
         return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
 
     def __str__(self) -> str:
-        parts = [self._said(), *self._slopes()]
+        parts = [*([] if self.agrees else [self._said()]), *self._slopes()]
         parts.append(
             f"mean |logprob difference| {self.distance.mean:.3g} (largest {self.distance.max:.3g}, KL "
             f"{self.distance.kl:.3g}), {self.ratio:.2g} times the noise of this policy's own numerics "
@@ -230,8 +229,6 @@ class Verdict:
         return f"{'; '.join(parts)}; {self.probes} probe{'s' * (self.probes > 1)}{self.note and f' ({self.note})'}"
 
     def _said(self) -> str:
-        if self.agrees:
-            return f"the engine serves this policy{self.reservation}"
         if self.cause.endswith("not-finite"):
             return f"the {self.cause.split('-')[0]}'s logprobs are not finite [{self.cause}]"
         if self.disagrees:
@@ -260,7 +257,7 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
     Args:
         evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
         floor: of this engine's plain base; ask ``judge_floor`` first whether it is sound. It only sets by what factor,
-            0.5 to ``FLOOR_ALLOWED``, this engine's noise differs from the trainer's own.
+            0.5 to ``FLOOR_WRONG``, this engine's noise differs from the trainer's own.
     """
     if not evidence or evidence[0].asked != OTHER:
         raise ValueError("an examination begins with a probe of its own prompts")
@@ -280,8 +277,10 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
 def judge_floor(floor: Floor) -> tuple[str, float]:
     """Whether the trainer's own noise explains how far the engine's plain base is off.
 
-    Returns: the outcome (``agrees``, ``disagrees``, ``unsure``: measure it again with more prompts, and append them),
-    and the ratio of the two scales, of which ``FLOOR_ALLOWED`` is accepted. NaN and infinities disagree.
+    Returns: the outcome, and the ratio of the two scales. ``agrees``: no more than ``FLOOR_ALLOWED``. ``noisy``: more,
+    worth a warning (a cache in fp8, kernels of another accuracy, a small constant fault: nothing here tells which).
+    ``disagrees``: more than ``FLOOR_WRONG``, or not finite. ``unsure``: measure it again with more prompts, and append
+    them.
     """
     if not all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken))):
         return "disagrees", math.nan
@@ -289,11 +288,13 @@ def judge_floor(floor: Floor) -> tuple[str, float]:
     gaps = [e - b for e, b in zip(floor.engine, floor.base)]
     fitted = noise.fit(gaps, noise.scales)
     spread = math.exp(3 * fitted.error)
-    if fitted.ratio / spread > FLOOR_ALLOWED:
-        spans = _spans([floor])
-        off = sum(noise.fit(gaps[span], noise.scales[span]).ratio > FLOOR_ALLOWED for span in spans)
-        return ("disagrees" if off >= SHARE * len(spans) else "unsure"), fitted.ratio
-    return ("agrees" if fitted.ratio * math.sqrt(spread) <= FLOOR_ALLOWED else "unsure"), fitted.ratio
+    if fitted.ratio * math.sqrt(spread) <= FLOOR_ALLOWED:
+        return "agrees", fitted.ratio
+    ratios = [noise.fit(gaps[span], noise.scales[span]).ratio for span in _spans([floor])]
+    for outcome, bound in (("disagrees", FLOOR_WRONG), ("noisy", FLOOR_ALLOWED)):
+        if fitted.ratio / spread > bound and sum(ratio > bound for ratio in ratios) >= SHARE * len(ratios):
+            return outcome, fitted.ratio
+    return "unsure", fitted.ratio
 
 
 class _Look:
@@ -392,7 +393,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
 def _engine_factor(floor: Floor) -> float:
     """By what this engine's noise differs from the trainer's own, as the plain base shows, within what is sound."""
     finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
-    return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_ALLOWED)
+    return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_WRONG)
 
 
 def _not_finite(one: Evidence) -> str:
@@ -426,47 +427,6 @@ def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Ver
     return replace(
         held, noise=max(noise, MINIMUM_FLOOR), ratio=look.student.ratio, error=look.student.error, hypotheses=hypotheses
     )
-
-
-@dataclass(frozen=True)
-class FloorRule:
-    """The rule before: the mean |logprob difference| may be ``FLOORS`` times that of the plain base. The gate uses it
-    until it asks as ``judge`` needs it, and the simulation shows it beside the new one. Fields as in ``Verdict``."""
-
-    distance: Distance
-    floor: Distance
-    control_base: float
-    control_double: float
-    rounding: float = 0.0
-
-    @property
-    def bound(self) -> float:
-        return FLOORS * max(self.floor.mean + self.rounding, MINIMUM_FLOOR)
-
-    @property
-    def agrees(self) -> bool:
-        return self.distance.mean <= self.bound  # False for NaN
-
-    @property
-    def is_distinguishable(self) -> bool:
-        """Whether the engine's answers would have failed with the base alone, and with twice the adapter."""
-        return min(self.control_base, self.control_double) > self.bound
-
-    @property
-    def reservation(self) -> str:
-        """What a match does not tell yet, in words; empty where it tells everything."""
-        controls = {"the plain base": self.control_base, "twice the adapter": self.control_double}
-        near = [name for name, control in controls.items() if not control > self.bound]
-        return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
-
-    def __str__(self) -> str:
-        return (
-            f"mean |logprob difference| {self.distance.mean:.3g} (max {self.distance.max:.3g}, "
-            f"KL {self.distance.kl:.3g}), "
-            f"allowed {self.bound:.3g}, which is {FLOORS:g} times the plain base's own noise"
-            f"{f' and that of rounding the merged weights ({self.rounding:.3g})' if self.rounding else ''}; "
-            f"to the base without the adapter {self.control_base:.3g}, to twice the adapter {self.control_double:.3g}"
-        )
 
 
 def distance_between(gaps: Sequence[float]) -> Distance:

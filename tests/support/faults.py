@@ -64,6 +64,7 @@ def named(run: Run, fault: str) -> list[str]:
 
 
 def verdicts(run: Run) -> list[list[float]]:
-    """Of the clean syncs: mean, max, floor, base control, double control; seconds of audit, base audit, gate, sync."""
+    """Of the clean syncs: mean, max, noise, base control, double control; seconds of audit, base audit, gate, sync; the
+    ratio to the noise, and whether other policies could be told."""
     (clean,) = [record for record in records(run) if record["fault"] == "clean"]
     return clean["verdicts"]

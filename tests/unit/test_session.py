@@ -25,6 +25,9 @@ from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.install import releases
 from swift_lora_fix.policy import adapter
+from swift_lora_fix.proof import gate, probe
+from swift_lora_fix.proof.causes import Finding
+from swift_lora_fix.proof.verdict import Distance, Hypothesis, Verdict
 from swift_lora_fix.session import Phase, Session
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
@@ -330,3 +333,94 @@ def test_a_rollout_in_the_background_leaves_the_trainer_alone(session: Session) 
     session.phase = Phase.SERVED
     with pytest.raises(ValueError, match="process group"):
         roll_out(session)
+
+
+class FakeGate:
+    """Says what it is told to say."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.floors: dict[str, Any] = {probe.SHORT: []}
+        self.outcomes = list(outcomes)
+
+    def ask(self, rollout: Any, together: Any, ahead: bool = False) -> Any:
+        if isinstance(self.outcomes[0], Exception):
+            raise self.outcomes.pop(0)
+        return [gate.Asked(probe.SHORT, ())]
+
+    def judge(self, asked: Any, rollout: Any = None) -> gate.Judgement:
+        return self.outcomes.pop(0)
+
+
+def judged(outcome: str = "agrees", weight: float = 100.0, cause: str = "", noisy: str = "") -> gate.Judgement:
+    hypotheses = (Hypothesis("not-applied", weight, 0.0, 0.01, 1.0, 100.0),)
+    distance = Distance(0.01, 0.02, 0.0)
+    told = Verdict(outcome, cause, "", distance, distance, 1.0, 1.0, 0.0, 0.01, 1.0, 0.1, hypotheses)
+    finding = Finding(cause, gate.GATE, str(told)) if outcome == "disagrees" else None
+    return gate.Judgement({probe.SHORT: told}, [noisy] if noisy else [], finding)
+
+
+@pytest.fixture
+def gated(session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Session:
+    monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "1")
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    return session
+
+
+def steps_with(session: Session, *outcomes: Any) -> None:
+    session.gate = FakeGate(*outcomes)  # type: ignore[assignment]
+    for _ in outcomes:
+        session.trainer.learner.updates += 1  # type: ignore[attr-defined]
+        session.synchronize()
+        roll_out(session)
+
+
+def test_a_probe_that_fails_is_a_warning_and_a_number(gated: Session, caplog: pytest.LogCaptureFixture) -> None:
+    failed = gate.ProbeError("KeyError: 'pixel_values'")
+    steps_with(gated, failed, gate.ProbeError("again"))
+    said = [message for message in caplog.messages if "a probe of the engine failed" in message]
+    assert len(said) == 1 and "KeyError: 'pixel_values'" in said[0]
+    assert gated.phase is Phase.EXAMINED and gated.trainer.metrics()["lora_sync/probes_failed"] == [1.0, 1.0]  # type: ignore[index]
+    custody = next(message for message in caplog.messages if "chain of custody" in message)
+    assert "looked at: the LoRA slots' values" in custody
+    assert "not looked at: answers of the engine (no probe could be judged at this sync)" in custody
+
+
+def test_a_probe_that_leaves_it_open_is_a_warning_and_the_next_sync_is_asked(
+    gated: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated.schedule.due = 1
+    monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "1000")
+    steps_with(gated, judged("unsure", noisy="short prompts: 2.1 times"))
+    assert gated.schedule.due == 1 and gated.phase is Phase.EXAMINED
+    assert any("left open which policy the engine serves" in message for message in caplog.messages)
+    assert any("short prompts: 2.1 times; up to 1.5 is usual" in message for message in caplog.messages)
+    custody = next(message for message in caplog.messages if "chain of custody" in message)
+    assert "not looked at: answers to short prompts" in custody, "what was not decided is not claimed"
+
+
+def test_an_adapter_that_stays_too_small_to_tell_is_said_once(gated: Session, caplog: pytest.LogCaptureFixture) -> None:
+    steps_with(gated, *[judged(weight=1.0)] * (2 * sessions.SMALL_LOOKS))
+    said = [message for message in caplog.messages if "does less than the noise" in message]
+    assert len(said) == 1 and f"after {sessions.SMALL_LOOKS + 1} syncs" in said[0]
+    assert "(not distinguishable yet from the plain base)" in said[0]
+    caplog.clear()
+    steps_with(gated, judged(), *[judged(weight=1.0)] * (sessions.SMALL_LOOKS - 1))
+    assert not any("does less than the noise" in message for message in caplog.messages)
+
+
+def test_custody_claims_nothing_after_a_mismatch(
+    gated: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "warn")
+    steps_with(gated, judged("disagrees", cause="double-count"))
+    assert any("[double-count]" in message for message in caplog.messages)
+    assert not any("chain of custody" in message for message in caplog.messages)
+    assert gated.trainer.metrics()["lora_sync/agrees"] == [0.0]  # type: ignore[index]
+
+
+def test_answers_that_are_no_numbers_name_the_kernel_that_is_known_for_them(
+    gated: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated, "_known_faults", lambda: releases.kernel_faults("0.20.2", 9))
+    with pytest.raises(errors.PolicyMismatchError, match="engine-not-finite.*known: vLLM issue 48590"):
+        steps_with(gated, judged("disagrees", cause="engine-not-finite"))

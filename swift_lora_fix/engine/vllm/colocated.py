@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -146,6 +146,7 @@ class AdapterServing:
     """vLLM's LoRA layers apply it. Nothing is rounded that the trainer does not round too."""
 
     rounds, copies = False, 1
+    stand_ins: Collection[torch.nn.Module] = ()
 
     def __init__(self, trainer: TrainerPort, engine: EngineHandle, adapter: Adapter) -> None:
         self._trainer, self._adapter = trainer, adapter
@@ -178,6 +179,8 @@ class FusedServing:
         # FSDP2 gathers within ``standing_in``; which experts run differs from rank to rank: they would wait for ever
         experts = any(".experts." in module.path for module in writer.modules)
         self.rounds = not (experts and writer.adapter.sharding == "fsdp2")
+        wrapped = [module.module for module in writer.modules if module.inner is not None]
+        self.stand_ins: Collection[torch.nn.Module] = set(wrapped) if self.rounds else ()
 
     @contextlib.contextmanager
     def engine_without_adapter(self) -> Iterator[None]:

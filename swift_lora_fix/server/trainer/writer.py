@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -268,6 +268,7 @@ class RemoteServing:
     """vLLM's LoRA layers of the rollout servers apply it. Nothing is rounded that the trainer does not round too."""
 
     rounds, reset_caches = False, None
+    stand_ins: Collection[torch.nn.Module] = ()
 
     def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
         self._servers, self._adapter = engine, adapter

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common import charts
-from ...proof.verdict import FLOORS
+from ...proof.verdict import ALLOWED, DECISIVE
 from .facts import AUDIT, REST, RunReport, Step, duration, median_split, plural
 
 MISMATCH, BASE, DOUBLE, GREY, BAD = charts.OURS, charts.AMBER, charts.VIOLET, charts.QUIET, charts.BAD
@@ -35,14 +35,17 @@ MARKERS_AT_MOST = 60
 
 
 def draw(report: RunReport, path: Path) -> None:
-    """Save the chart: mismatch against floor and controls (log scale) above, the time of each sync below.
+    """Save the chart: mismatch against noise and controls (log scale) above, the evidence against other policies below
+    it, and the time of each sync.
 
     Raises MissingPackageError without matplotlib, ChartError where the file cannot be written.
     """
-    ratios = {"height_ratios": (3, 2)}
-    with charts.chart(path, size=(10, 8.5), rows=2, sharex=True, gridspec_kw=ratios) as (figure, (above, below)):
-        charts.horizontal_grid(above, below)
+    ratios = {"height_ratios": (3, 1.6, 2)}
+    with charts.chart(path, size=(10, 11), rows=3, sharex=True, gridspec_kw=ratios) as (figure, axes):
+        above, middle, below = axes
+        charts.horizontal_grid(above, middle, below)
         _draw_mismatch(above, report)
+        _draw_evidence(middle, report)
         _draw_time(below, report.synced)
         below.set_xlabel("global step")
         below.xaxis.get_major_locator().set_params(integer=True)
@@ -50,10 +53,10 @@ def draw(report: RunReport, path: Path) -> None:
 
 
 def _headline(report: RunReport) -> str:
-    if report.above:
-        return f"{plural(len(report.above), 'step')} above {FLOORS:g} x noise floor"
-    if report.distinguishable:
-        return f"engine and trainer agree at {plural(len(report.distinguishable), 'step')} that could tell"
+    if report.wrong:
+        return f"the engine served another policy at {plural(len(report.wrong), 'step')}"
+    if report.proved:
+        return f"engine and trainer agree at {plural(len(report.proved), 'step')} that could tell"
     return "not proved, no step could tell"
 
 
@@ -73,17 +76,41 @@ def _draw_mismatch(axis: Any, report: RunReport) -> None:
     line("control_base", "control: no LoRA at all", color=BASE, marker="^", lw=1.5, ls="--")
     line("mismatch_max", "engine against trainer, largest", color=MISMATCH, lw=1, alpha=0.35)
     line("mismatch_mean", "engine against trainer, mean", color=MISMATCH, marker="o", lw=2.2)
-    allowed = [(step.position, FLOORS * step.floor) for step in probed if "noise_floor" in step.values]
+    allowed = [(step.position, ALLOWED * step.values["noise"]) for step in probed if "noise" in step.values]
     if allowed:
-        axis.plot(*zip(*allowed), label=f"allowed: {FLOORS:g} x noise floor", color=BAD, lw=1.2, ls="-.")
-    line("noise_floor", "noise floor", color=GREY, lw=1.5, ls=":")
+        axis.plot(*zip(*allowed), label=f"{ALLOWED:g} x that noise", color=BAD, lw=1.2, ls="-.")
+    line("noise", "noise of the policy's own numerics", color=GREY, lw=1.5, ls=":")
     if few:
         _mark(axis, [step for step in probed if step.is_evaluation], "in an evaluation", mfc=MISMATCH, marker="D")
         _mark(axis, [step for step in probed if not step.is_distinguishable], "LoRA too small to tell", mfc="white")
-    _mark(axis, report.above, "above what is allowed", mfc=BAD, marker="X", ms=11, mec="white")
+    _mark(axis, report.open, "left open", mfc=GREY, marker="s")
+    _mark(axis, report.wrong, "another policy was served", mfc=BAD, marker="X", ms=11, mec="white")
     axis.set_yscale("log", nonpositive="clip")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_ylabel("|log-probability engine − trainer|,\nnats per token")
+    _legend(axis, 3)
+
+
+def _draw_evidence(axis: Any, report: RunReport) -> None:
+    """Nats of evidence against the policies that an engine serves when a sync goes wrong."""
+    drawn = False
+    for name, label, look in (
+        ("against_base", "against: no LoRA at all", {"color": BASE, "marker": "^"}),
+        ("against_double", "against: the LoRA counted twice", {"color": DOUBLE, "marker": "v"}),
+    ):
+        points = [(step.position, step.values[name]) for step in report.probed if name in step.values]
+        if points:
+            if len(points) > MARKERS_AT_MOST:
+                look["marker"] = ""
+            axis.plot(*zip(*points), label=label, markersize=5, lw=1.5, **look)
+            drawn = True
+    if not drawn:
+        _empty(axis, "no evidence was weighed")
+        return
+    axis.axhline(DECISIVE, color=GREY, lw=1.2, ls="-.", label=f"decides from {DECISIVE:g} on")
+    axis.set_yscale("symlog", linthresh=DECISIVE)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_ylabel("evidence that the engine\ndoes not serve it, nats")
     _legend(axis, 3)
 
 

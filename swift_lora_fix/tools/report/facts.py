@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...proof.verdict import FLOORS, MINIMUM_FLOOR
+from ...proof.verdict import ALLOWED
 
 CHART_NAME = "lora_sync.png"
 PREFIX = "lora_sync/"
@@ -49,22 +49,22 @@ class Step:
     @property
     def is_distinguishable(self) -> bool:
         """Whether the probe could have told a wrong policy from the right one."""
-        return self.is_probed and "noise_floor" in self.values and self.values.get("distinguishable", 0.0) > 0
+        return self.is_probed and self.values.get("distinguishable", 0.0) > 0
 
     @property
-    def is_above(self) -> bool:
-        """Above what the gate allows; a mismatch that is not a number is."""
-        return self.is_distinguishable and not self.floors <= FLOORS
+    def is_wrong(self) -> bool:
+        """Whether the engine served something else; a verdict that is not a number is no agreement."""
+        return self.is_probed and not self.values.get("agrees", math.nan) > 0
 
     @property
-    def floors(self) -> float:
-        """The mismatch as a multiple of the noise floor."""
-        return self.values["mismatch_mean"] / self.floor
+    def is_open(self) -> bool:
+        """Whether the probe did not decide it."""
+        return self.is_probed and 0 < self.values.get("agrees", math.nan) < 1
 
     @property
-    def floor(self) -> float:
-        """The noise floor as the gate takes it: in fused mode with the noise of rounding the merged weights."""
-        return max(self.values["noise_floor"] + self.values.get("mismatch_rounding", 0.0), MINIMUM_FLOOR)
+    def ratio(self) -> float:
+        """The mismatch as a multiple of what the policy's own numerics explain."""
+        return self.values.get("ratio", math.nan)
 
     def split(self) -> dict[str, float]:
         """Seconds by stage; what no stage accounts for is `REST`."""
@@ -102,27 +102,37 @@ class RunReport:
         return tuple(step for step in self.steps if step.is_distinguishable)
 
     @property
-    def above(self) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.is_above)
+    def wrong(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.is_wrong)
+
+    @property
+    def open(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.is_open)
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.above or not self.distinguishable else 0
+        return 1 if self.wrong or not self.proved else 0
+
+    @property
+    def proved(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.distinguishable if not step.is_wrong and not step.is_open)
 
     @property
     def verdict(self) -> str:
         """One or two sentences."""
-        if self.above:
-            worst = max(self.above, key=lambda step: math.inf if math.isnan(step.floors) else step.floors)
+        if self.wrong:
+            worst = max(self.wrong, key=lambda step: math.inf if math.isnan(step.ratio) else step.ratio)
             return (
-                f"The engine did NOT serve the trainer's policy: {plural(len(self.above), 'probed step')} above "
-                f"{FLOORS:g} times the noise floor, the worst at {worst.place} ({worst.floors:.1f} times)."
+                f"The engine did NOT serve the trainer's policy at {plural(len(self.wrong), 'probed step')}, the worst "
+                f"at {worst.place} ({worst.ratio:.1f} times what its own numerics explain, {ALLOWED:g} are sound)."
             )
-        if self.distinguishable:
-            worst = max(self.distinguishable, key=lambda step: step.floors)
+        if self.proved:
+            worst = max(self.proved, key=lambda step: step.ratio)
+            left = f" {plural(len(self.open), 'probed step')} left it open." if self.open else ""
             return (
-                f"The engine served the trainer's policy at every step that could tell ({len(self.distinguishable)} of "
-                f"{len(self.probed)} probed): at most {worst.floors:.2f} times the noise floor, at {worst.place}."
+                f"The engine served the trainer's policy at every step that could tell ({len(self.proved)} of "
+                f"{len(self.probed)} probed): at most {worst.ratio:.2f} times the noise of its own numerics, at "
+                f"{worst.place}.{left}"
             )
         if self.probed:
             return (

@@ -1,5 +1,5 @@
 """Show what a run's log says of its weight syncs: a chart, and in words whether the engine served the trainer's policy.
-Ends with 0 (proved), 1 (a step above what the gate allows, or nothing proved) or 2 (no log to read)."""
+Ends with 0 (proved), 1 (a step with another policy, or nothing proved) or 2 (no log to read)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import MissingPackageError
+from ...proof.verdict import DECISIVE
 from .chart import draw
 from .facts import CHART_NAME, RunReport, duration, median_of, median_split, plural
 from .reading import read
@@ -101,19 +102,26 @@ def _steps(report: RunReport) -> str:
 
 def _mismatch(report: RunReport) -> list[tuple[str, str]]:
     probed, told = report.probed, report.distinguishable
-    counts = f"{len(told):,} could tell a wrong policy, {len(report.above):,} above what the gate allows"
+    counts = f"{len(told):,} could tell a wrong policy, {len(report.wrong):,} wrong, {len(report.open):,} left open"
     rows = [("probed", f"{len(probed):,}, of which {counts}")]
     for name, label in (
         ("mismatch_mean", "mismatch, mean"),
         ("mismatch_max", "mismatch, largest"),
         ("mismatch_kl", "mismatch, KL"),
-        ("noise_floor", "noise floor"),
+        ("noise", "noise of its own numerics"),
         ("control_base", "control: no LoRA"),
         ("control_double", "control: LoRA twice"),
     ):
         median = median_of(told or probed, name)
         if median is not None:
             rows.append((label, f"{median:.3g} nats per token (median)"))
+    for name, label in (("against_base", "evidence: not no LoRA"), ("against_double", "evidence: not LoRA twice")):
+        median = median_of(told or probed, name)
+        if median is not None:
+            rows.append((label, f"{median:.3g} nats a look (median), {DECISIVE:g} decide"))
+    slope = median_of(told, "slope")
+    if slope is not None:
+        rows.append(("the engine stands at", f"{slope:.3f} from the plain base, 0, to the policy, 1 (median)"))
     return rows
 
 

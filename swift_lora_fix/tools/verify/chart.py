@@ -20,7 +20,7 @@ def draw(result: Result, path: Path) -> None:
         for level, label, style in (
             (last.control_base, "if the engine served the plain base", ":"),
             (last.control_double, "if it served twice the adapter", "-."),
-            (last.floor, "noise floor", "--"),
+            (last.noise, "the trainer's own numerics", "--"),
         ):
             axis.axhline(level, color=charts.QUIET, linestyle=style, linewidth=1, label=label)
         axis.set_yscale("log")

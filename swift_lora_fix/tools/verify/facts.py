@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ class Request:
 class Sync:
     """One sync as the observer saw it. Logprob differences are in nats a token; base_changed counts the trainer's base
     tensors (of base_tensors) whose bits are no longer those of the start; lora_changed the trainer's LoRA tensors (of
-    lora_tensors) that this sync changed, in dtype or in value."""
+    lora_tensors) that this sync changed, in dtype or in value. noise: what the policy's own numerics explain;
+    ratio: the mismatch in units of it, robust."""
 
     step: int
     seconds: float
     mean: float
     max: float
     kl: float
-    floor: float
+    noise: float
+    ratio: float
     control_base: float
     control_double: float
     agrees: bool
@@ -45,12 +47,14 @@ class Sync:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs. ending: why it stopped early, in its own last words; empty when it reached its end."""
+    """One of the two runs. ending: why it stopped early, in its own last words; empty when it reached its end. floors:
+    of the plain base, as the gate has them, by kind of prompts."""
 
     name: str
     syncs: tuple[Sync, ...]
     ending: str
     log: Path
+    floors: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,12 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         sides = {}
         for key, side in (("ours", self.ours), ("stock", self.stock)):
-            sides[key] = {"syncs": [asdict(sync) for sync in side.syncs], "ending": side.ending, "log": str(side.log)}
+            sides[key] = {
+                "syncs": [asdict(sync) for sync in side.syncs],
+                "ending": side.ending,
+                "log": str(side.log),
+                "floors": side.floors,
+            }
         return {"proved": self.is_proved, "verdict": self.verdict, **sides}
 
 

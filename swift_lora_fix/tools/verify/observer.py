@@ -1,8 +1,8 @@
 """Inside a run of ``swift-lora-fix verify``: measures each sync from outside, stock's and ours in the same way.
 
 At each rollout the agreement gate's probe is answered by the engine and scored by the trainer, and the trainer's base
-is summed up. One JSON line a sync goes to ``$SWIFT_LORA_FIX_VERIFY_FILE``. The noise floor is measured where the engine
-holds the trainer's own base, in our run, and handed to the stock run in ``$SWIFT_LORA_FIX_VERIFY_FLOOR``.
+is summed up. One JSON line a sync goes to ``$SWIFT_LORA_FIX_VERIFY_FILE``. The floors are measured where the engine
+holds the trainer's own base, in our run, and handed to the stock run in ``$SWIFT_LORA_FIX_VERIFY_FLOORS``.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ import wrapt
 from ...common.digest import checksum
 from ...engine.vllm.colocated import AdapterServing
 from ...engine.vllm.handle import EngineHandle
+from ...errors import PolicyMismatchError
 from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
 from ...install import releases
 from ...policy import adapter
 from ...proof.gate import Gate
-from ...proof.verdict import Distance
+from ...proof.probe import SHORT
+from ...proof.verdict import Floor
 from ...trainer import RolloutPort
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
-FLOOR = "SWIFT_LORA_FIX_VERIFY_FLOOR"
+FLOORS = "SWIFT_LORA_FIX_VERIFY_FLOORS"
 
 
 class Observer:
@@ -60,10 +62,13 @@ class Observer:
         if self.gate is None:
             bound, engine = adapter.bind(self.model), EngineHandle(self.trainer.vllm_engine)
             serving = AdapterServing(self.trainer, engine, bound)
-            self.gate = Gate(self.trainer, bound, serving, engine.cache_block, lambda fine: fine)
-            known = os.environ.get(FLOOR)
-            self.gate.floor = Distance(*json.loads(known)) if known else None
-        verdict, finding = self.gate.judge(self.gate.ask(rollout), rollout)
+            self.gate = Gate(self.trainer, bound, serving, engine.cache_block, bool)
+            for kind, floors in json.loads(os.environ.get(FLOORS, "{}")).items():
+                self.gate.floors[kind] = [Floor(**{name: tuple(row) for name, row in one.items()}) for one in floors]
+        judged = self.gate.judge(self.gate.ask(rollout, bool), rollout)
+        if judged.finding is not None and SHORT not in judged.verdicts:
+            raise PolicyMismatchError(f"Nothing can be compared: {judged.finding}", judged.finding)
+        verdict = judged.verdicts[SHORT]
         now = self._base_checksums()
         record = {
             "step": self.trainer.step,
@@ -71,7 +76,8 @@ class Observer:
             "verdict": asdict(verdict),
             "agrees": verdict.agrees,
             "is_distinguishable": verdict.is_distinguishable,
-            "cause": finding.cause if finding else None,
+            "cause": judged.finding.cause if judged.finding else None,
+            "floors": {kind: [asdict(floor) for floor in floors] for kind, floors in self.gate.floors.items()},
             "base_tensors": len(now),
             "base_changed": sum(a != b for a, b in zip(self.base, now)),
             "lora_tensors": len(self._lora()),

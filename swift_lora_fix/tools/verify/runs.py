@@ -50,8 +50,7 @@ def run(request: Request, folder: Path, progress: Callable[[str, int], None]) ->
         raise VerificationError(
             f"The run with the plugin made no sync: {ours.ending or 'no reason given'} Log: {ours.log}"
         )
-    floor = json.dumps([ours.syncs[0].floor, 0.0, 0.0])
-    off = {"SWIFT_LORA_FIX": "off", "SWIFT_LORA_FIX_VERIFY_FLOOR": floor}
+    off = {"SWIFT_LORA_FIX": "off", "SWIFT_LORA_FIX_VERIFY_FLOORS": json.dumps(ours.floors)}
     stock = _start("stock", command, [OBSERVER], folder / "stock", off, progress)
     return ours, stock
 
@@ -146,11 +145,12 @@ def _start(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Side(name, tuple(map(_sync, _lines(records))), "" if code == 0 else _last_words(log, code), log)
+    seen = [json.loads(line) for line in _lines(records)]
+    floors = seen[0]["floors"] if seen else {}
+    return Side(name, tuple(map(_sync, seen)), "" if code == 0 else _last_words(log, code), log, floors)
 
 
-def _sync(line: str) -> Sync:
-    record = json.loads(line)
+def _sync(record: dict[str, Any]) -> Sync:
     verdict = record["verdict"]
     return Sync(
         step=record["step"],
@@ -158,7 +158,8 @@ def _sync(line: str) -> Sync:
         mean=verdict["distance"]["mean"],
         max=verdict["distance"]["max"],
         kl=verdict["distance"]["kl"],
-        floor=verdict["floor"]["mean"],
+        noise=verdict["noise"],
+        ratio=verdict["ratio"],
         control_base=verdict["control_base"],
         control_double=verdict["control_double"],
         agrees=record["agrees"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ChartError, MissingPackageError, SettingsError
-from ...proof.verdict import MINIMUM_FLOOR
+from ...proof.verdict import ALLOWED
 from .chart import CHART_NAME, draw
 from .facts import Request, Result, Side, found
 from .runs import run as run_both
@@ -71,7 +71,7 @@ def _table(result: Result) -> Table:
     table = Table(title="|logprob engine - trainer| at each sync, nats a token")
     table.add_column("run")
     table.add_column("", justify="right")
-    for name in ("mean", "max", "floors", "sync", "base changed", "LoRA changed"):
+    for name in ("mean", "max", "ratio", "sync", "base changed", "LoRA changed"):
         table.add_column(name, justify="right")
     table.add_column("found", max_width=24)
     for side in (result.stock, result.ours):
@@ -81,7 +81,7 @@ def _table(result: Result) -> Table:
                 str(number),
                 f"{sync.mean:.4g}",
                 f"{sync.max:.4g}",
-                f"{sync.mean / max(sync.floor, MINIMUM_FLOOR):.1f}",
+                f"{sync.ratio:.1f}",
                 f"{sync.seconds * 1e3:.1f} ms",
                 f"{sync.base_changed}/{sync.base_tensors}",
                 f"{sync.lora_changed}/{sync.lora_tensors}",
@@ -91,9 +91,10 @@ def _table(result: Result) -> Table:
         table.add_section()
     last = result.ours.syncs[-1]
     table.caption = (
-        f"floors: in units of the noise floor (plain base, both sides), {last.floor:.4g}. The base alone would be "
-        f"{last.control_base:.4g} off, twice the adapter {last.control_double:.4g}. Base changed: tensors of the "
-        "trainer's frozen base that differ from the start; LoRA changed: of the trainer's LoRA, by this sync."
+        f"ratio: in units of what the trainer's own numerics explain ({last.noise:.4g} here), outliers apart; up to "
+        f"{ALLOWED:g} is sound. The base alone would be {last.control_base:.4g} off, twice the adapter "
+        f"{last.control_double:.4g}. Base changed: tensors of the trainer's frozen base that differ from the start; "
+        "LoRA changed: of the trainer's LoRA, by this sync."
     )
     return table
 

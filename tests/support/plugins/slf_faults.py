@@ -194,7 +194,8 @@ def _clean(trainer, infer, requests, config):
         v = seen.verdict
         seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds]
         seconds.append(session.session_of(trainer).last_seconds)
-        verdicts.append([v.distance.mean, v.distance.max, v.floor.mean, v.control_base, v.control_double, *seconds])
+        told = [v.ratio, v.is_distinguishable]
+        verdicts.append([v.distance.mean, v.distance.max, v.noise, v.control_base, v.control_double, *seconds, *told])
     _record(fault="clean", verdicts=verdicts)
 
 

@@ -163,3 +163,9 @@ def test_it_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_kernel_fault_is_named_where_release_and_device_have_it() -> None:
+    assert "48590" in releases.kernel_faults("0.20.2", 9)[0]
+    assert not releases.kernel_faults("0.33.0", 9) and not releases.kernel_faults("0.20.2", 10)
+    assert not releases.kernel_faults("0.20.2", None) and not releases.kernel_faults(None, 9)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import errors, metrics, session
+from swift_lora_fix import errors, looks, metrics
 from swift_lora_fix.common import digest
 from swift_lora_fix.common.settings import Settings
 from swift_lora_fix.engine.vllm.slots import loader, staging
@@ -18,7 +18,8 @@ from swift_lora_fix.engine.vllm.watch import WriteRecorder
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.policy import adapter
 from swift_lora_fix.proof import audit, gate, probe
-from swift_lora_fix.proof.verdict import Distance, FloorRule
+from swift_lora_fix.proof.noise import shaken
+from swift_lora_fix.proof.verdict import Distance, Verdict, distance_between
 from swift_lora_fix.trainer import Answer
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
@@ -181,9 +182,7 @@ def test_a_weight_that_the_engine_replaced_is_not_compared_in_its_old_place() ->
     assert audit.base(record, set()) is None
     engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.clone())
     finding = audit.base(record, set())
-    assert finding is not None and "packed.weight" in finding.evidence, (
-        "the same bits in another tensor"
-    )
+    assert finding is not None and "packed.weight" in finding.evidence, "the same bits in another tensor"
 
 
 def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_another_model() -> None:
@@ -194,25 +193,11 @@ def test_all_layers_with_a_lora_changed_is_a_double_count_and_most_others_anothe
     assert audit.base(record, {"packed.weight"}).cause == "base-replaced"  # type: ignore[union-attr]
 
 
-def verdict(mean: float, floor: float = 0.01, controls: tuple[float, float] = (0.5, 0.4)) -> FloorRule:
-    return FloorRule(Distance(mean, 0.0, 0.0), Distance(floor, 0.0, 0.0), *controls)
-
-
-def test_a_verdict_is_relative_to_the_floor_and_says_what_it_cannot_tell() -> None:
-    assert verdict(0.04).agrees and not verdict(0.041).agrees and not verdict(float("nan")).agrees
-    assert verdict(0.01).is_distinguishable and verdict(0.01).reservation == ""
-    assert not verdict(0.01, controls=(0.5, 0.04)).is_distinguishable
-    assert verdict(0.01, controls=(0.5, 0.04)).reservation == " (not distinguishable yet from twice the adapter)"
-    assert verdict(0.01, controls=(0.01, 0.01)).reservation.count("plain base") == 1
-    assert verdict(1e-6, floor=0.0).agrees, "two sides that compute alike have no noise to measure"
-
-
 def test_distance_is_mean_max_and_k3() -> None:
-    answers = [Answer((1,), (2, 3), (-1.0, -2.0))]
-    found = probe.gap_of(answers, [[-1.5, -2.0]])
+    found = distance_between([-0.5, 0.0])
     assert found.mean == 0.25 and found.max == 0.5
     assert found.kl == pytest.approx((2.718281828**-0.5 - 1 + 0.5) / 2)
-    assert not probe.gap_of(answers, [[float("nan"), 0.0]]).mean == 0
+    assert not distance_between([float("nan"), 0.0]).mean == 0
 
 
 def test_scores_are_the_models_own_whatever_the_padding() -> None:
@@ -257,13 +242,17 @@ def test_metrics_go_where_the_framework_averages_them() -> None:
     made.finish()
     trainer = port_of(peft_model())
     held: Any = SimpleNamespace(
-        last_write=write, examination=session.Examination(), last_seconds=0.1, served_step=7, mode="adapter"
+        last_write=write, examination=looks.Examination(), last_seconds=0.1, served_step=7, mode="adapter"
     )
     for mean in (0.01, 0.03):
-        held.examination.verdict = FloorRule(Distance(mean, mean * 2, 0), Distance(0.01, 0, 0), 0.5, 0.4)
+        outcome = "agrees" if mean < 0.02 else "disagrees"
+        verdict = Verdict(outcome, "", "", Distance(mean, mean * 2, 0), Distance(0.01, 0, 0), 0.5, 0.4)
+        held.examination.verdicts = {probe.SHORT: verdict, probe.LONG: verdict}
         metrics.record(trainer, held)
     lists = trainer.metrics()
     assert lists["lora_sync/mismatch_mean"] == [0.01, 0.03] and lists["lora_sync/mismatch_max"] == [0.06]
+    assert lists["lora_sync/agrees"] == [0.0], "the worst of a logging interval"
+    assert lists["lora_sync/long_mismatch_mean"] == [0.01, 0.03] and "lora_sync/probes_failed" not in lists
     assert lists["lora_sync/policy_step"] == [7.0] and lists["lora_sync/bytes"] == [write.bytes_written] * 2
     json.dumps(lists)
     trainer.metrics = lambda: None
@@ -281,55 +270,176 @@ def test_settings_of_the_proof() -> None:
 
 
 def test_a_whole_look_is_due_again_after_a_disturbance() -> None:
-    schedule = session.Schedule(due=0)
+    schedule = looks.Schedule(due=0)
     schedule.note_disturbance(sleep=True)
-    assert schedule.due == session.FIRST_SYNCS
+    assert schedule.due == looks.FIRST_SYNCS
     schedule.due = 0
     schedule.note_disturbance(sleep=True)
     assert schedule.due == 0, "a run that sleeps at each step is looked at as one that does not"
     schedule.note_disturbance()
-    assert schedule.due == session.FIRST_SYNCS and schedule.is_due(7, 50)
-    for _ in range(session.FIRST_SYNCS):
+    assert schedule.due == looks.FIRST_SYNCS and schedule.is_due(7, 50)
+    for _ in range(looks.FIRST_SYNCS):
         schedule.note_look()
     assert [sync for sync in range(1, 101) if schedule.is_due(sync, 50)] == [50, 100]
 
 
 class Rollout:
-    """Answers with what PyTorch draws, as vLLM's sampler does."""
+    """An engine that is ``off`` nats off the trainer (without the adapter ``plain_off``), and draws from PyTorch's
+    random state as vLLM does."""
 
     has_requests, most_tokens = True, 64
 
+    def __init__(self, off: float = 0.0, plain_off: float = 0.0) -> None:
+        self.off, self.plain_off, self.cached, self.is_plain = off, plain_off, "", False
+        self.asked: list[str] = []
+
     def ask(self, prompts: Any, new_tokens: int) -> list[Answer]:
         torch.rand(3)
-        return [Answer((1, 2), (3,), (-1.0,)) for _ in prompts]
+        self.asked += prompts
+        return [self._answer(text) for text in prompts]
+
+    def _answer(self, text: str) -> Answer:
+        off = self.plain_off if self.is_plain else self.off
+        number, effect = int(text.split()[0]), -0.4 if self.is_plain else 0.0
+        logprobs = (said(number, at) + effect * (-1) ** (at // 2) + off * (-1) ** at for at in range(16))
+        return Answer((number,), tuple(range(16)), tuple(logprobs))
 
 
-def made_gate() -> gate.Gate:
+def said(number: int, at: int) -> float:
+    """What the trainer says of this token, as a wave."""
+    return -1.0 - 0.5 * ((7 * number + 3 * at) % 5)
+
+
+def scored(trainer: Any, answers: Any, how: Any = None) -> list[list[float]]:
+    """With the adapter as ``said``, without it 0.4 less, with twice the adapter 0.4 more, shaken by 0.01."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(how or contextlib.nullcontext())
+        model = trainer.model
+        scale = next(m.scaling["default"] for m in model.modules() if hasattr(m, "scaling"))
+        shift = 0.4 * (scale / 2.0 - 1.0)  # lora_alpha / r is 2 here
+        is_shaken = any(module._forward_hooks for module in model.modules())
+    return [
+        [said(a.prompt[0], at) + (shift + 0.01 * is_shaken) * (-1) ** (at // 2) for at in range(16)] for a in answers
+    ]
+
+
+def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
     model = peft_model()
+    bound = adapter.bind(model)
+
+    @contextlib.contextmanager
+    def plain() -> Any:
+        rollout.is_plain = True
+        yield
+        rollout.is_plain = False
+
+    def reset() -> None:
+        rollout.cached = ""
+
     serving: Any = SimpleNamespace(
-        copies=1, rounds=False, reset_caches=None, engine_without_adapter=contextlib.nullcontext,
-        trainer_without_adapter=contextlib.nullcontext,
+        copies=1, rounds=False, reset_caches=reset, engine_without_adapter=plain, stand_ins=(),
+        trainer_without_adapter=lambda: adapter.scaled(bound, 0.0),
     )  # fmt: skip
-    return gate.Gate(port_of(model), adapter.bind(model), serving, 16, bool)
+    monkeypatch.setattr(
+        probe, "prompts", lambda t, block, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]
+    )
+    monkeypatch.setattr(probe, "kinds", lambda trainer: [probe.SHORT])
+    monkeypatch.setattr(probe, "score", scored)
+    return gate.Gate(port_of(model), bound, serving, 16, bool)
 
 
 def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = made_gate()
-    monkeypatch.setattr(probe, "prompts", lambda *_: ["one"])
-    monkeypatch.setattr(probe, "logprobs_of", lambda model, answers, device: [[-1.0 - 1e-3 * torch.rand(1).item()]])
+    rollout = Rollout(0.005, 0.005)
+    made = made_gate(monkeypatch, rollout)
     before = torch.get_rng_state()
-    asked = made.ask(Rollout())
-    made.judge(asked)
-    assert asked.plain is not None and torch.equal(before, torch.get_rng_state())
+    asked = made.ask(rollout, bool)
+    judged = made.judge(asked)
+    assert asked[0].plain and torch.equal(before, torch.get_rng_state())
+    assert judged.verdicts[probe.SHORT].agrees and judged.finding is None, judged
+    again = made.ask(rollout, bool)
+    assert not again[0].plain and len(again[0].probes) == 1, "the floor is measured once"
 
 
-@pytest.mark.parametrize("floor, cause", [(0.06, None), (0.7, "base-not-served"), (float("nan"), "base-not-served")])
+@pytest.mark.parametrize(
+    "off, outcome", [(0.005, None), (0.03, "noisy"), (0.2, "base-not-served"), (float("nan"), "base-not-served")]
+)
 def test_a_floor_that_no_rounding_explains_is_a_finding(
-    floor: float, cause: str | None, monkeypatch: pytest.MonkeyPatch
+    off: float, outcome: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = made_gate()
-    made.floor = Distance(floor, floor, floor)
-    monkeypatch.setattr(made, "_compare", lambda *_: (verdict(0.01, floor=floor), []))
-    _, finding = made.judge(gate.Asked(()))
-    assert (finding.cause if finding else None) == cause
-    assert (made.floor is None) is (cause is not None), "such a floor is not kept"
+    rollout = Rollout(off, off)
+    made = made_gate(monkeypatch, rollout)
+    judged = made.judge(made.ask(rollout, bool), rollout)
+    cause = judged.finding.cause if judged.finding else "noisy" if judged.noisy else None
+    assert cause == outcome, judged
+    assert (probe.SHORT in made.floors) is (outcome != "base-not-served"), "such a floor is not kept"
+
+
+def test_a_disagreement_counts_when_other_prompts_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout(0.3, 0.005)
+    made = made_gate(monkeypatch, rollout)
+    asked = made.ask(rollout, bool)
+    assert made.judge(asked).finding is None, "with nobody to ask it stays open"
+    judged = made.judge(asked, rollout)
+    assert judged.finding is not None and judged.verdicts[probe.SHORT].probes == 2, judged
+    ahead = made.judge(made.ask(rollout, bool, ahead=True))
+    assert ahead.finding is not None, "what was asked ahead is enough"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_a_reset_of_the_caches_mends_is_a_stale_cache(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout(0.005, 0.005)
+    made = made_gate(monkeypatch, rollout)
+    assert made.judge(made.ask(rollout, bool), rollout).finding is None
+    monkeypatch.setattr(rollout, "_answer", _stale_for_the_first_prompts(rollout))
+    rollout.cached = "yes"
+    judged = made.judge(made.ask(rollout, bool, ahead), None if ahead else rollout)
+    assert judged.finding is not None and judged.finding.cause == "stale-cache", judged
+
+
+def _stale_for_the_first_prompts(rollout: Rollout) -> Any:
+    own = rollout._answer
+
+    def answer(text: str) -> Answer:
+        found = own(text)
+        if not rollout.cached or found.prompt[0] >= 7:
+            return found
+        return Answer(found.prompt, found.tokens, tuple(v + 0.4 * (-1) ** at for at, v in enumerate(found.logprobs)))
+
+    return answer
+
+
+def test_a_probe_that_fails_fails_on_all_ranks_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout()
+    made = made_gate(monkeypatch, rollout)
+    told: list[bool] = []
+
+    def together(fine: bool) -> bool:
+        told.append(fine)
+        return fine
+
+    monkeypatch.setattr(rollout, "ask", lambda *_: 1 / 0)
+    with pytest.raises(gate.ProbeError, match="ZeroDivisionError"):
+        made.ask(rollout, together)
+    assert told == [False]
+    monkeypatch.undo()
+    made = made_gate(monkeypatch, rollout)
+    with pytest.raises(gate.ProbeError, match="on another rank"):
+        made.ask(rollout, lambda fine: False)
+
+
+def test_shaking_moves_every_layer_by_a_rounding_step_and_leaves_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 512), torch.nn.Dropout(), torch.nn.Identity()).bfloat16().eval()
+    given = torch.ones(1, 4).bfloat16()
+    before = model(given).float()
+    with shaken(model):
+        moved, again = model(given).float(), None
+    with shaken(model):
+        again = model(given).float()
+    off = ((moved - before) / before).abs()
+    assert 0 < off.max() <= 2.0**-7 and torch.equal(moved, again), "a step, and the rounding of it"
+    assert torch.equal(model(given).float(), before) and not any(m._forward_hooks for m in model.modules())
+    wide = torch.nn.Sequential(torch.nn.Linear(4, 512)).eval()
+    with shaken(wide):
+        assert ((wide(torch.ones(1, 4)) - wide.__call__(torch.ones(1, 4))).abs().max()) < 1e-5, (
+            "float32 by its own step"
+        )

@@ -70,7 +70,7 @@ def test_the_package_alone(tmp_path: Path, model: Path, adapter: Path) -> None:
 def test_without_matplotlib_there_is_a_verdict_and_no_chart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = Sync(0, 0.1, 0.01, 0.02, 0.0, 0.01, 1.0, 1.0, True, True, None, 0, 3, 0, 4)
+    right = Sync(0, 0.1, 0.01, 0.02, 0.0, 0.01, 1.0, 1.0, 1.0, True, True, None, 0, 3, 0, 4)
     result = Result(Side("fixed", (right,) * 2, "", tmp_path), Side("stock", (right,) * 2, "", tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     view.show(result, tmp_path, Console(highlight=False, width=100))

@@ -1,0 +1,42 @@
+"""What numerics alone may change: the trainer scores once more, each layer's output moved by a rounding step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+SEED = 7
+# of these a float passes unrounded (in evaluation dropout does), or they only hold others
+SILENT = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterDict)
+
+
+@contextlib.contextmanager
+def shaken(model: torch.nn.Module, whole: Collection[torch.nn.Module] = ()) -> Iterator[None]:
+    """Each leaf module's output x is x * (1 + u * step), rounded to its dtype again: u at random in [-1, 1], the same
+    for the same shapes; step half the distance from 1 to the next number of the coarser dtype, the output's own or the
+    base's (an engine computes in that): 2^-8 for bf16. Hooks only, gone afterwards.
+
+    whole: modules that compute in place of their children while this lasts.
+    """
+    coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def shake(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_tensor(output) or not output.is_floating_point():
+            return None
+        if output.device not in generators:
+            generators[output.device] = torch.Generator(output.device).manual_seed(SEED)
+        drawn = torch.rand(output.shape, generator=generators[output.device], device=output.device)
+        step = max(torch.finfo(output.dtype).eps, coarsest) / 2
+        return (output.float() * (1 + (drawn * 2 - 1) * step)).to(output.dtype)
+
+    leaves = [m for m in model.modules() if not isinstance(m, SILENT) and (m in whole or not list(m.children()))]
+    handles = [leaf.register_forward_hook(shake) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
