@@ -12,10 +12,8 @@ step is a new one), ``before_rollout`` and ``after_rollout``.
 from __future__ import annotations
 
 import enum
-import threading
 import time
 import weakref
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,29 +22,21 @@ from . import metrics, scope
 from .auto import Auto
 from .common.clock import Clock
 from .common.log import info, warning
-from .common.ranks import ranks_agree
 from .common.settings import Settings
 from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
 from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
 from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
-from .install import releases
-from .looks import Examination, Pending, Schedule, custody
+from .examiner import Examiner, Served
+from .looks import Examination, Pending
 from .policy import adapter as adapters
 from .policy import merging, origin
-from .proof import audit, probe
 from .proof.causes import Finding
-from .proof.gate import Asked, Gate, ProbeError
-from .proof.verdict import FLOOR_ALLOWED, Verdict
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
 from .trainer import RolloutPort, TrainerPort
 
 Mode = Literal["adapter", "fused"]
-
-BASE_AUDIT_EVERY = 50  # and then every so many, where the gate is off
-SMALL_LOOKS = 5  # after so many in which the adapter is too small to tell, that is said
-PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
 
 
 class Phase(enum.Enum):
@@ -68,15 +58,12 @@ class Session:
         self.syncs = self.base_pushes = 0
         self.last_seconds = 0.0
         self.last_write = WriteReport("none")
-        self.schedule, self.examination = Schedule(), Examination()
-        self.gate: Gate | None = None
+        self.examiner = Examiner(trainer)
         self.pending: Pending | None = None
         self.auto = Auto() if auto else None
         self._repairs = False  # the next sync goes by the reference path
         self._repaired_step: int | None = None  # once a step is enough: it raises after that
         self._slept = False  # since the last write
-        self._small_looks = 0
-        self._said: set[str] = set()  # what the log says once a run
         self._bind(mode)
 
     @property
@@ -98,7 +85,7 @@ class Session:
             return
         if self.engine.is_asleep:
             self._slept = True
-            self.schedule.note_disturbance(sleep=True)
+            self.examiner.schedule.note_disturbance(sleep=True)
             held.forget()
             if self.trainer.sleep_level == 2:
                 self._lose(Phase.UNBOUND)
@@ -106,7 +93,7 @@ class Session:
                 self.phase = Phase.SERVED
             else:
                 self._lose(Phase.BASE_HELD)
-        elif not self._all_ranks(self.writer.is_current()):
+        elif not self.examiner.all_ranks(self.writer.is_current()):
             held.forget()
             self._lose(Phase.BASE_HELD)
 
@@ -121,7 +108,8 @@ class Session:
         if not self.syncs or not bound or (self._repairs and adapters.changed_scalings(self.adapter)):
             self._bind_again()
             self.writer.begin_validation()
-        self.examination, self.pending = Examination(), None
+        self.examiner.begin()
+        self.pending = None
         adapters.check_unmerged(self.adapter)
         came_from = self._find_origin() if self.origin is None else None
         clock.lap("check")
@@ -144,8 +132,10 @@ class Session:
         self.last_seconds = time.perf_counter() - started
         self.phase, self.served_step = Phase.SERVED, self.trainer.step
         self.syncs += 1
-        if self.writer.weights is not None and self._looks_later():
-            self._audit_weights_now()
+        if self.writer.weights is not None and self.examiner.looks_later:
+            finding = self.examiner.audit_weights_now(self._served())
+            if finding is not None:
+                self._act(finding, Settings.from_environment(), False, "Nothing was generated.")
 
     def before_rollout(self, rollout: RolloutPort) -> None:
         """Look at what the engine holds before the first rollout after each sync, and ask it a probe when that is due;
@@ -156,7 +146,7 @@ class Session:
         ``warn`` only says so.
         """
         if self.engine.make_ready():
-            self.schedule.note_disturbance()
+            self.examiner.schedule.note_disturbance()
             self.phase = Phase.SERVED
         if self._slept:
             self._write_what_sleep_lost()
@@ -164,20 +154,21 @@ class Session:
         if self.phase is Phase.EXAMINED and missing is None and self.writer.is_current():
             return
         settings, first = Settings.from_environment(), self.phase is not Phase.EXAMINED
-        together, later = self._are_together(first), self._looks_later()
+        together, later = self.examiner.are_together(first), self.examiner.looks_later
         repairs = settings.on_mismatch == "repair" and together and self._repaired_step != self.served_step
         if missing is not None and not (repairs and not later and self.served_step is not None):
             raise EngineStateError(
                 f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
                 "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."
             )
-        finding = self._look(rollout, settings, missing, first)
+        finding, pending = self.examiner.look(self._served(), rollout, missing, first)
+        self.pending = pending or self.pending
         if finding is not None and later and repairs:
             asked = self.pending.asked if self.pending is not None else ()
             self.pending = Pending(asked, finding)  # the trainer's model is needed for it
         elif finding is not None and self._act(finding, settings, repairs, "Nothing was generated."):
             self.repair()
-            finding = self._look(rollout, settings, None, first)
+            finding, _ = self.examiner.look(self._served(), rollout, None, first)
             if finding is not None:
                 raise PolicyMismatchError(
                     f"After a repair it still does not: {finding} Nothing was generated.", finding
@@ -201,14 +192,14 @@ class Session:
         settings = Settings.from_environment()
         finding = pending.finding
         if pending.asked:
-            finding = self._judge(pending.asked, finding)
-        finding = self._of_all_ranks(finding)
+            finding = self.examiner.judge(self._served(), pending.asked, finding)
+        finding = self.examiner.of_all_ranks(finding)
         repairs = settings.on_mismatch == "repair" and self._repaired_step != self.served_step
         if finding is not None and self._act(finding, settings, repairs, "Its rollouts are not trained on."):
             self._repaired_step = self.served_step
             self._lose(Phase.UNBOUND)
             self._repairs = True
-            self.schedule.note_disturbance()
+            self.examiner.schedule.note_disturbance()
             return True
         if finding is None and self._repaired_step == self.served_step:
             info("repaired: the engine serves the trainer's policy again.")
@@ -225,15 +216,22 @@ class Session:
         self.base_pushes += 1
         self.last_write = self.writer.write_by_reference()
         self.phase, self.served_step = Phase.SERVED, step
-        self.schedule.note_disturbance()
+        self.examiner.schedule.note_disturbance()
 
     def change_mode(self, mode: Mode) -> None:
         """From the next write on serve the policy in the other mode; base and adapter are sent anew."""
         self._bind(mode)
         self.phase, self.served_step, self.base = Phase.UNBOUND, None, None
-        self.gate = None
-        self._said.discard("custody")  # it ends at another place now
+        self.examiner.forget_custody()
         self.trainer.attach_adapter(mode == "adapter")
+
+    def _served(self) -> Served:
+        return Served(self.served_step, self.syncs, self.base, self.auto is None)
+
+    @property
+    def examination(self) -> Examination:
+        """What was found of the last sync."""
+        return self.examiner.examination
 
     def what_is_missing(self) -> str | None:
         """Why the engine cannot serve the policy of the last sync at all, or None."""
@@ -275,6 +273,7 @@ class Session:
         if trainer.engine_place == "server":
             servers = RemoteEngine(trainer)
             self.engine, self.writer = servers, RemoteWriter(trainer, servers, self.adapter)
+            self.examiner.bind(self.engine, self.writer)
             return
         engine = self.engine = EngineHandle(trainer.vllm_engine)
         if mode == "adapter":
@@ -282,12 +281,12 @@ class Session:
             self.writer = AdapterModeWriter(trainer, engine, self.adapter, direct)
         else:
             self.writer = FusedModeWriter(trainer, engine, self.adapter, merging.bind(trainer.model, self.adapter.name))
+        self.examiner.bind(self.engine, self.writer)
 
     def _bind_again(self) -> None:
         """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
         keeps_base = self.writer.keeps_base and self.engine.is_of(self.trainer)
         self._bind(self.mode)
-        self.gate = None
         self.served_step = None
         if not (keeps_base and self.phase is not Phase.UNBOUND):
             self.phase, self.base = Phase.UNBOUND, None
@@ -310,7 +309,7 @@ class Session:
         slots, self._slept = self.writer.slots, False
         if slots is None or slots.expected is None or slots.read_back() == slots.expected:
             return
-        if self._says_once("lost slots"):
+        if self.examiner.says_once("lost slots"):
             info("the engine's LoRA slots did not survive its sleep: the adapter is written again before rollouts.")
         self.writer.begin_validation()
         self.writer.validate()
@@ -328,7 +327,7 @@ class Session:
         """``SWIFT_LORA_FIX_MODE=auto``: the engine is awake, the trainer's model is here, nothing is written yet."""
         assert self.auto is not None
         bound = Settings.from_environment().lost_share
-        mode = self.auto.choose(self.trainer, self.writer, self._all_ranks, bound)
+        mode = self.auto.choose(self.trainer, self.writer, self.examiner.all_ranks, bound)
         if self.auto.is_settled:
             self.auto = None
         if mode is not None and mode != self.mode:
@@ -337,188 +336,6 @@ class Session:
             self.writer.validate()
         elif self.mode == "adapter" and mode is not None:
             self.phase = Phase.UNBOUND  # what was measured wrote to the engine's base
-
-    # ---- looking -----------------------------------------------------------------------------------------------------
-
-    def _looks_later(self) -> bool:
-        """Whether the trainer's model cannot score while rollouts are made: it is on the host (--offload_model), the
-        memory is the KV cache's (a sleep level), or not all ranks are there (rollout servers)."""
-        trainer = self.trainer
-        shared = self.engine.is_shared and trainer.ranks > 1
-        return trainer.offloads_model or trainer.sleep_level > 0 or shared
-
-    def _are_together(self, first: bool) -> bool:
-        """Whether all ranks are here: after a sync they all come; later rollouts of a step may be some ranks' alone. Of
-        rollout servers only the main rank makes rollouts."""
-        in_background = threading.current_thread() is not threading.main_thread()
-        return first and not in_background and not (self.engine.is_shared and self.trainer.ranks > 1)
-
-    def _can_repair(self) -> bool:
-        return self._are_together(True) and not self._looks_later()
-
-    def _look(self, rollout: RolloutPort, settings: Settings, missing: str | None, first: bool) -> Finding | None:
-        """The finding of this rank, or that another rank has one."""
-        together = self._are_together(first)
-        later, seen = self._looks_later(), self.examination
-        whole = (together or (first and later)) and self.schedule.is_due(
-            self.syncs, settings.gate_every or BASE_AUDIT_EVERY
-        )
-        started = time.perf_counter()
-        finding = Finding("not-loaded", "check before the rollout", missing) if missing else None
-        finding = finding or self._audit(whole and not later, together, settings)
-        seen.audit_seconds += time.perf_counter() - started
-        started = time.perf_counter()
-        if whole and finding is None and self.base is not None:
-            finding = audit.base(self.base, self.writer.adapted_parameters(), trainer_is_here=not later)
-            seen.looked_at.append(f"the base's bits{' in the engine' if later else ' on both sides'}")
-        seen.base_audit_seconds += time.perf_counter() - started
-        if whole:
-            self.schedule.note_look()
-        asks = whole and settings.gate_every > 0 and self._may_ask(rollout, missing, finding)
-        if self._all_here(asks, together):
-            started = time.perf_counter()
-            asked = self._ask(rollout, together, ahead=later)
-            if later:
-                self.pending = Pending(asked, finding)
-            elif asked:
-                finding = self._judge(asked, finding, rollout)
-            seen.gate_seconds += time.perf_counter() - started
-        return self._of_all_ranks(finding) if together else finding
-
-    def _audit(self, whole: bool, together: bool, settings: Settings) -> Finding | None:
-        changed = adapters.changed_scalings(self.adapter)
-        if changed:
-            return Finding("scaling", "scaling check", f"{len(changed)} modules: {', '.join(changed[:3])}")
-        finding = None
-        slots, weights = self.writer.slots, self.writer.weights
-        if slots is not None:
-            finding = audit.adapter(slots, not self.trainer.offloads_model, together)
-            if finding is None:
-                slots.accept()
-                self.examination.looked_at.append("the LoRA slots' values")
-        elif weights is not None and self._looks_later():
-            if weights.engine_changed():
-                return Finding("weights-changed", audit.MERGED, "the engine's weights differ from those after the sync")
-            weights.accept()
-            self.examination.looked_at.append("that the weights are still those of the sync")
-        elif weights is not None and (together or self.adapter.sharding == "none"):
-            finding = self._audit_weights(whole, settings)
-        return finding
-
-    def _audit_weights(self, whole: bool, settings: Settings) -> Finding | None:
-        assert self.writer.weights is not None
-        part, parts = (0, 1) if whole else (self.syncs % PARTS, PARTS)
-        finding, rounding = audit.merged(self.writer.weights, part, parts)
-        if rounding is not None:
-            self.examination.rounding = rounding
-            self._mind(rounding, settings)
-        if finding is None:
-            self.writer.weights.accept()
-            part_of = "the merged weights" if whole else f"a {PARTS}th of the merged weights"
-            self.examination.looked_at.append(f"{part_of} against the trainer's")
-        return finding
-
-    def _audit_weights_now(self) -> None:
-        """Fused mode, where the trainer's model is away when rollouts are made: engine and trainer are both here now.
-        What is found is acted on before the rollout."""
-        weights, settings = self.writer.weights, Settings.from_environment()
-        assert weights is not None
-        started = time.perf_counter()
-        whole = self.schedule.is_due(self.syncs, settings.gate_every or BASE_AUDIT_EVERY)
-        finding = self._audit_weights(whole, settings)
-        if weights.is_known:
-            weights.note_audited()
-        self.examination.audit_seconds += time.perf_counter() - started
-        if finding is not None:
-            self._act(finding, settings, False, "Nothing was generated.")
-
-    def _mind(self, rounding: audit.Rounding, settings: Settings) -> None:
-        bound, share = settings.lost_share, rounding.lost_share
-        # of a first sync the update may be no more than rounding itself (DoRA's magnitudes, an adapter just begun)
-        begun = self.syncs > 1
-        if share is not None and share > bound and begun and self.auto is None and self._says_once("lost share"):
-            warning(
-                f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
-                f"bound of {bound:.1%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
-                "With --vllm_enable_lora true vLLM serves an adapter that it can serve exactly, apart."
-            )
-
-    def _may_ask(self, rollout: RolloutPort, missing: str | None, audited: Finding | None) -> bool:
-        """The first probe measures the noise floor, for which the engine must hold the trainer's base; and NaN in the
-        slots would stay behind in the memory of the KV cache, where attention meets it again (seen on the CPU)."""
-        has_floor = self.gate is not None and probe.SHORT in self.gate.floors
-        is_safe = audited is None or (has_floor and audited.cause != "not-finite")
-        return missing is None and rollout.has_requests and is_safe
-
-    def _gate(self) -> Gate:
-        if self.gate is None:
-            block = self.engine.cache_block
-            self.gate = Gate(self.trainer, self.adapter, self.writer.serving, block, self._all_ranks)
-        return self.gate
-
-    def _ask(self, rollout: RolloutPort, together: bool, ahead: bool) -> Sequence[Asked]:
-        """Nothing where it could not be asked, which is said and counted and no more."""
-        try:
-            return self._gate().ask(rollout, lambda fine: self._all_here(fine, together), ahead)
-        except ProbeError as error:
-            self._note_failed(error)
-            return ()
-
-    def _judge(
-        self, asked: Sequence[Asked], audited: Finding | None, rollout: RolloutPort | None = None
-    ) -> Finding | None:
-        """What an audit has found is told more fully with what the engine answers."""
-        started, seen = time.perf_counter(), self.examination
-        try:
-            judged = self._gate().judge(asked, rollout)
-        except ProbeError as error:
-            self._note_failed(error)
-            return audited
-        if rollout is None:  # else whoever calls counts the asking, too
-            seen.gate_seconds += time.perf_counter() - started
-        seen.verdicts, found = judged.verdicts, judged.finding
-        if judged.noisy:
-            warning(
-                f"without the adapter, engine and trainer are further apart than the trainer's own numerics explain "
-                f"({', '.join(judged.noisy)}; up to {FLOOR_ALLOWED:g} is usual): a KV cache or weights of fewer bits, "
-                "kernels of another accuracy, or a small fault that is always there. It counts as this engine's noise."
-            )
-        for kind, verdict in judged.verdicts.items():
-            self._say_verdict(kind, verdict)
-        if found is not None and found.cause == "engine-not-finite":
-            known = "; ".join(self._known_faults())
-            found = Finding(found.cause, found.test, f"{found.evidence}{known and f'; known: {known}'}")
-        if found is None or audited is None:
-            return audited or found
-        return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
-
-    def _known_faults(self) -> tuple[str, ...]:
-        device = self.trainer.device
-        capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-        return releases.kernel_faults(releases.installed_vllm(), capability)
-
-    def _say_verdict(self, kind: str, verdict: Verdict) -> None:
-        of = "" if kind == probe.SHORT else f" on {kind} prompts"
-        if verdict.agrees:
-            info(f"engine and trainer agree{of} at step {self.served_step}{verdict.reservation}: {verdict}.")
-        elif not verdict.disagrees:
-            self.schedule.note_undecided()
-            if self._says_once(f"undecided {kind}"):
-                warning(f"the probe left open{of} which policy the engine serves; the next sync is asked: {verdict}.")
-        if kind != probe.SHORT or not verdict.agrees:
-            return
-        self._small_looks = 0 if verdict.is_distinguishable else self._small_looks + 1
-        if self._small_looks == SMALL_LOOKS:
-            warning(
-                f"after {self.syncs} syncs the adapter still does less than the noise of computing it"
-                f"{verdict.reservation}: that the engine serves it is known from the audits of its values alone. A "
-                "larger learning rate or a later checkpoint would tell: swift-lora-fix verify --adapter CHECKPOINT."
-            )
-
-    def _note_failed(self, error: ProbeError) -> None:
-        self.examination.probes_failed += 1
-        if self._says_once("probe failed"):
-            warning(f"a probe of the engine failed, so its answers are not compared at this sync: {error}")
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 
@@ -534,33 +351,13 @@ class Session:
         return True
 
     def _finish_look(self, finding: Finding | None, rollout: RolloutPort | None = None) -> None:
-        if finding is None and self._says_once("custody"):
-            came_from = self.origin
-            file = f"file (SHA-256 {came_from.sha256})" if came_from and came_from.sha256 and came_from.compared else ""
-            every = Settings.from_environment().gate_every
-            info(custody(file, self.writer.place, self.last_write.digest, self.examination, every))
+        if finding is None:
+            self.examiner.say_custody(self.origin, self.last_write.digest)
         metrics.record(self.trainer, self)
         if self.auto is not None and self.examination.verdict is not None and rollout is not None:
             self.auto.watch(rollout, self.writer, self.trainer.device)
 
-    def _says_once(self, what: str) -> bool:
-        new = what not in self._said
-        self._said.add(what)
-        return new
-
     # ---- ranks -------------------------------------------------------------------------------------------------------
-
-    def _all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks. All of them ask."""
-        return fine if self.trainer.ranks == 1 else ranks_agree(fine, self.trainer.device)
-
-    def _all_here(self, fine: bool, together: bool) -> bool:
-        return self._all_ranks(fine) if together else fine
-
-    def _of_all_ranks(self, finding: Finding | None) -> Finding | None:
-        if not self._all_ranks(finding is None) and finding is None:
-            return Finding("unknown", "other ranks", "another rank of this run found a mismatch; its log says which")
-        return finding
 
     def _shared_pending(self) -> Pending | None:
         """Of rollout servers the main rank alone has asked; all ranks judge, which gather what is sharded."""

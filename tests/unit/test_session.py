@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from swift_lora_fix import errors, scope
+from swift_lora_fix import errors, examiner, scope
 from swift_lora_fix import session as sessions
 from swift_lora_fix.engine.vllm.colocated import AdapterModeWriter
 from swift_lora_fix.engine.vllm.fitting import check_fits
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, EngineHandle
 from swift_lora_fix.engine.vllm.slots import plan
 from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.examiner import SMALL_LOOKS
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.install import releases
 from swift_lora_fix.policy import adapter
@@ -180,7 +181,7 @@ def test_ranks_sync_together_whichever_of_them_lost_something(
         told.append(fine)
         return False  # the other one has lost something
 
-    monkeypatch.setattr(sessions, "ranks_agree", ranks_agree)
+    monkeypatch.setattr(examiner, "ranks_agree", ranks_agree)
     session.invalidate_if_lost()
     assert told == [True] and session.phase is Phase.BASE_HELD and learner.must_sync
 
@@ -289,7 +290,7 @@ def test_a_session_does_not_keep_its_trainer_alive(engine: FakeEngine) -> None:
     port = port_of(peft_model(), llm=engine, take=engine.model.load)
     trainer = port.learner
     session = sessions.begin(trainer, port)
-    assert session is not None and session._gate() is session.gate
+    assert session is not None and session.examiner._gate() is session.examiner.gate
     del port.kept
     gone = weakref.ref(trainer)
     del trainer, port
@@ -367,7 +368,7 @@ def gated(session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
 
 
 def steps_with(session: Session, *outcomes: Any) -> None:
-    session.gate = FakeGate(*outcomes)  # type: ignore[assignment]
+    session.examiner.gate = FakeGate(*outcomes)  # type: ignore[assignment]
     for _ in outcomes:
         session.trainer.learner.updates += 1  # type: ignore[attr-defined]
         session.synchronize()
@@ -388,10 +389,10 @@ def test_a_probe_that_fails_is_a_warning_and_a_number(gated: Session, caplog: py
 def test_a_probe_that_leaves_it_open_is_a_warning_and_the_next_sync_is_asked(
     gated: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gated.schedule.due = 1
+    gated.examiner.schedule.due = 1
     monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "1000")
     steps_with(gated, judged("unsure", noisy="short prompts: 2.1 times"))
-    assert gated.schedule.due == 1 and gated.phase is Phase.EXAMINED
+    assert gated.examiner.schedule.due == 1 and gated.phase is Phase.EXAMINED
     assert any("left open which policy the engine serves" in message for message in caplog.messages)
     assert any("short prompts: 2.1 times; up to 1.5 is usual" in message for message in caplog.messages)
     custody = next(message for message in caplog.messages if "chain of custody" in message)
@@ -399,12 +400,12 @@ def test_a_probe_that_leaves_it_open_is_a_warning_and_the_next_sync_is_asked(
 
 
 def test_an_adapter_that_stays_too_small_to_tell_is_said_once(gated: Session, caplog: pytest.LogCaptureFixture) -> None:
-    steps_with(gated, *[judged(weight=1.0)] * (2 * sessions.SMALL_LOOKS))
+    steps_with(gated, *[judged(weight=1.0)] * (2 * SMALL_LOOKS))
     said = [message for message in caplog.messages if "does less than the noise" in message]
-    assert len(said) == 1 and f"after {sessions.SMALL_LOOKS + 1} syncs" in said[0]
+    assert len(said) == 1 and f"after {SMALL_LOOKS + 1} syncs" in said[0]
     assert "(not distinguishable yet from the plain base)" in said[0]
     caplog.clear()
-    steps_with(gated, judged(), *[judged(weight=1.0)] * (sessions.SMALL_LOOKS - 1))
+    steps_with(gated, judged(), *[judged(weight=1.0)] * (SMALL_LOOKS - 1))
     assert not any("does less than the noise" in message for message in caplog.messages)
 
 
@@ -421,6 +422,6 @@ def test_custody_claims_nothing_after_a_mismatch(
 def test_answers_that_are_no_numbers_name_the_kernel_that_is_known_for_them(
     gated: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated, "_known_faults", lambda: releases.kernel_faults("0.20.2", 9))
+    monkeypatch.setattr(gated.examiner, "_known_faults", lambda: releases.kernel_faults("0.20.2", 9))
     with pytest.raises(errors.PolicyMismatchError, match="engine-not-finite.*known: vLLM issue 48590"):
         steps_with(gated, judged("disagrees", cause="engine-not-finite"))

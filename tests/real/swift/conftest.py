@@ -223,7 +223,8 @@ def _auto(runs: Runs, name: str) -> Run:
 
 def _offloaded(runs: Runs, name: str) -> Run:
     """The flags of ms-swift's own examples: the trainer's model is away while rollouts are made, so the gate asks then
-    and judges afterwards. In step 2 somebody empties the engine's LoRA slots: the rollouts are made again."""
+    and judges afterwards. In step 2 somebody empties the engine's LoRA slots: the rollouts are made again. There is
+    room for the long prompts of the probe, too."""
     run = runs.make(
         name,
         True,
@@ -238,6 +239,8 @@ def _offloaded(runs: Runs, name: str) -> Run:
         offload_optimizer="true",
         max_steps=4,
         save_steps=100,
+        max_length=700,
+        vllm_max_model_len=768,
     )
     run.probe, run.last_plugins = False, (PLUGINS / "slf_faults.py",)
     return run
