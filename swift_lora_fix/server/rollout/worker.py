@@ -226,9 +226,11 @@ class Stager:
             self.arriving = None
 
     async def serve(self, plain: bool) -> None:
+        """With the adapter, or without it (``plain``); what was computed before is forgotten."""
         self._check_idle()
         self.is_ours = True
         self._set_plain(plain)
+        await self._forget_caches()
 
     # ---- how --------------------------------------------------------------------------------------------------------
 
@@ -341,6 +343,9 @@ class Stager:
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
         elif self.engine.engine.vllm_config.parallel_config.worker_extension_cls == EXTENSION:
             await self._rpc("check_served")
+        await self._forget_caches()
+
+    async def _forget_caches(self) -> None:
         for name in ("reset_prefix_cache", "reset_encoder_cache"):
             reset = getattr(self.engine.engine, name, None)
             if reset is not None and await _value(reset()) is False:

@@ -248,6 +248,10 @@ class RemoteEngine:
             finally:
                 self._announce(self.policy)
 
+    def reset_caches(self) -> None:
+        """What they computed is forgotten."""
+        self._post("serve", {"plain": False})
+
     def make_ready(self) -> bool:
         """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
         one that does not come back within the deadline."""

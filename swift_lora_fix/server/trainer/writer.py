@@ -267,11 +267,13 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
 class RemoteServing:
     """vLLM's LoRA layers of the rollout servers apply it. Nothing is rounded that the trainer does not round too."""
 
-    rounds, reset_caches = False, None
+    rounds = False
     stand_ins: Collection[torch.nn.Module] = ()
 
     def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
         self._servers, self._adapter = engine, adapter
+        # the main rank talks to the servers, and it alone
+        self.reset_caches = engine.reset_caches if engine.servers is not None else None
         # ms-swift's client gives each server its share of the requests, one after the other
         self.copies = len(engine.servers.urls) if engine.servers is not None else 1
 
