@@ -2,7 +2,8 @@
 
 audit.py       what lies in the engine's memory against what was staged from the trainer, by checksum
 probe.py       fixed prompts that the engine answers and the trainer scores
-gate.py        when each is asked, and what a disagreement is called; judged by ``FloorRule`` of verdict.py so far
+noise.py       what the trainer's own numerics may change
+gate.py        asks and scores until verdict.py decides
 verdict.py     which policy the answers are of, from numbers alone: agrees, disagrees and why, or what to ask next
 hypotheses.py  the robust arithmetic of that
 causes.py      what is wrong, in words: cause, evidence, what to do
