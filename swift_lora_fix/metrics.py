@@ -6,11 +6,11 @@ All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds
 At syncs that the gate examines: ``seconds_base_audit``, ``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob
 engine - trainer|, nats a token), ``mismatch_kl`` (k3); ``noise`` (nats a token: what this policy's own numerics
 explain), ``ratio`` (the mismatch in units of that, robust; sound up to ``verdict.ALLOWED``), ``noise_floor`` (of the
-plain base); ``control_base``, ``control_double`` (nats a token, to the plain base and to twice the adapter),
-``against_base``, ``against_double`` (nats of evidence that the engine does not serve those), ``slope`` (where it stands
-from the plain base, 0, to this policy, 1); ``agrees`` (1, 0, or 0.5 where it was left open), ``distinguishable`` (0 or
-1), ``probes``. Of longer prompts: ``long_mismatch_mean``, ``long_ratio``. In fused mode also ``mismatch_rounding``
-(nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
+plain base), ``engine_noise`` (in units of the trainer's own); ``control_base``, ``control_double`` (nats a token, to
+the plain base and to twice the adapter), ``against_base``, ``against_double`` (nats of evidence that the engine does
+not serve those), ``slope`` (where it stands from the plain base, 0, to this policy, 1); ``agrees`` (1, 0, or 0.5 where
+it was left open), ``distinguishable`` (0 or 1), ``probes``. Of longer prompts: ``long_mismatch_mean``, ``long_ratio``.
+In fused mode also ``mismatch_rounding`` (nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def _of_verdict(verdict: Verdict) -> dict[str, float]:
         "noise": verdict.noise,
         "ratio": verdict.ratio,
         "noise_floor": verdict.floor.mean,
+        "engine_noise": verdict.engine_noise,
         "control_base": verdict.control_base,
         "control_double": verdict.control_double,
         "agrees": 1.0 if verdict.agrees else 0.0 if verdict.disagrees else 0.5,

@@ -164,7 +164,8 @@ class Verdict:
     much (the same mean) the one rounding of the merged weights moves what the trainer says; 0 otherwise.
     noise: mean |difference| in nats that the trainer's own rounding explains with this policy, times what the plain
     base shows of this engine. ratio, error: the engine's distance in units of that noise, robust, and its relative
-    standard error. hypotheses: of the alternatives. probes: with different prompts.
+    standard error. engine_noise: this engine's noise in units of the trainer's own, as the plain base shows (``noise``
+    has it in it). hypotheses: of the alternatives. probes: with different prompts.
     """
 
     outcome: str
@@ -178,6 +179,7 @@ class Verdict:
     noise: float = math.nan
     ratio: float = math.nan
     error: float = math.nan
+    engine_noise: float = math.nan
     hypotheses: tuple[Hypothesis, ...] = ()
     probes: int = 1
     note: str = ""
@@ -425,7 +427,12 @@ def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Ver
     )
     noise = look.engine * distance("shaken", "policy").mean
     return replace(
-        held, noise=max(noise, MINIMUM_FLOOR), ratio=look.student.ratio, error=look.student.error, hypotheses=hypotheses
+        held,
+        noise=max(noise, MINIMUM_FLOOR),
+        ratio=look.student.ratio,
+        error=look.student.error,
+        engine_noise=look.engine,
+        hypotheses=hypotheses,
     )
 
 

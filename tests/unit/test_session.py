@@ -355,7 +355,7 @@ class FakeGate:
 def judged(outcome: str = "agrees", weight: float = 100.0, cause: str = "", noisy: str = "") -> gate.Judgement:
     hypotheses = (Hypothesis("not-applied", weight, 0.0, 0.01, 1.0, 100.0),)
     distance = Distance(0.01, 0.02, 0.0)
-    told = Verdict(outcome, cause, "", distance, distance, 1.0, 1.0, 0.0, 0.01, 1.0, 0.1, hypotheses)
+    told = Verdict(outcome, cause, "", distance, distance, 1.0, 1.0, 0.0, 0.01, 1.0, 0.1, 1.0, hypotheses)
     finding = Finding(cause, gate.GATE, str(told)) if outcome == "disagrees" else None
     return gate.Judgement({probe.SHORT: told}, [noisy] if noisy else [], finding)
 
