@@ -10,7 +10,7 @@ plain base), ``engine_noise`` (in units of the trainer's own); ``control_base``,
 the plain base and to twice the adapter), ``against_base``, ``against_double`` (nats of evidence that the engine does
 not serve those), ``slope`` (where it stands from the plain base, 0, to this policy, 1); ``agrees`` (1, 0, or 0.5 where
 it was left open), ``distinguishable`` (0 or 1), ``probes``. Of longer prompts: ``long_mismatch_mean``, ``long_ratio``.
-In fused mode also ``mismatch_rounding`` (nats a token: what the rounding of the merged weights moves the trainer by) and
+In fused mode ``mismatch_rounding``, too (nats a token: what rounding the merged weights moves the trainer by), and
 ``lost_share``.
 """
 
