@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ NEW_TOKENS = 16
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
 TEMPLATE_TOKENS = 2 * NEW_TOKENS  # room for what a chat template adds
+IGNORED = -100  # among labels: none of an answer's tokens
 
 Scores = list[list[float]]  # by answer, by token: the trainer's logprobs in nats
 
@@ -37,25 +39,28 @@ def score(
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(trainer.model))
         stack.enter_context(trainer.scoring())
+        inputs = dict(trainer.encoded(answers))
+        labels = inputs.pop("labels")
         if how is not None:
             stack.enter_context(how)
-        return logprobs_of(trainer.model, answers, trainer.device)
+        return logprobs_of(trainer.model, inputs, labels)
 
 
-def logprobs_of(model: torch.nn.Module, answers: Sequence[Answer], device: torch.device) -> Scores:
-    """``model``'s logprobs (nats, float32) of the answers' tokens after their prompts. Padded on the right, which a
-    causal model never looks at."""
-    rows = [[*answer.prompt, *answer.tokens] for answer in answers]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=device)
-    for row, tokens in zip(ids, rows):
-        row[: len(tokens)] = torch.tensor(tokens)
-    logits = model(input_ids=ids, use_cache=False).logits
+def logprobs_of(model: torch.nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> Scores:
+    """``model``'s logprobs (nats, float32) of the labels that are not -100, by row.
+
+    The logits at one place are about the label at the next. Logits that are fewer than the labels (``logits_to_keep``)
+    are the last ones. Raises ValueError where some of the labels have none.
+    """
+    logits = model(**inputs).logits
+    width = logits.shape[1]
+    if bool((labels[:, : labels.shape[1] - width + 1] != IGNORED).any()):
+        raise ValueError(f"the model's {width} logits a row do not reach back to the first of {labels.shape[1]} labels")
     found = []
-    for row, answer in zip(logits, answers):
-        start = len(answer.prompt) - 1
-        chosen = torch.tensor(answer.tokens, device=device)[:, None]
-        part = row[start : start + len(answer.tokens)].float().log_softmax(-1)
-        found.append(part.gather(1, chosen)[:, 0].tolist())
+    for row, chosen in zip(logits[:, :-1], labels[:, labels.shape[1] - width + 1 :].to(logits.device)):
+        wanted = chosen != IGNORED
+        part = row[wanted].float().log_softmax(-1)
+        found.append(part.gather(1, chosen[wanted, None])[:, 0].tolist())
     return found
 
 
