@@ -280,7 +280,7 @@ ATTRIBUTES = (
             # of its engine, its template and its requests
             "enable_lora", "max_model_len", "set_grpo_max_model_len", "max_length", "mode", "padding_free",
             "sequence_parallel_size", "model_meta", "is_multimodal", "data_collator", "encode", "RolloutInferRequest",
-            "rollout_infos", "messages", "images", "objects", "max_tokens",
+            "rollout_infos", "messages", "images", "max_tokens",
         ),
     ),
     Attribute("_process_state_dict_for_vllm", since="3.12.0"),

@@ -303,7 +303,7 @@ class SwiftRollout:
         like = next(request for request in self._requests if _images(request) or not with_media)
         images = _images(like)[:1] if with_media else []
         requests = [_request(like, index, text, images) for index, text in enumerate(prompts)]
-        asked = copy.deepcopy(requests)  # encoding one may put what it has loaded into it
+        asked = copy.deepcopy(requests)  # ms-swift puts what it has loaded into a request that it encodes
         answers = []
         with self._trainer.undisturbed():
             outputs = self._infer(asked, _probe_config(self._config, new_tokens))
@@ -317,9 +317,10 @@ class SwiftRollout:
     def tokens_per_second(self, most_tokens: int) -> float:
         limit = min(most_tokens, int(self._config.max_tokens or most_tokens))
         config = altered(self._config, max_tokens=limit, return_details=True)
+        requests = copy.deepcopy(self._requests)
         with self._trainer.undisturbed():
             started = time.perf_counter()
-            outputs = self._infer(copy.deepcopy(self._requests), config)
+            outputs = self._infer(requests, config)
             seconds = time.perf_counter() - started
         tokens = sum(len(choice.token_ids or ()) for output in outputs for choice in output.response.choices)
         return max(1, tokens) / seconds
@@ -364,14 +365,14 @@ def _images(request: Any) -> list[Any]:
 def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> Any:
     """A request as the run's own, with ``text`` as its only message: no media but these, no tools, no scheduler's
     data."""
-    request = copy.deepcopy(like)
+    request = copy.copy(like)
     fields = _fields(request)
     fields["messages"] = [{"role": "user", "content": text}]
     for name in ("images", "audios", "videos"):
         if fields.get(name):
             fields[name] = []
     if images:
-        fields["images"] = copy.deepcopy(list(images))
+        fields["images"] = list(images)
     if fields.get("objects"):  # boxes in images
         fields["objects"] = {}
     if fields.get("tools"):
@@ -379,7 +380,7 @@ def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> An
     for name in ("uuid", "request_id"):
         if name in fields:
             fields[name] = f"{PROBE}{index}"
-    return request
+    return copy.deepcopy(request)
 
 
 def _probe_config(like: Any, new_tokens: int) -> Any:

@@ -215,7 +215,8 @@ def test_distance_is_mean_max_and_k3() -> None:
     assert not probe.gap_of(answers, [[float("nan"), 0.0]]).mean == 0
 
 
-def test_scores_are_the_models_own_whatever_the_padding() -> None:
+@pytest.mark.parametrize("left, shortened", [(True, False), (False, False), (True, True), (False, True)])
+def test_scores_are_the_models_own_whatever_the_padding(left: bool, shortened: bool) -> None:
     torch.manual_seed(0)
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -225,13 +226,24 @@ def test_scores_are_the_models_own_whatever_the_padding() -> None:
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).eval()
     answers = [Answer((1, 2, 3), (4, 5), (0.0, 0.0)), Answer((7,), (8,), (0.0,))]
+    inputs = dict(port_of(model).encoded(answers))
+    if not left:  # the fake framework's own padding is on the left
+        inputs = {
+            "input_ids": torch.tensor([[1, 2, 3, 4, 5], [7, 8, 0, 0, 0]]),
+            "labels": torch.tensor([[-100, -100, -100, 4, 5], [-100, 8, -100, -100, -100]]),
+        }
+    labels = inputs.pop("labels")
+    if shortened:
+        inputs["logits_to_keep"] = 3 if left else 5
     with torch.no_grad():
-        together = probe.logprobs_of(model, answers, torch.device("cpu"))
+        together = probe.logprobs_of(model, inputs, labels)
         for answer, scores in zip(answers, together):
             ids = torch.tensor([[*answer.prompt, *answer.tokens]])
             logits = model(input_ids=ids).logits[0].log_softmax(-1)
             expected = [float(logits[len(answer.prompt) - 1 + i, t]) for i, t in enumerate(answer.tokens)]
             assert scores == pytest.approx(expected, abs=1e-5)
+        with pytest.raises(ValueError, match="1 logits a row do not reach back to the first of 5 labels"):
+            probe.logprobs_of(model, {**inputs, "logits_to_keep": 1}, labels)
 
 
 def test_scaling_the_adapter_changes_numbers_only_and_changes_them_back() -> None:
@@ -297,9 +309,9 @@ def test_a_whole_look_is_due_again_after_a_disturbance() -> None:
 class Rollout:
     """Answers with what PyTorch draws, as vLLM's sampler does."""
 
-    has_requests, most_tokens = True, 64
+    has_requests, has_media, most_tokens = True, False, 64
 
-    def ask(self, prompts: Any, new_tokens: int) -> list[Answer]:
+    def ask(self, prompts: Any, new_tokens: int, with_media: bool = False) -> list[Answer]:
         torch.rand(3)
         return [Answer((1, 2), (3,), (-1.0,)) for _ in prompts]
 
@@ -316,7 +328,7 @@ def made_gate() -> gate.Gate:
 def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     made = made_gate()
     monkeypatch.setattr(probe, "prompts", lambda *_: ["one"])
-    monkeypatch.setattr(probe, "logprobs_of", lambda model, answers, device: [[-1.0 - 1e-3 * torch.rand(1).item()]])
+    monkeypatch.setattr(probe, "logprobs_of", lambda model, inputs, labels: [[-1.0 - 1e-3 * torch.rand(1).item()]])
     before = torch.get_rng_state()
     asked = made.ask(Rollout())
     made.judge(asked)
