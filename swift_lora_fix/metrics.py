@@ -9,7 +9,8 @@ explain), ``ratio`` (the mismatch in units of that, robust; sound up to ``verdic
 plain base), ``engine_noise`` (in units of the trainer's own); ``control_base``, ``control_double`` (nats a token, to
 the plain base and to twice the adapter), ``against_base``, ``against_double`` (nats of evidence that the engine does
 not serve those), ``slope`` (where it stands from the plain base, 0, to this policy, 1); ``agrees`` (1, 0, or 0.5 where
-it was left open), ``distinguishable`` (0 or 1), ``probes``. Of longer prompts: ``long_mismatch_mean``, ``long_ratio``.
+it was left open), ``distinguishable`` (0 or 1), ``probes``. Of other kinds of prompts: ``long_mismatch_mean``,
+``long_ratio``, ``media_...``.
 In fused mode ``mismatch_rounding``, too (nats a token: what rounding the merged weights moves the trainer by), and
 ``lost_share``.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +18,15 @@ Load = Callable[[Any], Any]  # has vLLM load weights: a mapping of names to tens
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt's token ids, what the engine went on with, and the engine's logprob of each of those, in nats."""
+    """One prompt's token ids, what the engine went on with, and the engine's logprob of each of those, in nats.
+
+    request: what was asked, in the framework's own form, which its port alone looks into; None where that was ids.
+    """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    request: Any = field(default=None, compare=False, repr=False)
 
 
 class RolloutPort(Protocol):
@@ -36,13 +40,21 @@ class RolloutPort(Protocol):
     def most_tokens(self) -> int:
         """Output tokens of the whole call, at most."""
 
-    def ask(self, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    @property
+    def has_media(self) -> bool:
+        """Whether a request of this call has an image that the model looks at. (Of this rank's call.)"""
+
+    def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
         """Have the engine go on with ``prompts`` as user messages, over the path that rollouts take: sampled at
         temperature 1 with a fixed seed, ``new_tokens`` each at most. Lengths, settings and requests of the run's own
-        rollout stay as they are."""
+        rollout stay as they are, also where this fails.
+
+        with_media: each with the first image of the first request that has one (where ``has_media``).
+        """
 
     def tokens_per_second(self, most_tokens: int) -> float:
-        """Make this rollout with ``most_tokens`` tokens an answer at most, throw it away, and say how fast it was."""
+        """Make this rollout with ``most_tokens`` tokens an answer at most, throw it away, and say how fast it was. It
+        leaves as little behind as ``ask``."""
 
 
 class TrainerPort(Protocol):
@@ -135,6 +147,11 @@ class TrainerPort(Protocol):
 
     def scoring(self) -> AbstractContextManager[None]:
         """Around a forward of ``model`` that is none of training's."""
+
+    def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
+        """What the framework gives its model for these prompts and answers, media included: the model's keyword
+        arguments, on ``device``, and ``labels`` (rows, width), int64: the answers' tokens, and -100 elsewhere. One row
+        an answer, padded on either side."""
 
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 

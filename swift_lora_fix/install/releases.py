@@ -288,8 +288,9 @@ ATTRIBUTES = (
             # of its arguments (resume_from_checkpoint is transformers' own)
             "use_vllm", "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
             # of its engine, its template and its requests
-            "enable_lora", "max_model_len", "max_length", "RolloutInferRequest", "rollout_infos", "messages", "images",
-            "max_tokens",
+            "enable_lora", "max_model_len", "set_grpo_max_model_len", "max_length", "mode", "padding_free",
+            "sequence_parallel_size", "model_meta", "is_multimodal", "data_collator", "encode", "RolloutInferRequest",
+            "rollout_infos", "messages", "images", "max_tokens",
         ),
     ),
     Attribute("_process_state_dict_for_vllm", since="3.12.0"),

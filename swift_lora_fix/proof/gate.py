@@ -96,9 +96,11 @@ class Gate:
         Raises ProbeError, on all ranks that ask, where one of them fails.
         """
 
+        kinds = probe.kinds(self.trainer, together(rollout.has_media))
+
         def work() -> list[Asked]:
             try:
-                return [self._ask_kind(rollout, kind, ahead) for kind in probe.kinds(self.trainer)]
+                return [self._ask_kind(rollout, kind, ahead) for kind in kinds]
             finally:
                 if ahead:
                     self._forget_answers()
@@ -135,7 +137,7 @@ class Gate:
 
     def _ask(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
         texts = probe.prompts(self.trainer, self.cache_block, variant, kind)
-        return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS))
+        return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS, with_media=kind == probe.MEDIA))
 
     def _ask_plain(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
         with self.serving.engine_without_adapter():
@@ -233,7 +235,9 @@ class Gate:
             mine, own, previous = answers[part], _flat(policy[part]), None
             if first:
                 kept.append((mine, own))
-                if number < len(known) and [a.tokens for a in known[number][0]] == [a.tokens for a in mine]:
+                # of another image the same tokens would say nothing
+                is_known = kind != probe.MEDIA and number < len(known)
+                if is_known and [a.tokens for a in known[number][0]] == [a.tokens for a in mine]:
                     previous = known[number][1]
             made.append(
                 Evidence(

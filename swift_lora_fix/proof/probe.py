@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..trainer import Answer, TrainerPort
 
 NEW_TOKENS = 16
-SHORT, LONG = "short", "long"  # kinds of prompts
+SHORT, LONG, MEDIA = "short", "long", "media"  # kinds of prompts
 # beyond 512 tokens and several KV blocks: kernels have gone wrong from 128 tokens (vLLM 48590) and 400 (52568) on
-LONG_TOKENS, LONG_PROMPTS = 560, 2
+LONG_TOKENS = 560
+FEW = 2  # prompts, of the kinds that cost more
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
 TEMPLATE_TOKENS = 2 * NEW_TOKENS  # room for what a chat template adds
+IGNORED = -100  # among labels: none of an answer's tokens
 
 Scores = list[list[float]]  # by answer, by token: the trainer's logprobs in nats
 
 
-def kinds(trainer: TrainerPort) -> list[str]:
-    """The kinds of prompts that this run's lengths have room for."""
-    return [SHORT, LONG] if _room(trainer) >= LONG_TOKENS else [SHORT]
+def kinds(trainer: TrainerPort, has_media: bool) -> list[str]:
+    """The kinds of prompts that this run's lengths have room for; ``MEDIA`` where its rollouts have images."""
+    return [SHORT, *[LONG] * (_room(trainer) >= LONG_TOKENS), *[MEDIA] * has_media]
 
 
 def prompts(trainer: TrainerPort, cache_block: int, variant: int = 0, kind: str = SHORT) -> list[str]:
-    """Fixed texts: ``SHORT`` ones longer than one block of the prefix cache (``cache_block`` tokens) as far as the
-    lengths allow, ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
+    """Fixed texts longer than one block of the prefix cache (``cache_block`` tokens) as far as the lengths allow;
+    ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
     words = trainer.tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
     length = LONG_TOKENS if kind == LONG else max(8, min(cache_block + 8, _room(trainer)))
     body = trainer.tokenizer.decode((words * (1 + length // len(words)))[:length])
-    openings, start = OPENINGS[: LONG_PROMPTS if kind == LONG else None], variant * 7
+    openings, start = OPENINGS[: None if kind == SHORT else FEW], variant * 7
     return [f"{number + start} {opening} {body}" for number, opening in enumerate(openings)]
 
 
@@ -48,25 +51,28 @@ def score(
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(trainer.model))
         stack.enter_context(trainer.scoring())
+        inputs = dict(trainer.encoded(answers))
+        labels = inputs.pop("labels")
         if how is not None:
             stack.enter_context(how)
-        return logprobs_of(trainer.model, answers, trainer.device)
+        return logprobs_of(trainer.model, inputs, labels)
 
 
-def logprobs_of(model: torch.nn.Module, answers: Sequence[Answer], device: torch.device) -> Scores:
-    """``model``'s logprobs (nats, float32) of the answers' tokens after their prompts. Padded on the right, which a
-    causal model never looks at."""
-    rows = [[*answer.prompt, *answer.tokens] for answer in answers]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64, device=device)
-    for row, tokens in zip(ids, rows):
-        row[: len(tokens)] = torch.tensor(tokens)
-    logits = model(input_ids=ids, use_cache=False).logits
+def logprobs_of(model: torch.nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> Scores:
+    """``model``'s logprobs (nats, float32) of the labels that are not -100, by row.
+
+    The logits at one place are about the label at the next. Logits that are fewer than the labels (``logits_to_keep``)
+    are the last ones. Raises ValueError where some of the labels have none.
+    """
+    logits = model(**inputs).logits
+    width = logits.shape[1]
+    if bool((labels[:, : labels.shape[1] - width + 1] != IGNORED).any()):
+        raise ValueError(f"the model's {width} logits a row do not reach back to the first of {labels.shape[1]} labels")
     found = []
-    for row, answer in zip(logits, answers):
-        start = len(answer.prompt) - 1
-        chosen = torch.tensor(answer.tokens, device=device)[:, None]
-        part = row[start : start + len(answer.tokens)].float().log_softmax(-1)
-        found.append(part.gather(1, chosen)[:, 0].tolist())
+    for row, chosen in zip(logits[:, :-1], labels[:, labels.shape[1] - width + 1 :].to(logits.device)):
+        wanted = chosen != IGNORED
+        part = row[wanted].float().log_softmax(-1)
+        found.append(part.gather(1, chosen[wanted, None])[:, 0].tolist())
     return found
 
 

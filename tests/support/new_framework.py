@@ -23,12 +23,12 @@ STEPS = 3
 class Batch:
     """Rollouts of this framework: vLLM's own ``generate``."""
 
-    has_requests, most_tokens = True, 64
+    has_requests, has_media, most_tokens = True, False, 64
 
     def __init__(self, learner: Learner, llm: Any) -> None:
         self.learner, self.llm = learner, llm
 
-    def ask(self, prompts: Sequence[str], new_tokens: int) -> list[Any]:
+    def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Any]:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 

@@ -98,8 +98,8 @@ def make_real_shape(name: str, folder: Path, *, seed: int = 0) -> Path:
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 
-def make_vision_model(folder: Path, *, seed: int = 0) -> Path:
-    """Save a tiny random bf16 Qwen2-VL with its processor in ``folder``; needs torchvision."""
+def make_vision_model(folder: Path, *, architecture: str = "qwen2_vl", seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """Save a tiny random Qwen2-VL or Qwen2.5-VL with its processor in ``folder``, and a picture; needs torchvision."""
     import torch
     import transformers as hf
 
@@ -108,17 +108,23 @@ def make_vision_model(folder: Path, *, seed: int = 0) -> Path:
     tokenizer = hf.Qwen2TokenizerFast.from_pretrained(folder)
     start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
     text = dict(**TINY, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]}, bos_token_id=0, eos_token_id=2)
-    config = hf.Qwen2VLConfig(
+    older = architecture == "qwen2_vl"
+    sight = dict(depth=2, embed_dim=64, hidden_size=128, mlp_ratio=2)
+    if not older:
+        sight = dict(depth=2, hidden_size=64, intermediate_size=128, out_hidden_size=128, fullatt_block_indexes=[1])
+    config = (hf.Qwen2VLConfig if older else hf.Qwen2_5_VLConfig)(
         text_config=text,
-        vision_config=dict(depth=2, embed_dim=64, num_heads=2, hidden_size=128, mlp_ratio=2),
+        vision_config=dict(**sight, num_heads=2),
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,
         vision_end_token_id=end,
     )
     torch.manual_seed(seed)
-    hf.Qwen2VLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
-    hf.Qwen2VLProcessor(
+    model = (hf.Qwen2VLForConditionalGeneration if older else hf.Qwen2_5_VLForConditionalGeneration)(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    make_pictures(folder.parent)
+    (hf.Qwen2VLProcessor if older else hf.Qwen2_5_VLProcessor)(
         image_processor=hf.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=2 * 56 * 56),
         tokenizer=tokenizer,
         video_processor=hf.Qwen2VLVideoProcessor(),
@@ -167,6 +173,24 @@ def make_model(architecture: str, folder: Path, *, seed: int = 0, dtype: str = "
     return folder
 
 
+def make_pictures(folder: Path, rows: int = 64) -> Path:
+    """Write ``pictures.jsonl``, prompts of which every other one comes with an image, and two images."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, size in enumerate([(84, 56), (56, 112)]):
+        image = Image.new("RGB", size, (200, 30, 60 * index))
+        image.paste((10, 220, 90), (0, 0, size[0] // 2, size[1] // 3))
+        image.save(folder / f"picture{index}.png")
+    lines = []
+    for row in range(rows):
+        images = {"images": [str(folder / f"picture{row // 2 % 2}.png")]} if row % 2 else {}
+        text = ("<image>" if images else "") + PROMPTS[row % len(PROMPTS)]
+        lines.append(json.dumps({"messages": [{"role": "user", "content": text}], **images}))
+    (folder / "pictures.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pictures.jsonl"
+
+
 def make_dataset(path: Path, rows: int = 64) -> Path:
     """Write ``rows`` prompts in ms-swift's message format."""
     lines = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}]}) for i in range(rows)]
@@ -184,8 +208,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.architecture in REAL_SHAPES:
         make_real_shape(args.architecture, args.folder, seed=args.seed)
-    elif args.architecture == "qwen2_vl":
-        make_vision_model(args.folder, seed=args.seed)
+    elif args.architecture in ("qwen2_vl", "qwen2_5_vl"):
+        make_vision_model(args.folder, architecture=args.architecture, seed=args.seed, dtype=args.dtype)
     else:
         make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
     make_dataset(args.folder.parent / "prompts.jsonl")

@@ -117,9 +117,9 @@ def session(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Session:
 
 
 class Rollout:
-    has_requests, most_tokens = True, 1
+    has_requests, has_media, most_tokens = True, False, 1
 
-    def ask(self, prompts: Any, new_tokens: int) -> Any:
+    def ask(self, prompts: Any, new_tokens: int, with_media: bool = False) -> Any:
         raise AssertionError("nobody is to be asked here")
 
 

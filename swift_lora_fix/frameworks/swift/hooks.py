@@ -62,7 +62,7 @@ def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs:
     def infer(*args: Any, **kwargs: Any) -> Any:
         return session.engine.generate(lambda: wrapped(*args, **kwargs))
 
-    session.before_rollout(SwiftRollout(infer, *args, **kwargs))
+    session.before_rollout(SwiftRollout(SwiftTrainer(trainer), infer, *args, **kwargs))
     return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -144,10 +144,72 @@ class SwiftTrainer:
         engine = self.trainer.engine.max_model_len if colocated else self.trainer.args.vllm_max_model_len
         return min((int(limit) for limit in (engine, self.trainer.template.max_length) if limit), default=None)
 
-    def scoring(self) -> contextlib.AbstractContextManager[None]:
-        """Without sequence parallelism, which parts the sequence among ranks."""
-        context: contextlib.AbstractContextManager[None] = self.trainer._disable_sp_context()
-        return context
+    @property
+    def sees_media(self) -> bool:
+        """Whether its model is a multimodal one."""
+        return bool(self.trainer.template.model_meta.is_multimodal)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """As ms-swift scores, by its template in training mode, which the forward hook of a multimodal model asks, too.
+        Without sequence parallelism, which parts the sequence among ranks, and in rows, not packed into one."""
+        rows = {"mode": "train", "max_length": None, "padding_free": False, "sequence_parallel_size": 1}
+        with self.trainer._disable_sp_context(), holding(self.trainer.template, **rows):
+            yield
+
+    def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
+        """By ms-swift's template and its ``data_collator``, as the trainer encodes its own rollouts. A multimodal model
+        gets positions and media from them: without, its forward hook makes embeddings that nothing gives places to."""
+        with self.scoring():
+            rows = [self._row(answer) for answer in answers]
+            inputs: dict[str, Any] = on_device(self.trainer.template.data_collator(rows), self.device)
+        for name in ("loss_scale", "channel"):  # of training's loss
+            inputs.pop(name, None)
+        labels = inputs["labels"]
+        base: Any = self.model
+        known = inspect.signature(base.get_base_model().forward).parameters
+        if "use_cache" in known:
+            inputs["use_cache"] = False
+        if "logits_to_keep" in known:  # the first of them is about the first label
+            inputs["logits_to_keep"] = labels.shape[1] - int((labels != -100).any(0).int().argmax()) + 1
+        return inputs
+
+    def _row(self, answer: Answer) -> dict[str, Any]:
+        """One answer as the template encodes it. The prompt's ids are the engine's own, unless they have media in them
+        that the template writes otherwise: then its own, which is what is trained on."""
+        tokens, asked = list(answer.tokens), [*answer.prompt, *answer.tokens]
+        if not self.sees_media or answer.request is None:
+            return {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
+        row = self._encode(answer.request, tokens)
+        prompt = _end_of(tokens, row["input_ids"]) - len(tokens)
+        if prompt < len(answer.prompt) and row["input_ids"][:prompt] == asked[:prompt]:
+            # what the engine was given after that is for the model to go on from (a thinking prefix)
+            row = self._encode(answer.request, asked[prompt:])
+        end = _end_of(tokens, row["input_ids"])
+        row["labels"] = [-100] * (end - len(tokens)) + tokens + [-100] * (len(row["input_ids"]) - end)
+        return row
+
+    def _encode(self, request: Any, response: list[int]) -> dict[str, Any]:
+        """What the template makes of a probe's request and of its answer's ids."""
+        asked = copy.deepcopy(_fields(request))
+        messages = [*asked["messages"], {"role": "assistant", "content": response}]
+        kept = {name: asked[name] for name in ("images", "chat_template_kwargs") if asked.get(name)}
+        row: dict[str, Any] = self.trainer.template.encode({"messages": messages, "add_eos": False, **kept})
+        row.pop("_extra_kwargs", None)
+        return row
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Around requests of this package's: what ms-swift keeps of requests in its engine is afterwards as it was.
+
+        While a multi-turn rollout has one limit for all of its turns (--completion_length_limit_scope total), the first
+        request sets the length that the whole rollout may have, and ``set_grpo_max_model_len`` tells that it is set.
+        """
+        if self.engine_place != "colocate":
+            yield
+            return
+        with holding(self.trainer.engine, "max_model_len", "set_grpo_max_model_len"):
+            yield
 
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 
@@ -195,7 +257,7 @@ class SwiftTrainer:
         like: dict[str, Any] = {"messages": []}
         module = rollout_module(type(trainer))
         request = module.RolloutInferRequest(**like)
-        return SwiftRollout(trainer._engine_infer.__wrapped__, [request], trainer.request_config)
+        return SwiftRollout(self, trainer._engine_infer.__wrapped__, [request], trainer.request_config)
 
     def sync_again(self) -> None:
         self.trainer._last_loaded_step = -1
@@ -216,12 +278,13 @@ class SwiftRollout:
 
     def __init__(
         self,
+        trainer: SwiftTrainer,
         infer: Callable[[Sequence[Any], Any], Sequence[Any]],
         infer_requests: Sequence[Any],
         request_config: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._infer, self._requests, self._config = infer, infer_requests, request_config
+        self._trainer, self._infer, self._requests, self._config = trainer, infer, infer_requests, request_config
 
     @property
     def has_requests(self) -> bool:
@@ -232,21 +295,33 @@ class SwiftRollout:
         answers = len(self._requests) * int(self._config.n or 1)
         return answers * int(self._config.max_tokens or 0)
 
-    def ask(self, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
-        requests = [_request(self._requests[0], index, text) for index, text in enumerate(prompts)]
+    @property
+    def has_media(self) -> bool:
+        return self._trainer.sees_media and any(_images(request) for request in self._requests)
+
+    def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
+        like = next(request for request in self._requests if _images(request) or not with_media)
+        images = _images(like)[:1] if with_media else []
+        requests = [_request(like, index, text, images) for index, text in enumerate(prompts)]
+        asked = copy.deepcopy(requests)  # ms-swift puts what it has loaded into a request that it encodes
         answers = []
-        for output in self._infer(requests, _probe_config(self._config, new_tokens)):
+        with self._trainer.undisturbed():
+            outputs = self._infer(asked, _probe_config(self._config, new_tokens))
+        for output, request in zip(outputs, requests):
             choice = output.response.choices[0]
             logprobs = tuple(float(item["logprob"]) for item in choice.logprobs["content"])
-            answers.append(Answer(tuple(output.response.prompt_token_ids), tuple(choice.token_ids), logprobs))
+            prompt = tuple(output.response.prompt_token_ids)
+            answers.append(Answer(prompt, tuple(choice.token_ids), logprobs, request))
         return answers
 
     def tokens_per_second(self, most_tokens: int) -> float:
         limit = min(most_tokens, int(self._config.max_tokens or most_tokens))
         config = altered(self._config, max_tokens=limit, return_details=True)
-        started = time.perf_counter()
-        outputs = self._infer(self._requests, config)
-        seconds = time.perf_counter() - started
+        requests = copy.deepcopy(self._requests)
+        with self._trainer.undisturbed():
+            started = time.perf_counter()
+            outputs = self._infer(requests, config)
+            seconds = time.perf_counter() - started
         tokens = sum(len(choice.token_ids or ()) for output in outputs for choice in output.response.choices)
         return max(1, tokens) / seconds
 
@@ -277,20 +352,35 @@ def altered(config: Any, **values: Any) -> Any:
     return changed
 
 
-def _request(like: Any, index: int, text: str) -> Any:
-    """A request as the run's own, with ``text`` as its only message: no media, no tools, no scheduler's data."""
-    request = copy.deepcopy(like)
-    fields = request if isinstance(request, dict) else vars(request)
+def _fields(request: Any) -> dict[str, Any]:
+    """Of ms-swift's request, which is an object or a row of the data set."""
+    return request if isinstance(request, dict) else vars(request)
+
+
+def _images(request: Any) -> list[Any]:
+    found = _fields(request).get("images") or []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> Any:
+    """A request as the run's own, with ``text`` as its only message: no media but these, no tools, no scheduler's
+    data."""
+    request = copy.copy(like)
+    fields = _fields(request)
     fields["messages"] = [{"role": "user", "content": text}]
     for name in ("images", "audios", "videos"):
         if fields.get(name):
             fields[name] = []
+    if images:
+        fields["images"] = list(images)
+    if fields.get("objects"):  # boxes in images
+        fields["objects"] = {}
     if fields.get("tools"):
         fields["tools"] = None
     for name in ("uuid", "request_id"):
         if name in fields:
             fields[name] = f"{PROBE}{index}"
-    return request
+    return copy.deepcopy(request)
 
 
 def _probe_config(like: Any, new_tokens: int) -> Any:
@@ -312,6 +402,39 @@ def shadowed(target: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
     finally:
         for name in replacements:
             del attributes[name]
+
+
+@contextlib.contextmanager
+def holding(target: Any, *names: str, **values: Any) -> Iterator[None]:
+    """Set attributes of an object to ``values``. These and ``names`` are afterwards as they were, or not there."""
+    attributes = vars(target)
+    kept = {name: attributes[name] for name in (*names, *values) if name in attributes}
+    attributes.update(values)
+    try:
+        yield
+    finally:
+        attributes.update(kept)
+        for name in {*names, *values} - set(kept):
+            attributes.pop(name, None)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Its tensors, however deep in mappings and lists, on ``device``."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: on_device(item, device) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_device(item, device) for item in value)
+    return value
+
+
+def _end_of(part: Sequence[int], ids: Sequence[int]) -> int:
+    """Behind its last occurrence. Raises UnsupportedTrainerError if there is none."""
+    for end in range(len(ids), len(part) - 1, -1):
+        if list(ids[end - len(part) : end]) == list(part):
+            return end
+    raise UnsupportedTrainerError("ms-swift's template does not write an answer's token ids into the row it trains on.")
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -111,7 +111,7 @@ def _wrap(module: Any) -> None:
         return of(trainer).sync(wrapped, *args, **kwargs)
 
     def infer(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-        of(trainer).look(SwiftRollout(wrapped, *args, **kwargs))
+        of(trainer).look(SwiftRollout(SwiftTrainer(trainer), wrapped, *args, **kwargs))
         return wrapped(*args, **kwargs)
 
     wrapt.wrap_function_wrapper(module, "RolloutTrainerMixin._move_model_to_vllm", sync)

@@ -246,6 +246,33 @@ def _offloaded(runs: Runs, name: str) -> Run:
     return run
 
 
+def _media(runs: Runs, name: str) -> Run:
+    """Qwen2.5-VL, an image with every other prompt; whatever has one is also asked with it."""
+    model = make_model(this_python(), runs.folder / "vision", "qwen2_5_vl")
+    environment = {
+        "SWIFT_LORA_FIX_GATE_EVERY": "1",
+        "SLF_MEDIA_FILE": str(runs.folder / name / "media.jsonl"),
+        "PYTHONPATH": os.pathsep.join([str(PLUGINS.parent / "vision"), os.environ.get("PYTHONPATH", "")]).strip(":"),
+    }
+    run = runs.make(
+        name,
+        True,
+        environment,
+        plugins=(PLUGINS / "slf_vision.py",),
+        model_type="qwen2_5_vl",
+        template="qwen2_5_vl",
+        dataset=model.parent / "pictures.jsonl",
+        vllm_limit_mm_per_prompt='{"image": 1}',
+        attn_impl="sdpa",
+        per_device_train_batch_size=4,
+        max_completion_length=8,
+        max_steps=3,
+        save_steps=100,
+    )
+    run.model, run.probe, run.last_plugins = model, False, (PLUGINS / "slf_media.py",)
+    return run
+
+
 def _verify(runs: Runs, name: str) -> Verification:
     return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
 
@@ -263,6 +290,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "ddp_stock": ((), _ddp(False)),
     "fused_auto": ((), _auto),
     "offloaded": (("train_fixed",), _offloaded),
+    "media": ((), _media),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
     "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
     "resume_fixed": (("train_fixed",), _resume(True)),

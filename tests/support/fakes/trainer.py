@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,20 @@ class LearnerPort:
 
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def encoded(self, answers: Sequence[Any]) -> Mapping[str, Any]:
+        """Padded on the left, as many frameworks do."""
+        width = max(len(answer.prompt) + len(answer.tokens) for answer in answers)
+        rows = torch.zeros(3, len(answers), width, dtype=torch.int64)
+        ids, mask, labels = rows[0], rows[1], rows[2].fill_(-100)
+        for row, answer in enumerate(answers):
+            sequence = [*answer.prompt, *answer.tokens]
+            ids[row, width - len(sequence) :] = torch.tensor(sequence)
+            mask[row, width - len(sequence) :] = 1
+            labels[row, width - len(answer.tokens) :] = torch.tensor(answer.tokens)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "use_cache": False}
+        return {**inputs, "labels": labels}
 
     def prepare(self) -> None:
         self.learner.prepared += 1

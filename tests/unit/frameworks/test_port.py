@@ -1,15 +1,29 @@
-"""ms-swift's trainer is read in one file, and each name that is read there is in the contract."""
+"""ms-swift's trainer is read in one file, and each name that is read there is in the contract.
+
+What the port makes of a template and of an engine is asked of stand-ins here; of real ones in tests/real/swift.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import copy
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import swift_lora_fix
 from swift_lora_fix import errors
+from swift_lora_fix.frameworks.swift.port import SwiftRollout, SwiftTrainer
 from swift_lora_fix.install import contract, releases
+from swift_lora_fix.server.wire import PROBE
+from swift_lora_fix.trainer import Answer
 
 PACKAGE = Path(swift_lora_fix.__file__).parent
 PORT = PACKAGE / "frameworks" / "swift" / "port.py"
@@ -60,3 +74,249 @@ def test_a_renamed_attribute_is_a_contract_error_with_its_name(monkeypatch: pyte
     monkeypatch.setattr(releases, "CALLS", ())
     with pytest.raises(errors.ContractError, match="enable_offload is not used by its trainer any more"):
         contract.check(module)
+
+
+# ---- stand-ins for ms-swift ------------------------------------------------------------------------------------------
+
+USER, IMAGE, ASSISTANT, THINKING, END = 900, 901, 902, 903, 904
+FAILS = "what the engine fails at, after it has noted the length"
+
+
+class Template:
+    """A message is one token, its length; an image is two. Settings by ms-swift's names."""
+
+    def __init__(self, multimodal: bool, padding_side: str = "left") -> None:
+        self.model_meta = SimpleNamespace(is_multimodal=multimodal)
+        self.mode, self.max_length, self.padding_free, self.sequence_parallel_size = "vllm", 7, True, 4
+        self.padding_side, self.encoded = padding_side, []  # type: ignore[var-annotated]
+
+    def settings(self) -> tuple[Any, ...]:
+        return self.mode, self.max_length, self.padding_free, self.sequence_parallel_size
+
+    def encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        assert self.settings() == ("train", None, False, 1)
+        self.encoded.append(copy.deepcopy(inputs))
+        user, assistant = inputs["messages"]
+        images = inputs.get("images", [])
+        ids = [USER, *[IMAGE] * 2 * len(images), len(user["content"]), ASSISTANT, *assistant["content"], END]
+        row: dict[str, Any] = {"input_ids": ids, "labels": ids, "loss_scale": [1.0] * len(ids), "_extra_kwargs": {}}
+        if images:
+            row["pixel_values"] = torch.ones(2 * len(images), 3)
+            images[0] = "loaded"
+        return row
+
+    def data_collator(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        assert self.settings() == ("train", None, False, 1) and all("_extra_kwargs" not in row for row in rows)
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, value: int) -> torch.Tensor:
+            missing = [[value] * (width - len(row["input_ids"])) for row in rows]
+            left = self.padding_side == "left"
+            return torch.tensor([p + row[name] if left else row[name] + p for p, row in zip(missing, rows)])
+
+        pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
+        media = {"pixel_values": torch.cat(pixels), "sizes": [(1, 2)]} if pixels else {}
+        return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "loss_scale": None, **media}
+
+
+@dataclass
+class Request:
+    messages: Any
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    objects: dict[str, Any] = field(default_factory=dict)
+    tools: Any = None
+    uuid: str = "own"
+
+
+@dataclass
+class Config:
+    n: int = 1
+    max_tokens: int | None = 40
+    seed: int | None = None
+    logprobs: bool = False
+    return_details: bool = False
+
+
+class Peft(torch.nn.Module):
+    def get_base_model(self) -> Any:
+        def forward(input_ids: Any, use_cache: bool = True, logits_to_keep: int = 0) -> None: ...
+
+        return SimpleNamespace(forward=forward)
+
+
+class Trainer(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class Engine:
+    """Its limit, and how it limits what is asked (ms-swift's ``InferEngine``)."""
+
+    def __init__(self) -> None:
+        self.max_model_len, self.asked = 200, []  # type: ignore[var-annotated]
+
+    @staticmethod
+    def _get_num_tokens(inputs: dict[str, Any]) -> int:
+        return len(inputs["input_ids"])
+
+    def set_default_max_tokens(self, config: Config, inputs: dict[str, Any]) -> None:
+        assert config.max_tokens is not None
+        config.max_tokens = min(config.max_tokens, self.max_model_len - len(inputs["input_ids"]))
+
+    def infer(self, requests: Sequence[Any], config: Config) -> list[Any]:
+        outputs = []
+        for request in requests:
+            own, text = copy.copy(config), request.messages[0]["content"]
+            self.set_default_max_tokens(own, {"input_ids": text})
+            self.asked.append((len(text), own.max_tokens, request))
+            if text == FAILS:
+                raise RuntimeError("no answer")
+            choice = SimpleNamespace(token_ids=[5], logprobs={"content": [{"logprob": -1.0}]})
+            prompt = [USER, *[IMAGE] * 2 * len(request.images), len(text), ASSISTANT]
+            outputs.append(SimpleNamespace(response=SimpleNamespace(choices=[choice], prompt_token_ids=prompt)))
+            request.images[:] = ["loaded" for _ in request.images]
+        return outputs
+
+
+def made(template: Template, place: str = "colocate") -> Any:
+    """A trainer. Its port does not keep it alive."""
+
+    @contextlib.contextmanager
+    def without_sequence_parallelism() -> Iterator[None]:
+        yield
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), unwrap_model=lambda model: model)
+    return Trainer(
+        accelerator=accelerator, model=Peft(), template=template, vllm_mode=place, engine=Engine(),
+        _disable_sp_context=without_sequence_parallelism,
+    )  # fmt: skip
+
+
+def rollout_of(trainer: Any, requests: Sequence[Any], config: Config | None = None) -> SwiftRollout:
+    return SwiftRollout(SwiftTrainer(trainer), trainer.engine.infer, requests, config or Config())
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def total_length_context() -> Any:
+    """ms-swift's own limit for all turns together, out of the installed release, without importing it."""
+    spec = importlib.util.find_spec("swift")
+    assert spec is not None and spec.submodule_search_locations is not None
+    name = next(f.layout.rollout_module for f in reversed(releases.FAMILIES) if _file_of(spec, f.layout).is_file())
+    tree = ast.parse(_file_of(spec, SimpleNamespace(rollout_module=name)).read_text())
+    function = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "multi_turn_completion_length_context"
+    )
+    names: dict[str, Any] = {"contextmanager": contextlib.contextmanager, "MethodType": MethodType}
+    names.update(RequestConfig=Any, Dict=dict, Any=Any)
+    exec(compile(ast.Module([function], []), "rollout_mixin", "exec"), names)
+    return names[function.name]
+
+
+def _file_of(spec: Any, layout: Any) -> Path:
+    return Path(spec.submodule_search_locations[0], *layout.rollout_module.split(".")[1:]).with_suffix(".py")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_probe_leaves_the_limit_of_a_multi_turn_rollout_to_the_first_real_request(fails: bool) -> None:
+    own = total_length_context()
+    limits = []
+    for is_asked in (False, True):
+        trainer = made(Template(multimodal=False))
+        trainer.multi_turn_scheduler, trainer.use_fast_infer = object(), True
+        trainer.completion_length_limit_scope = "total"
+        requests = [
+            Request([{"role": "user", "content": "x" * 100}]),
+            Request([{"role": "user", "content": "y" * 110}]),
+        ]
+        with own(trainer):
+            rollout = rollout_of(trainer, requests)
+            if is_asked and fails:
+                with pytest.raises(RuntimeError, match="no answer"):
+                    rollout.ask([FAILS], 16)
+            elif is_asked:
+                rollout.ask(["z" * 30, "zz"], 16)
+                rollout.tokens_per_second(8)
+            trainer.engine.asked.clear()
+            trainer.engine.infer(requests, Config())
+            limits.append([asked[:2] for asked in trainer.engine.asked] + [trainer.engine.max_model_len])
+        assert trainer.engine.max_model_len == 200
+    assert limits[0] == limits[1] == [(100, 40), (110, 30), 140]
+
+
+def test_a_probe_with_media_has_the_first_image_of_the_batch_and_nothing_else() -> None:
+    trainer = made(Template(multimodal=True))
+    message = [{"role": "user", "content": "<image>what?"}]
+    own = Request(message, ["a.png", "b.png"], ["c.mp4"], {"bbox": [1]}, ["tool"])
+    requests = [Request([{"role": "user", "content": "text"}]), own]
+    before, rollout = copy.deepcopy(requests), rollout_of(trainer, requests)
+    assert rollout.has_media and not rollout_of(trainer, requests[:1]).has_media
+    for with_media, images in ((False, []), (True, ["a.png"])):
+        answers = rollout.ask(["one", "three"], 16, with_media)
+        asked = [
+            Request([{"role": "user", "content": t}], images, uuid=f"{PROBE}{i}")
+            for i, t in enumerate(["one", "three"])
+        ]
+        assert [answer.request for answer in answers] == asked, "not what became of it as it was encoded"
+        assert answers[0].logprobs == (-1.0,) and answers[0].tokens == (5,)
+    assert requests == before
+    assert not rollout_of(made(Template(multimodal=False)), requests).has_media, "this model would not look at it"
+    rows = rollout_of(trainer, [{"messages": message, "images": [{"path": "a.png"}], "request_id": "own"}])
+    assert rows.has_media
+
+
+# ---- what the trainer is given ---------------------------------------------------------------------------------------
+
+
+def asked(text: str, prompt: Sequence[int], tokens: Sequence[int], images: Sequence[Any] = ()) -> Answer:
+    request = Request([{"role": "user", "content": text}], list(images))
+    return Answer(tuple(prompt), tuple(tokens), (0.0,) * len(tokens), request)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_model_is_given_the_engines_ids(side: str) -> None:
+    trainer = made(Template(multimodal=False, padding_side=side))
+    answers = [asked("ab", (1, 2, 3), (4, 5)), asked("abc", (6,), (7,))]
+    inputs = SwiftTrainer(trainer).encoded(answers)
+    short = [0, 0, 0, 6, 7] if side == "left" else [6, 7, 0, 0, 0]
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5], short]
+    answered = [-100, -100, -100, -100, 7] if side == "left" else [-100, 7, -100, -100, -100]
+    assert inputs["labels"].tolist() == [[-100, -100, -100, 4, 5], answered] and "loss_scale" not in inputs
+    assert inputs["use_cache"] is False and inputs["logits_to_keep"] == (3 if side == "left" else 5)
+    assert trainer.template.settings() == ("vllm", 7, True, 4) and trainer.template.encoded == []
+
+
+def test_a_multimodal_model_is_given_what_its_template_makes_of_the_request() -> None:
+    trainer = made(Template(multimodal=True))
+    answers = [
+        asked("abc", (USER, 3, ASSISTANT), (5, 6)),
+        asked("ab", (USER, IMAGE, IMAGE, 2, ASSISTANT), (7,), ["a.png"]),
+    ]
+    inputs = SwiftTrainer(trainer).encoded(answers)
+    assert inputs["input_ids"].tolist() == [
+        [0, USER, 3, ASSISTANT, 5, 6, END],
+        [USER, IMAGE, IMAGE, 2, ASSISTANT, 7, END],
+    ]
+    assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6, -100], [-100] * 5 + [7, -100]]
+    assert inputs["pixel_values"].shape == (2, 3) and inputs["sizes"] == [(1, 2)]
+    assert trainer.template.encoded[1]["images"] == ["a.png"] and trainer.template.encoded[1]["add_eos"] is False
+    assert answers[1].request.images == ["a.png"], "what was loaded is not kept"
+
+
+def test_what_the_engine_was_given_to_go_on_from_belongs_to_the_prompt() -> None:
+    trainer = made(Template(multimodal=True))
+    inputs = SwiftTrainer(trainer).encoded([asked("abc", (USER, 3, ASSISTANT, THINKING), (5, 6))])
+    assert inputs["input_ids"].tolist() == [[USER, 3, ASSISTANT, THINKING, 5, 6, END]]
+    assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6, -100]]
+
+
+def test_an_image_that_the_template_writes_otherwise_is_scored_as_it_is_trained_on() -> None:
+    trainer = made(Template(multimodal=True))
+    inputs = SwiftTrainer(trainer).encoded([asked("ab", (USER, IMAGE, 2, ASSISTANT), (7,), ["a.png"])])
+    assert inputs["input_ids"].tolist() == [[USER, IMAGE, IMAGE, 2, ASSISTANT, 7, END]]
+    trainer.template.encode = lambda inputs: {"input_ids": [1, 2]}
+    with pytest.raises(errors.UnsupportedTrainerError, match="does not write an answer's token ids"):
+        SwiftTrainer(trainer).encoded([asked("ab", (1,), (3,))])

@@ -200,7 +200,8 @@ def test_distance_is_mean_max_and_k3() -> None:
     assert not distance_between([float("nan"), 0.0]).mean == 0
 
 
-def test_scores_are_the_models_own_whatever_the_padding() -> None:
+@pytest.mark.parametrize("left, shortened", [(True, False), (False, False), (True, True), (False, True)])
+def test_scores_are_the_models_own_whatever_the_padding(left: bool, shortened: bool) -> None:
     torch.manual_seed(0)
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -210,13 +211,24 @@ def test_scores_are_the_models_own_whatever_the_padding() -> None:
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).eval()
     answers = [Answer((1, 2, 3), (4, 5), (0.0, 0.0)), Answer((7,), (8,), (0.0,))]
+    inputs = dict(port_of(model).encoded(answers))
+    if not left:  # the fake framework's own padding is on the left
+        inputs = {
+            "input_ids": torch.tensor([[1, 2, 3, 4, 5], [7, 8, 0, 0, 0]]),
+            "labels": torch.tensor([[-100, -100, -100, 4, 5], [-100, 8, -100, -100, -100]]),
+        }
+    labels = inputs.pop("labels")
+    if shortened:
+        inputs["logits_to_keep"] = 3 if left else 5
     with torch.no_grad():
-        together = probe.logprobs_of(model, answers, torch.device("cpu"))
+        together = probe.logprobs_of(model, inputs, labels)
         for answer, scores in zip(answers, together):
             ids = torch.tensor([[*answer.prompt, *answer.tokens]])
             logits = model(input_ids=ids).logits[0].log_softmax(-1)
             expected = [float(logits[len(answer.prompt) - 1 + i, t]) for i, t in enumerate(answer.tokens)]
             assert scores == pytest.approx(expected, abs=1e-5)
+        with pytest.raises(ValueError, match="1 logits a row do not reach back to the first of 5 labels"):
+            probe.logprobs_of(model, {**inputs, "logits_to_keep": 1}, labels)
 
 
 def test_scaling_the_adapter_changes_numbers_only_and_changes_them_back() -> None:
@@ -287,13 +299,13 @@ class Rollout:
     """An engine that is ``off`` nats off the trainer (without the adapter ``plain_off``), and draws from PyTorch's
     random state as vLLM does."""
 
-    has_requests, most_tokens = True, 64
+    has_requests, has_media, most_tokens = True, False, 64
 
     def __init__(self, off: float = 0.0, plain_off: float = 0.0) -> None:
         self.off, self.plain_off, self.cached, self.is_plain = off, plain_off, "", False
         self.asked: list[str] = []
 
-    def ask(self, prompts: Any, new_tokens: int) -> list[Answer]:
+    def ask(self, prompts: Any, new_tokens: int, with_media: bool = False) -> list[Answer]:
         torch.rand(3)
         self.asked += prompts
         return [self._answer(text) for text in prompts]
@@ -343,7 +355,7 @@ def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
     monkeypatch.setattr(
         probe, "prompts", lambda t, block, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]
     )
-    monkeypatch.setattr(probe, "kinds", lambda trainer: [probe.SHORT])
+    monkeypatch.setattr(probe, "kinds", lambda trainer, has_media: [probe.SHORT])
     monkeypatch.setattr(probe, "score", scored)
     return gate.Gate(port_of(model), bound, serving, 16, bool)
 
@@ -417,10 +429,10 @@ def test_a_probe_that_fails_fails_on_all_ranks_in_the_same_place(monkeypatch: py
         told.append(fine)
         return fine
 
-    monkeypatch.setattr(rollout, "ask", lambda *_: 1 / 0)
+    monkeypatch.setattr(rollout, "ask", lambda *_, **__: 1 / 0)
     with pytest.raises(gate.ProbeError, match="ZeroDivisionError"):
         made.ask(rollout, together)
-    assert told == [False]
+    assert told == [False, False], "no images, and then no answers"
     monkeypatch.undo()
     made = made_gate(monkeypatch, rollout)
     with pytest.raises(gate.ProbeError, match="on another rank"):
