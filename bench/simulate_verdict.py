@@ -371,7 +371,7 @@ def check(runs: list[Run], simulation: Simulation, count: int = 40) -> None:
             flat = {key: values.reshape(len(index), -1) for key, values in c.items()}
             found = looks(flat, factors, flat["p"].shape[1], PROBE)
             for number in range(len(index)):
-                one = v._Look([evidence(run, index[number])], float(factors[number]))
+                one = v._Look([evidence(run, index[number])], float(factors[number]), v.ALLOWED)
                 assert math.isclose(one.student.ratio, found["ratio"][number], rel_tol=1e-4), run
                 assert (one.cause, one.state == "good") == (found["cause"][number], bool(found["good"][number])), (
                     run.name, run.fault, one.cause, found["cause"][number]

@@ -22,7 +22,7 @@ from .policy import adapter as adapters
 from .policy.origin import AdapterOrigin
 from .proof import audit, probe
 from .proof.causes import Finding
-from .proof.gate import Asked, Gate, ProbeError
+from .proof.gate import Asked, Gate
 from .proof.verdict import FLOOR_ALLOWED, Verdict
 from .trainer import RolloutPort, TrainerPort
 
@@ -116,10 +116,10 @@ class Examiner:
         pending = None
         if self.all_ranks(asks) if together else asks:
             started = time.perf_counter()
-            asked = self._ask(rollout, together, ahead=later)
+            asked = self._gate().ask(rollout, self.all_ranks if together else bool, ahead=later)
             if later:
                 pending = Pending(asked, finding)
-            elif asked:
+            else:
                 finding = self.judge(served, asked, finding, rollout)
             seen.gate_seconds += time.perf_counter() - started
         return (self.of_all_ranks(finding) if together else finding), pending
@@ -187,24 +187,12 @@ class Examiner:
             self.gate = Gate(self.trainer, writer.adapter, writer.serving, block, self.all_ranks)
         return self.gate
 
-    def _ask(self, rollout: RolloutPort, together: bool, ahead: bool) -> Sequence[Asked]:
-        """Nothing where it could not be asked, which is said and counted and no more."""
-        try:
-            return self._gate().ask(rollout, self.all_ranks if together else bool, ahead)
-        except ProbeError as error:
-            self._note_failed(error)
-            return ()
-
     def judge(
         self, served: Served, asked: Sequence[Asked], audited: Finding | None, rollout: RolloutPort | None = None
     ) -> Finding | None:
         """What an audit has found is told more fully with what the engine answers."""
         started, seen = time.perf_counter(), self.examination
-        try:
-            judged = self._gate().judge(asked, rollout)
-        except ProbeError as error:
-            self._note_failed(error)
-            return audited
+        judged = self._gate().judge(asked, rollout)
         if rollout is None:  # else whoever calls counts the asking, too
             seen.gate_seconds += time.perf_counter() - started
         seen.verdicts, found = judged.verdicts, judged.finding
@@ -214,6 +202,10 @@ class Examiner:
                 f"({', '.join(judged.noisy)}; up to {FLOOR_ALLOWED:g} is usual): a KV cache or weights of fewer bits, "
                 "kernels of another accuracy, or a small fault that is always there. It counts as this engine's noise."
             )
+        seen.probes_failed += len(judged.failed)
+        for kind, why in judged.failed.items():
+            if self.says_once(f"failed {kind}"):
+                warning(f"the probe with {kind} prompts failed, so what the engine answers to them is not known: {why}")
         for kind, verdict in judged.verdicts.items():
             self._say_verdict(kind, verdict, served)
         if found is not None and found.cause == "engine-not-finite":
@@ -263,11 +255,6 @@ class Examiner:
                 f"{verdict.reservation}: that the engine serves it is known from the audits of its values alone. A "
                 "larger learning rate or a later checkpoint would tell: swift-lora-fix verify --adapter CHECKPOINT."
             )
-
-    def _note_failed(self, error: ProbeError) -> None:
-        self.examination.probes_failed += 1
-        if self.says_once("probe failed"):
-            warning(f"a probe of the engine failed, so its answers are not compared at this sync: {error}")
 
     def _mind(self, rounding: audit.Rounding, served: Served) -> None:
         """What the rounding of the fused mode loses, where it is more than the user allows."""

@@ -30,9 +30,10 @@ from ..trainer import Answer, RolloutPort, TrainerPort
 from . import probe
 from .causes import Finding
 from .noise import shaken
-from .verdict import KEPT, OTHER, RESET, Evidence, Floor, Verdict, judge, judge_floor
+from .verdict import ALLOWED, KEPT, OTHER, RESET, Evidence, Floor, Verdict, judge, judge_floor
 
 GATE = "agreement gate"
+MEDIA_ALLOWED = 2 * ALLOWED  # what an image's numerics move is one draw for all the tokens said about it
 FLOOR_PROBES = 2  # without the adapter, at least; one more, and another, where they do not tell
 FLOOR_PROBES_AT_MOST = 4
 
@@ -40,26 +41,25 @@ Answers = tuple[Answer, ...]
 Result = TypeVar("Result")
 
 
-class ProbeError(Exception):
-    """A probe could not be asked or scored, on this rank or another: in its words."""
-
-
 @dataclass(frozen=True)
 class Asked:
     """What the engine answered to one kind of prompts. probes: what each was (OTHER, KEPT, RESET), and its answers.
-    plain: without the adapter, asked while the floor is not known."""
+    plain: without the adapter, asked while the floor is not known. failed: why it could not be asked, else ""."""
 
     kind: str
-    probes: tuple[tuple[str, Answers], ...]
+    probes: tuple[tuple[str, Answers], ...] = ()
     plain: tuple[Answers, ...] = ()
+    failed: str = ""
 
 
 @dataclass
 class Judgement:
-    """Of one look. verdicts: by kind of prompts. noisy: what is worth a warning, in words, of floors just measured."""
+    """Of one look. verdicts: by kind of prompts. noisy: what is worth a warning, in words, of floors just measured.
+    failed: by kind, why there is no verdict."""
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     noisy: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     finding: Finding | None = None
 
 
@@ -91,31 +91,30 @@ class Gate:
         in the caches stays until it is judged, unless that comes later (``ahead``).
 
         Args:
-            together: as the gate's own, of the ranks that ask.
-
-        Raises ProbeError, on all ranks that ask, where one of them fails.
+            together: as the gate's own, of the ranks that ask. Where one of them fails, the others say so, too.
         """
-
-        kinds = probe.kinds(self.trainer, together(rollout.has_media))
-
-        def work() -> list[Asked]:
-            try:
-                return [self._ask_kind(rollout, kind, ahead) for kind in kinds]
-            finally:
-                if ahead:
-                    self._forget_answers()
-
+        found = []
         with probe.same_random_state(self.trainer.device):
-            return _attempt(work, together)
+            for kind in probe.kinds(self.trainer, together(rollout.has_media)):
+                try:
+                    found.append(_attempt(partial(self._ask_kind, rollout, kind, ahead), together))
+                except _ProbeError as error:
+                    found.append(Asked(kind, failed=str(error)))
+        return found
 
     def judge(self, asked: Sequence[Asked], rollout: RolloutPort | None = None) -> Judgement:
         """Score what was asked. With a ``rollout`` more is asked where that can decide it. All ranks come here
-        together and stay together. Raises ProbeError, on all of them, where one fails."""
+        together and stay together: what fails on one of them has failed on all."""
         found = Judgement()
         try:
             with probe.same_random_state(self.trainer.device):
                 for one in asked:
-                    self._judge(one, rollout, found)
+                    try:
+                        if one.failed:
+                            raise _ProbeError(one.failed)
+                        self._judge(one, rollout, found)
+                    except _ProbeError as error:
+                        found.failed[one.kind] = str(error)
         finally:
             if rollout is not None:
                 self._forget_answers()  # a run with the gate is the run without
@@ -124,6 +123,13 @@ class Gate:
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def _ask_kind(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
+        try:
+            return self._ask_what(rollout, kind, ahead)
+        finally:
+            if ahead:
+                self._forget_answers()
+
+    def _ask_what(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
         plain: tuple[Answers, ...] = ()
         if kind not in self.floors:
             plain = tuple(self._ask_plain(rollout, kind, variant) for variant in range(FLOOR_PROBES))
@@ -154,6 +160,7 @@ class Gate:
         if kind not in self.floors and not self._measure_floor(asked, rollout, found):
             return
         supply, floors = _Supply(self, asked, rollout), self.floors[kind]
+        allowed = MEDIA_ALLOWED if kind == probe.MEDIA else ALLOWED
         evidence: list[list[Evidence]] = [[] for _ in floors]
         verdicts: list[Verdict] = []
         what = OTHER
@@ -165,13 +172,13 @@ class Gate:
             scored = _attempt(partial(self._evidence, kind, what, answers, first=not verdicts), self.together)
             for so_far, one in zip(evidence, scored):
                 so_far.append(one)
-            verdicts = [judge(so_far, floor) for so_far, floor in zip(evidence, floors)]
+            verdicts = [judge(so_far, floor, allowed) for so_far, floor in zip(evidence, floors)]
             what = self._next(verdicts)
         worst = max(range(len(verdicts)), key=lambda at: (*_badness(verdicts[at]), at))
         verdict = found.verdicts[kind] = verdicts[worst]
         if verdict.disagrees and found.finding is None:
             cause = verdict.cause
-            if cause == "unknown" and judge(evidence[worst][:1], floors[worst]).cause == "stale":
+            if cause == "unknown" and judge(evidence[worst][:1], floors[worst], allowed).cause == "stale":
                 cause = "stale"  # the policy before is known of the first probe alone; the others repeat that it is off
             of = "" if kind == probe.SHORT else f" ({kind} prompts)"
             found.finding = Finding(cause, f"{GATE}{of}", str(verdict))
@@ -290,8 +297,12 @@ class _Supply:
         return self.gate._ask(self.rollout, self.kind, self.variant - 1 if what == OTHER else 0)
 
 
+class _ProbeError(Exception):
+    """A probe could not be asked or scored, on this rank or another: in its words."""
+
+
 def _attempt(work: Callable[[], Result], together: Callable[[bool], bool]) -> Result:
-    """Its result; or ProbeError on all ranks where it fails on one, so that no rank waits for another."""
+    """Its result; or _ProbeError on all ranks where it fails on one, so that no rank waits for another."""
     problem: Exception | None = None
     try:
         result = work()
@@ -301,7 +312,7 @@ def _attempt(work: Callable[[], Result], together: Callable[[bool], bool]) -> Re
         return result
     if isinstance(problem, SwiftLoraFixError):
         raise problem
-    raise ProbeError(f"{type(problem).__name__}: {problem}" if problem else "on another rank") from problem
+    raise _ProbeError(f"{type(problem).__name__}: {problem}" if problem else "on another rank") from problem
 
 
 def _badness(verdict: Verdict) -> tuple[bool, bool, float]:

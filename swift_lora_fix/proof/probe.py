@@ -31,9 +31,10 @@ def kinds(trainer: TrainerPort, has_media: bool) -> list[str]:
 def prompts(trainer: TrainerPort, cache_block: int, variant: int = 0, kind: str = SHORT) -> list[str]:
     """Fixed texts longer than one block of the prefix cache (``cache_block`` tokens) as far as the lengths allow;
     ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
-    words = trainer.tokenizer.encode(f"{WORDS} ", add_special_tokens=False)
     length = LONG_TOKENS if kind == LONG else max(8, min(cache_block + 8, _room(trainer)))
-    body = trainer.tokenizer.decode((words * (1 + length // len(words)))[:length])
+    words, body = WORDS.split(), ""
+    while len(trainer.tokenizer.encode(body, add_special_tokens=False)) < length:
+        body = f"{body} {' '.join(words)}" if kind == LONG else f"{body} {words[body.count(' ') % len(words)]}"
     openings, start = OPENINGS[: None if kind == SHORT else FEW], variant * 7
     return [f"{number + start} {opening} {body}" for number, opening in enumerate(openings)]
 

@@ -165,7 +165,7 @@ class Verdict:
     noise: mean |difference| in nats that the trainer's own rounding explains with this policy, times what the plain
     base shows of this engine. ratio, error: the engine's distance in units of that noise, robust, and its relative
     standard error. engine_noise: this engine's noise in units of the trainer's own, as the plain base shows (``noise``
-    has it in it). hypotheses: of the alternatives. probes: with different prompts.
+    has it in it). allowed: the ratio that is sound. hypotheses: of the alternatives. probes: with different prompts.
     """
 
     outcome: str
@@ -180,6 +180,7 @@ class Verdict:
     ratio: float = math.nan
     error: float = math.nan
     engine_noise: float = math.nan
+    allowed: float = ALLOWED
     hypotheses: tuple[Hypothesis, ...] = ()
     probes: int = 1
     note: str = ""
@@ -200,7 +201,7 @@ class Verdict:
     @property
     def bound(self) -> float:
         """For charts: the mean |logprob difference| at which a sound-shaped distance would no longer be accepted."""
-        return ALLOWED * self.noise
+        return self.allowed * self.noise
 
     @property
     def near(self) -> tuple[str, ...]:
@@ -223,7 +224,7 @@ class Verdict:
         parts.append(
             f"mean |logprob difference| {self.distance.mean:.3g} (largest {self.distance.max:.3g}, KL "
             f"{self.distance.kl:.3g}), {self.ratio:.2g} times the noise of this policy's own numerics "
-            f"({self.noise:.3g}; up to {ALLOWED:g} times is sound)"
+            f"({self.noise:.3g}; up to {self.allowed:g} times is sound)"
         )
         if self.rounding:
             parts.append(f"rounding the merged weights moves {self.rounding:.3g}")
@@ -250,7 +251,7 @@ class Verdict:
         return found
 
 
-def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
+def judge(evidence: Sequence[Evidence], floor: Floor, allowed: float = ALLOWED) -> Verdict:
     """The verdict of one examination so far. Ask what ``ask`` says, append it and call again while ``is_unsure``, which
     ends by itself: after ``BUDGET`` probes of other prompts and one each of KEPT and RESET. A disagreement is only said
     of what a second probe repeats, or a reset of the caches mends; logprobs that are not finite need no repetition.
@@ -260,6 +261,7 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
         evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
         floor: of this engine's plain base; ask ``judge_floor`` first whether it is sound. It only sets by what factor,
             0.5 to ``FLOOR_WRONG``, this engine's noise differs from the trainer's own.
+        allowed: times what the noise explains, see the module's text.
     """
     if not evidence or evidence[0].asked != OTHER:
         raise ValueError("an examination begins with a probe of its own prompts")
@@ -269,8 +271,8 @@ def judge(evidence: Sequence[Evidence], floor: Floor) -> Verdict:
             return replace(_verdict([one], floor, None), outcome="disagrees", cause=wrong)
     fresh = [one for one in evidence if one.asked == OTHER]
     engine = _engine_factor(floor)
-    looks = [_Look([one], engine) for one in fresh]
-    together = looks[0] if len(fresh) == 1 else _Look(fresh, engine)
+    looks = [_Look([one], engine, allowed) for one in fresh]
+    together = looks[0] if len(fresh) == 1 else _Look(fresh, engine, allowed)
     verdict = _verdict(fresh, floor, together)
     outcome, cause, ask, note = _decide(evidence, looks, together)
     return replace(verdict, outcome=outcome, cause=cause, ask=ask, note=note)
@@ -302,7 +304,8 @@ def judge_floor(floor: Floor) -> tuple[str, float]:
 class _Look:
     """The numbers of some probes together, and what they say by themselves: ``good``, ``bad`` (and why) or ``open``."""
 
-    def __init__(self, evidence: Sequence[Evidence], engine: float) -> None:
+    def __init__(self, evidence: Sequence[Evidence], engine: float, allowed: float) -> None:
+        self.allowed = allowed
         self.spans = _spans(evidence)
         self.probe_tokens = self.spans[-1].stop / len(evidence)
         gaps = [e - p for one in evidence for e, p in zip(one.engine, one.policy)]
@@ -332,7 +335,7 @@ class _Look:
         if self.cause:
             return "bad"
         ratio, error = self.student.ratio, self.student.error
-        if ratio > ALLOWED or ratio * math.exp(error) > 1.5 * ALLOWED:
+        if ratio > self.allowed or ratio * math.exp(error) > 1.5 * self.allowed:
             return "open"
         told = (name for name in self.estimates if name != "stale" and self.reach(name) >= DECISIVE)
         return "good" if all(self.estimates[name].weight >= DECISIVE for name in told) else "open"
@@ -343,8 +346,8 @@ class _Look:
         named = self._nearer(-DECISIVE)
         if named:
             return named
-        is_far = self.student.ratio * math.exp(-ERRORS * self.student.error) > ALLOWED
-        if is_far and self._is_shared([ratio > ALLOWED for ratio in self.ratios]):
+        is_far = self.student.ratio * math.exp(-ERRORS * self.student.error) > self.allowed
+        if is_far and self._is_shared([ratio > self.allowed for ratio in self.ratios]):
             return self._nearer(0.0) or "unknown"
         for name, there in self.estimates.items():
             if self.reach(name) >= DECISIVE and abs(there.slope) - ERRORS * there.error > PART:
@@ -361,7 +364,7 @@ class _Look:
         if not found:
             return ""
         there = near[found]
-        is_close = there.ratio < max(ALLOWED, 0.5 * self.student.ratio)
+        is_close = there.ratio < max(self.allowed, 0.5 * self.student.ratio)
         is_there = is_close and abs(there.slope - 1) <= PART + 3 * there.error
         return found if is_there and self._is_shared([part < 0 for part in there.weights]) else ""
 
@@ -379,15 +382,17 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
         reset = [look for look in evidence if look.asked == RESET]
         if not kept:
             return "unsure", "stale-cache", KEPT, ""
-        engine = together.engine
-        if _Look(kept, engine).state == "bad":
+        engine, allowed = together.engine, together.allowed
+        if _Look(kept, engine, allowed).state == "bad":
             if not reset:
                 return "unsure", "stale-cache", RESET, ""
-            if _Look(reset, engine).state == "good":
+            if _Look(reset, engine, allowed).state == "good":
                 return "disagrees", "stale-cache", "", "gone once the caches were reset"
     odd = sum(look.state == "bad" for look in looks) if len(looks) > 1 else 0
     note = f"{odd} of them stood out, which the others did not repeat" if odd else ""
-    if together.state == "good" or (together.state == "open" and not more and together.student.ratio <= ALLOWED):
+    if together.state == "good" or (
+        together.state == "open" and not more and together.student.ratio <= together.allowed
+    ):
         return "agrees", "", "", note
     return "unsure", cause, more, note
 
@@ -432,6 +437,7 @@ def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Ver
         ratio=look.student.ratio,
         error=look.student.error,
         engine_noise=look.engine,
+        allowed=look.allowed,
         hypotheses=hypotheses,
     )
 

@@ -344,8 +344,6 @@ class FakeGate:
         self.outcomes = list(outcomes)
 
     def ask(self, rollout: Any, together: Any, ahead: bool = False) -> Any:
-        if isinstance(self.outcomes[0], Exception):
-            raise self.outcomes.pop(0)
         return [gate.Asked(probe.SHORT, ())]
 
     def judge(self, asked: Any, rollout: Any = None) -> gate.Judgement:
@@ -355,9 +353,9 @@ class FakeGate:
 def judged(outcome: str = "agrees", weight: float = 100.0, cause: str = "", noisy: str = "") -> gate.Judgement:
     hypotheses = (Hypothesis("not-applied", weight, 0.0, 0.01, 1.0, 100.0),)
     distance = Distance(0.01, 0.02, 0.0)
-    told = Verdict(outcome, cause, "", distance, distance, 1.0, 1.0, 0.0, 0.01, 1.0, 0.1, 1.0, hypotheses)
+    told = Verdict(outcome, cause, "", distance, distance, 1.0, 1.0, ratio=1.0, noise=0.01, hypotheses=hypotheses)
     finding = Finding(cause, gate.GATE, str(told)) if outcome == "disagrees" else None
-    return gate.Judgement({probe.SHORT: told}, [noisy] if noisy else [], finding)
+    return gate.Judgement({probe.SHORT: told}, [noisy] if noisy else [], {}, finding)
 
 
 @pytest.fixture
@@ -376,11 +374,11 @@ def steps_with(session: Session, *outcomes: Any) -> None:
 
 
 def test_a_probe_that_fails_is_a_warning_and_a_number(gated: Session, caplog: pytest.LogCaptureFixture) -> None:
-    failed = gate.ProbeError("KeyError: 'pixel_values'")
-    steps_with(gated, failed, gate.ProbeError("again"))
-    said = [message for message in caplog.messages if "a probe of the engine failed" in message]
+    failed = gate.Judgement(failed={probe.SHORT: "KeyError: 'pixel_values'"})
+    steps_with(gated, failed, gate.Judgement(failed={probe.SHORT: "again", probe.LONG: "again"}))
+    said = [message for message in caplog.messages if "the probe with short prompts failed" in message]
     assert len(said) == 1 and "KeyError: 'pixel_values'" in said[0]
-    assert gated.phase is Phase.EXAMINED and gated.trainer.metrics()["lora_sync/probes_failed"] == [1.0, 1.0]  # type: ignore[index]
+    assert gated.phase is Phase.EXAMINED and gated.trainer.metrics()["lora_sync/probes_failed"] == [1.0, 2.0]  # type: ignore[index]
     custody = next(message for message in caplog.messages if "chain of custody" in message)
     assert "looked at: the LoRA slots' values" in custody
     assert "not looked at: answers of the engine (no probe could be judged at this sync)" in custody

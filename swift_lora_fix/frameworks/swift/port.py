@@ -175,19 +175,28 @@ class SwiftTrainer:
         return inputs
 
     def _row(self, answer: Answer) -> dict[str, Any]:
-        """One answer as the template encodes it. The prompt's ids are the engine's own, unless they have media in them
-        that the template writes otherwise: then its own, which is what is trained on."""
+        """One answer as the template encodes it, with the engine's own ids. What a multimodal model needs beside them
+        only its template knows; where that writes other ids (a prompt that was cut, say), the ids alone are taken.
+        Raises ValueError where such a request has images, which the ids alone do not tell."""
         tokens, asked = list(answer.tokens), [*answer.prompt, *answer.tokens]
+        alone = {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
         if not self.sees_media or answer.request is None:
-            return {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
+            return alone
         row = self._encode(answer.request, tokens)
         prompt = _end_of(tokens, row["input_ids"]) - len(tokens)
         if prompt < len(answer.prompt) and row["input_ids"][:prompt] == asked[:prompt]:
             # what the engine was given after that is for the model to go on from (a thinking prefix)
             row = self._encode(answer.request, asked[prompt:])
-        end = _end_of(tokens, row["input_ids"])
-        row["labels"] = [-100] * (end - len(tokens)) + tokens + [-100] * (len(row["input_ids"]) - end)
-        return row
+        if list(row["input_ids"][: len(asked)]) == asked:
+            row["labels"] = [*alone["labels"], *[-100] * (len(row["input_ids"]) - len(asked))]
+            return row
+        if not _images(answer.request):
+            return alone
+        raise ValueError(
+            f"the template writes {len(row['input_ids'])} tokens for a probe with an image, and the engine was given "
+            f"other ones ({len(asked)}): --max_length or --vllm_max_model_len cuts it, or vLLM expands images in "
+            "another way"
+        )
 
     def _encode(self, request: Any, response: list[int]) -> dict[str, Any]:
         """What the template makes of a probe's request and of its answer's ids."""

@@ -263,6 +263,8 @@ def _media(runs: Runs, name: str) -> Run:
         template="qwen2_5_vl",
         dataset=model.parent / "pictures.jsonl",
         vllm_limit_mm_per_prompt='{"image": 1}',
+        vllm_max_model_len=512,
+        max_length=448,
         attn_impl="sdpa",
         per_device_train_batch_size=4,
         max_completion_length=8,

@@ -1,4 +1,4 @@
-"""A multimodal model: the gate asks it in text, and what has an image in it is scored with that image."""
+"""A multimodal model: the gate asks it in text and about an image of the batch, and scores what it says with that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import json
 import pytest
 
 from swift_lora_fix.install import releases
+from swift_lora_fix.proof.gate import MEDIA_ALLOWED
+from swift_lora_fix.proof.verdict import ALLOWED
 from tests.support.driver import Run
 
 from .conftest import FAMILY
@@ -25,8 +27,11 @@ pytestmark = [
 def test_the_gate_agrees_on_a_vision_language_model(run: Run) -> None:
     assert run.returncode == 0, run.log[-3000:]
     assert run.log.count("engine and trainer agree at step") == 3
+    assert run.log.count("engine and trainer agree on media prompts at step") == 2, "the first batch has no image"
     for metrics in run.metrics():
-        assert metrics["lora_sync/mismatch_mean"] < 4 * metrics["lora_sync/noise_floor"]
+        assert metrics["lora_sync/agrees"] == 1 and metrics["lora_sync/ratio"] < ALLOWED
+    for metrics in run.metrics()[1:]:
+        assert metrics["lora_sync/media_ratio"] < MEDIA_ALLOWED
     assert run.metrics()[-1]["lora_sync/control_base"] > 0.05, "a large LoRA"
 
 

@@ -76,10 +76,15 @@ def _record(port, rollout):
             module.training = training
         inputs = port.encoded(answers)
         written = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-    found = {name: probe.gap_of(answers, scores).mean for name, scores in scored.items()}
+    found = {name: _mean_gap(answers, scores) for name, scores in scored.items()}
     same = written == [[*answer.prompt, *answer.tokens] for answer in answers]
     with open(os.environ["SLF_MEDIA_FILE"], "a") as file:
         file.write(json.dumps({"step": port.step, "same_ids": same, **found}) + "\n")
+
+
+def _mean_gap(answers, scores):
+    gaps = [abs(a - b) for answer, row in zip(answers, scores) for a, b in zip(answer.logprobs, row)]
+    return sum(gaps) / len(gaps)
 
 
 def _infer(wrapped, trainer, args, kwargs):

@@ -313,10 +313,13 @@ def test_what_the_engine_was_given_to_go_on_from_belongs_to_the_prompt() -> None
     assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6, -100]]
 
 
-def test_an_image_that_the_template_writes_otherwise_is_scored_as_it_is_trained_on() -> None:
+def test_what_the_template_writes_otherwise_is_the_engines_own_unless_it_has_images() -> None:
     trainer = made(Template(multimodal=True))
-    inputs = SwiftTrainer(trainer).encoded([asked("ab", (USER, IMAGE, 2, ASSISTANT), (7,), ["a.png"])])
-    assert inputs["input_ids"].tolist() == [[USER, IMAGE, IMAGE, 2, ASSISTANT, 7, END]]
+    inputs = SwiftTrainer(trainer).encoded([asked("abcdefgh", (USER, 2, ASSISTANT), (7,))])
+    assert inputs["input_ids"].tolist() == [[USER, 2, ASSISTANT, 7]], "a prompt that was cut"
+    assert inputs["labels"].tolist() == [[-100, -100, -100, 7]]
+    with pytest.raises(ValueError, match="the engine was given other ones .5.: --max_length"):
+        SwiftTrainer(trainer).encoded([asked("ab", (USER, IMAGE, 2, ASSISTANT), (7,), ["a.png"])])
     trainer.template.encode = lambda inputs: {"input_ids": [1, 2]}
     with pytest.raises(errors.UnsupportedTrainerError, match="does not write an answer's token ids"):
         SwiftTrainer(trainer).encoded([asked("ab", (1,), (3,))])

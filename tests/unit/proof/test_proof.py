@@ -430,13 +430,23 @@ def test_a_probe_that_fails_fails_on_all_ranks_in_the_same_place(monkeypatch: py
         return fine
 
     monkeypatch.setattr(rollout, "ask", lambda *_, **__: 1 / 0)
-    with pytest.raises(gate.ProbeError, match="ZeroDivisionError"):
-        made.ask(rollout, together)
+    asked = made.ask(rollout, together)
     assert told == [False, False], "no images, and then no answers"
+    assert "ZeroDivisionError" in made.judge(asked).failed[probe.SHORT]
     monkeypatch.undo()
     made = made_gate(monkeypatch, rollout)
-    with pytest.raises(gate.ProbeError, match="on another rank"):
-        made.ask(rollout, lambda fine: False)
+    asked = made.ask(rollout, lambda fine: False)
+    assert made.judge(asked).failed == {probe.SHORT: "on another rank"}
+
+
+def test_a_kind_of_prompts_that_fails_takes_no_verdict_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout(0.005, 0.005)
+    made = made_gate(monkeypatch, rollout)
+    monkeypatch.setattr(probe, "kinds", lambda *_: [probe.LONG, probe.SHORT])
+    own = made._evidence
+    monkeypatch.setattr(made, "_evidence", lambda kind, *a, **k: own(kind, *a, **k) if kind != probe.LONG else 1 / 0)
+    judged = made.judge(made.ask(rollout, bool), rollout)
+    assert judged.verdicts[probe.SHORT].agrees and "ZeroDivisionError" in judged.failed[probe.LONG]
 
 
 def test_shaking_moves_every_layer_by_a_rounding_step_and_leaves_nothing() -> None:
