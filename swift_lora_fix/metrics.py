@@ -5,12 +5,18 @@ All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds
 ``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob engine - trainer|, nats a token), ``mismatch_kl`` (k3),
 ``noise_floor``, ``control_base``, ``control_double`` (nats a token), ``distinguishable`` (0 or 1). In fused mode also
 ``mismatch_rounding`` (nats a token: what the rounding of the merged weights moves the trainer by) and ``lost_share``.
+
+Each time that the trainer has scored rollouts: ``batch_mean``, ``batch_max`` (|logprob engine - trainer|, nats a
+token), ``batch_kl`` (k3) and ``batch_tokens``, over the rollouts themselves and all ranks. With dropout in training
+only at syncs that pass the gate, where they are scored once more without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from .proof.batch import Batch
 from .trainer import TrainerPort
 
 if TYPE_CHECKING:
@@ -18,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _LATEST = ("policy_step", "noise_floor", "distinguishable")  # not averaged over a logging interval
+_LARGEST = ("mismatch_max", "batch_max")
 
 
 def of(session: Session) -> dict[str, float]:
@@ -53,15 +60,26 @@ def of(session: Session) -> dict[str, float]:
 
 def record(trainer: TrainerPort, session: Session) -> None:
     """Add them to what the trainer logs next, which averages each list over a logging interval."""
+    _add(trainer, of(session))
+
+
+def record_batch(trainer: TrainerPort, batch: Batch) -> None:
+    """The same for the rollouts of one call."""
+    distance = batch.distance
+    numbers = {"batch_mean": distance.mean, "batch_max": distance.max, "batch_kl": distance.kl}
+    _add(trainer, {**numbers, "batch_tokens": float(batch.tokens)})
+
+
+def _add(trainer: TrainerPort, numbers: Mapping[str, float]) -> None:
     lists = trainer.metrics()
     if lists is None:
         return
-    for name, value in of(session).items():
+    for name, value in numbers.items():
         key = f"lora_sync/{name}"
         before = lists.get(key, [])
         if name in _LATEST:
             lists[key] = [value]
-        elif name == "mismatch_max":
+        elif name in _LARGEST:
             lists[key] = [max([value, *before])]
         else:
             lists[key] = [*before, value]

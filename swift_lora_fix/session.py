@@ -32,13 +32,13 @@ from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
 from .policy import adapter as adapters
 from .policy import merging, origin
-from .proof import audit
+from .proof import audit, batch
 from .proof.causes import Finding
 from .proof.gate import Asked, Gate
 from .proof.verdict import FloorRule
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
-from .trainer import RolloutPort, TrainerPort
+from .trainer import BatchPort, RolloutPort, TrainerPort
 
 Mode = Literal["adapter", "fused"]
 
@@ -77,10 +77,12 @@ class Schedule:
 @dataclass
 class Examination:
     """What was found of the last sync. rounding: what the one rounding of the fused mode costs, None where that was not
-    looked at. Times in seconds, of the adapter's audit, the base's, and the gate."""
+    looked at. batch: the rollouts that were compared last. Times in seconds, of the adapter's audit, the base's, and
+    the gate."""
 
     verdict: FloorRule | None = None
     rounding: audit.Rounding | None = None
+    batch: batch.Batch | None = None
     audit_seconds: float = 0.0
     base_audit_seconds: float = 0.0
     gate_seconds: float = 0.0
@@ -252,6 +254,24 @@ class Session:
         self._finish_look(None)
         return False
 
+    def note_batch(self, scored: BatchPort) -> None:
+        """After the trainer has scored its rollouts and before it learns from them: how far their own logprobs are from
+        the trainer's, as metrics. All ranks together. Where that is not like with like, one line says why."""
+        reason, anew = scored.why_not, batch.drops_out(self.trainer.model)
+        if not reason and (self.trainer.is_asynchronous or self.served_step != self.trainer.step):
+            reason = "they were made by an earlier policy"
+        if not reason and anew:
+            due = self.examination.verdict is not None and self.examination.batch is None
+            if not self._all_ranks(due):
+                return  # the trainer's own dropout is in what it scored; without it they are scored where the gate asks
+        if not reason:
+            found, reason = batch.compare(scored.scored(anew), self.trainer.ranks, self.trainer.device)
+            if found is not None:
+                self.examination.batch = found
+                metrics.record_batch(self.trainer, found)
+        if reason and self._says_once(f"batch: {reason}"):
+            info(f"the rollouts' own logprobs are not compared with the trainer's: {reason}.")
+
     def repair(self) -> None:
         """Send base and adapter again, through the reference path. The engine is awake and the trainer's model here."""
         step = self.served_step
@@ -296,6 +316,7 @@ class Session:
             "audit_seconds": seen.audit_seconds,
             "base_audit_seconds": seen.base_audit_seconds,
             "gate_seconds": seen.gate_seconds,
+            "batch": str(seen.batch) if seen.batch else "not compared since this sync",
             "gate": str(seen.verdict) if seen.verdict else "did not run at this sync",
         }
 
