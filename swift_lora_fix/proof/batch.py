@@ -1,8 +1,8 @@
 """The real batch: the rollouts' own logprobs against the trainer's of the same tokens. Tensors in, numbers out.
 
 The trainer scores its rollouts anyway, so this costs a few small kernels and one copy to the host. Unlike a probe's,
-prompts are as they are: images, tools and their lengths. It decides nothing: without a floor and hypotheses of its own it
-is a number to watch, and evidence beside a verdict.
+prompts are as they are: images, tools and their lengths. It decides nothing: without a floor and hypotheses of its own
+it is a number to watch, and evidence beside a verdict.
 """
 
 from __future__ import annotations

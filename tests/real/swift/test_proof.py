@@ -98,6 +98,7 @@ def test_a_trainer_that_is_away_is_asked_afterwards(runs: Runs) -> None:
     for line in run.metrics():
         mean, floor, base = (line[f"lora_sync/{name}"] for name in ("mismatch_mean", "noise_floor", "control_base"))
         assert mean < 4 * floor < base, line
+        assert line["lora_sync/batch_mean"] < 4 * floor and line["lora_sync/batch_tokens"] > 0, "the rollouts, too"
     assert [(step, cause) for step, cause, _ in messages(run)] == [(2, "slots-changed")]
     assert run.log.count("repaired: the engine serves the trainer's policy again") == 1
     assert run.log.count("engine and trainer agree at step 2") == 1, "the rollouts that are trained on"
