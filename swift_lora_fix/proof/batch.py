@@ -75,7 +75,7 @@ def gaps_of(part: Scored) -> torch.Tensor | str:
             return f"the engine's logprobs have the shape {tuple(part.engine.shape)}, their mask {tuple(mask.shape)}"
         return held - part.engine.detach()[mask].to(held)
     if len(part.engine) != mask.shape[0]:
-        return f"the engine's logprobs are known of {len(part.engine)} of {mask.shape[0]} rollouts"
+        return f"those of only {len(part.engine)} of {mask.shape[0]} rollouts are known and fit their tokens"
     served: list[float] = []
     for row, count in zip(part.engine, mask.sum(1).tolist()):
         if len(row) not in (count, count + 1):

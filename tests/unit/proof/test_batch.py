@@ -63,8 +63,8 @@ def test_the_token_that_ended_the_answer_may_be_the_engines_alone() -> None:
     [
         ([ENGINE[0], ENGINE[1][:-1], []], "a rollout has 3 logprobs for 4 tokens"),
         ([ENGINE[0] + [0.0, 0.0], *ENGINE[1:]], "a rollout has 4 logprobs for 2 tokens"),
-        (ENGINE[:2], "the engine's logprobs are known of 2 of 3 rollouts"),
-        ([], "known of 0 of 3 rollouts"),
+        (ENGINE[:2], "those of only 2 of 3 rollouts are known and fit their tokens"),
+        ([], "only 0 of 3 rollouts"),
         (as_tensor(ENGINE)[:, 1:], r"the engine's logprobs have the shape \(3, 3\), their mask \(3, 4\)"),
     ],
 )
@@ -111,7 +111,7 @@ def test_all_ranks_count_also_where_this_one_has_nothing(monkeypatch: pytest.Mon
     assert found is not None and (found.tokens, found.distance.max) == (12, 2.5)
     assert found.distance.mean == pytest.approx(4.75 / 12)
     found, wrong = batch.compare([part([])], 2, CPU)
-    assert found is not None and found.distance.mean == 0.5 and "0 of 3" in wrong
+    assert found is not None and found.distance.mean == 0.5 and "only 0 of 3" in wrong
 
 
 def test_dropout_is_seen_and_switched_off() -> None:
