@@ -264,12 +264,13 @@ class Session:
             due = self.examination.verdict is not None and self.examination.batch is None
             if not self._all_ranks(due):
                 return  # the trainer's own dropout is in what it scored; without it they are scored where the gate asks
+        kind = reason or "rows"  # whose numbers differ from step to step
         if not reason:
             found, reason = batch.compare(scored.scored(anew), self.trainer.ranks, self.trainer.device)
             if found is not None:
                 self.examination.batch = found
                 metrics.record_batch(self.trainer, found)
-        if reason and self._says_once(f"batch: {reason}"):
+        if reason and self._says_once(f"batch: {kind}"):
             info(f"the rollouts' own logprobs are not compared with the trainer's: {reason}.")
 
     def repair(self) -> None:

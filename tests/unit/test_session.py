@@ -394,6 +394,20 @@ def test_what_is_not_like_with_like_is_said_once_and_not_recorded(
     assert not scored.asked and "lora_sync/batch_mean" not in (session.trainer.metrics() or {})
 
 
+def test_rows_that_do_not_fit_are_said_once_whatever_their_lengths(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    session.trainer.model.eval()
+    scored = ScoredBatch()
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        for length in (3, 4):
+            part = Scored([[-1.0]], torch.zeros(1, length), torch.ones(1, length))
+            monkeypatch.setattr(scored, "scored", lambda anew, part=part: [part])
+            session.note_batch(scored)
+    assert len(caplog.messages) == 1 and "a rollout has 1 logprobs for 3 tokens" in caplog.messages[0]
+
+
 def test_a_rollout_in_the_background_leaves_the_trainer_alone(session: Session) -> None:
     """With --async_generate true the trainer takes its next step meanwhile: no probe, no talk with other ranks."""
     session.trainer.learner.world = 2  # type: ignore[attr-defined]  # whatever it would ask the other rank fails
