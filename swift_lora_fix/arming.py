@@ -10,17 +10,18 @@ from typing import Any
 from .common.log import info
 from .common.settings import Settings
 from .errors import SwiftLoraFixError
-from .frameworks.swift.instrumentors import Megatron, Peft, RolloutServer, Trainer
+from .frameworks.swift.instrumentors import Megatron, Peft, RolloutServer, Scoring, Trainer
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
 _arming = Arming(PARENT_ARMED)
 _peft = Peft(_arming)
 _trainer = Trainer(_arming, _peft)
+_scoring = Scoring(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 # vLLM is not among them: its instrumentor is in memory/hooks.py, and importing swift_lora_fix.memory asks for it.
-_instrumentors = (_peft, _trainer, _server, _megatron)
+_instrumentors = (_peft, _trainer, _scoring, _server, _megatron)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import metrics
 from .common.log import info, warning
 from .common.ranks import ranks_agree
 from .common.settings import Settings
@@ -20,11 +21,11 @@ from .install import releases
 from .looks import Examination, Pending, Schedule, custody
 from .policy import adapter as adapters
 from .policy.origin import AdapterOrigin
-from .proof import audit, probe
+from .proof import audit, batch, probe
 from .proof.causes import Finding
 from .proof.gate import Asked, Gate
 from .proof.verdict import FLOOR_ALLOWED, Verdict
-from .trainer import RolloutPort, TrainerPort
+from .trainer import BatchPort, RolloutPort, TrainerPort
 
 BASE_AUDIT_EVERY = 50  # after the first syncs every so many are looked at whole, where the gate is off
 PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
@@ -214,6 +215,24 @@ class Examiner:
         if found is None or audited is None:
             return audited or found
         return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+
+    def note_batch(self, served: Served, scored: BatchPort) -> None:
+        """How far the rollouts' own logprobs are from the trainer's, as metrics. All ranks together. Where that is not
+        like with like, one line says why."""
+        trainer, seen = self.trainer, self.examination
+        reason, anew = scored.why_not, batch.drops_out(trainer.model)
+        if not reason and (trainer.is_asynchronous or served.step != trainer.step):
+            reason = "they were made by an earlier policy"
+        if not reason and anew and not self.all_ranks(seen.verdict is not None and seen.batch is None):
+            return  # the trainer's own dropout is in what it scored; without it they are scored where the gate asks
+        kind = reason or "rows"  # whose numbers differ from step to step
+        if not reason:
+            found, reason = batch.compare(scored.scored(anew), trainer.ranks, trainer.device)
+            if found is not None:
+                seen.batch = found
+                metrics.record_batch(trainer, found)
+        if reason and self.says_once(f"batch: {kind}"):
+            info(f"the rollouts' own logprobs are not compared with the trainer's: {reason}.")
 
     def _known_faults(self) -> tuple[str, ...]:
         device = self.trainer.device

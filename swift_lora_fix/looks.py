@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .proof import audit, probe
+from .proof.batch import Batch
 from .proof.causes import Finding
 from .proof.gate import Asked
 from .proof.verdict import Verdict
@@ -40,11 +41,13 @@ class Schedule:
 @dataclass
 class Examination:
     """What was found of the last sync. verdicts: by kind of the probe's prompts. rounding: what the one rounding of the
-    fused mode costs, None where that was not looked at. looked_at: in words, for the custody line. Times in seconds, of
-    the adapter's audit, the base's, and the gate. probes_failed: probes that could not be made."""
+    fused mode costs, None where that was not looked at. batch: the rollouts that were compared last. looked_at: in
+    words, for the custody line. Times in seconds, of the adapter's audit, the base's, and the gate. probes_failed:
+    probes that could not be made."""
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     rounding: audit.Rounding | None = None
+    batch: Batch | None = None
     looked_at: list[str] = field(default_factory=list)
     audit_seconds: float = 0.0
     base_audit_seconds: float = 0.0

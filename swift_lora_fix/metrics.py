@@ -13,13 +13,19 @@ it was left open), ``distinguishable`` (0 or 1), ``probes``. Of other kinds of p
 ``long_ratio``, ``media_...``.
 In fused mode ``mismatch_rounding``, too (nats a token: what rounding the merged weights moves the trainer by), and
 ``lost_share``.
+
+Each time that the trainer has scored rollouts: ``batch_mean``, ``batch_max`` (|logprob engine - trainer|, nats a
+token), ``batch_kl`` (k3) and ``batch_tokens``, over the rollouts themselves and all ranks. With dropout in training
+only at syncs that pass the gate, where they are scored once more without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .proof import probe
+from .proof.batch import Batch
 from .proof.verdict import Verdict
 from .trainer import TrainerPort
 
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 
 
 _LATEST = ("policy_step", "noise_floor", "distinguishable")  # not averaged over a logging interval
-_WORST = {"mismatch_max": max, "agrees": min}
+_WORST = {"mismatch_max": max, "batch_max": max, "agrees": min}
 
 
 def of(session: Session) -> dict[str, float]:
@@ -84,10 +90,21 @@ def _of_verdict(verdict: Verdict) -> dict[str, float]:
 
 def record(trainer: TrainerPort, session: Session) -> None:
     """Add them to what the trainer logs next, which averages each list over a logging interval."""
+    _add(trainer, of(session))
+
+
+def record_batch(trainer: TrainerPort, batch: Batch) -> None:
+    """The same for the rollouts of one call."""
+    distance = batch.distance
+    numbers = {"batch_mean": distance.mean, "batch_max": distance.max, "batch_kl": distance.kl}
+    _add(trainer, {**numbers, "batch_tokens": float(batch.tokens)})
+
+
+def _add(trainer: TrainerPort, numbers: Mapping[str, float]) -> None:
     lists = trainer.metrics()
     if lists is None:
         return
-    for name, value in of(session).items():
+    for name, value in numbers.items():
         key = f"lora_sync/{name}"
         before = lists.get(key, [])
         if name in _LATEST:

@@ -34,7 +34,7 @@ from .policy import merging, origin
 from .proof.causes import Finding
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
-from .trainer import RolloutPort, TrainerPort
+from .trainer import BatchPort, RolloutPort, TrainerPort
 
 Mode = Literal["adapter", "fused"]
 
@@ -206,6 +206,11 @@ class Session:
         self._finish_look(finding)
         return False
 
+    def note_batch(self, scored: BatchPort) -> None:
+        """After the trainer has scored its rollouts and before it learns from them: they are evidence, too. All ranks
+        together."""
+        self.examiner.note_batch(self._served(), scored)
+
     def repair(self) -> None:
         """Send base and adapter again, through the reference path. The engine is awake and the trainer's model here."""
         step = self.served_step
@@ -257,6 +262,7 @@ class Session:
             "audit_seconds": seen.audit_seconds,
             "base_audit_seconds": seen.base_audit_seconds,
             "gate_seconds": seen.gate_seconds,
+            "batch": str(seen.batch) if seen.batch else "not compared since this sync",
             "gate": f"{seen.verdict.outcome}{seen.verdict.reservation}: {seen.verdict}"
             if seen.verdict
             else "did not run at this sync",

@@ -29,6 +29,32 @@ class Answer:
     request: Any = field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Some rollouts as both sides see them, logprobs in nats at the temperature that they were sampled at.
+
+    engine: the engine's own; of each row those of its tokens, in order, or a tensor like ``trainer``.
+    trainer: [rows, tokens], the trainer's. mask: [rows, tokens], true at tokens that the engine chose.
+    """
+
+    engine: Sequence[Sequence[float]] | torch.Tensor
+    trainer: torch.Tensor
+    mask: torch.Tensor
+
+
+class BatchPort(Protocol):
+    """The rollouts of one call, once the trainer has scored them and before it learns from them."""
+
+    @property
+    def why_not(self) -> str:
+        """Why the engine's logprobs are not what the trainer computes of the same tokens, in words; empty where they
+        are. The same on all ranks."""
+
+    def scored(self, anew: bool) -> Sequence[Scored]:
+        """Parts in which they were scored, as far as the engine's logprobs of them are known. anew: the trainer scores
+        them once more, with nothing dropped out; a collective where its parameters are sharded."""
+
+
 class RolloutPort(Protocol):
     """One call for rollouts that the framework is about to make."""
 

@@ -10,3 +10,10 @@ def ranks_agree(fine: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(fine), device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     return bool(flag)
+
+
+def gathered(row: torch.Tensor, ranks: int) -> torch.Tensor:
+    """[n] of each rank, as [ranks, n]. A collective."""
+    rows = [torch.empty_like(row) for _ in range(ranks)]
+    torch.distributed.all_gather(rows, row)
+    return torch.stack(rows)

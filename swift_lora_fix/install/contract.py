@@ -24,6 +24,13 @@ def check(module: ModuleType) -> None:
         raise ContractError(f"{module.__name__} of {_release()}: {'; '.join(problems)}. {_what_to_do()}")
 
 
+def check_scoring(module: ModuleType) -> None:
+    """Raise ContractError as ``check`` does, of what is patched where the trainer scores its rollouts."""
+    problems = [problem for target in releases.SCORING_HOOKS if (problem := _problem(module, target))]
+    if problems:
+        raise ContractError(f"{module.__name__} of {_release()}: {'; '.join(problems)}. {_what_to_do()}")
+
+
 def not_found(modules: Sequence[str]) -> ContractError:
     """The error for a release that has none of the modules that held the rollout class so far."""
     return ContractError(f"{_release()} has none of {', '.join(modules)}. {_what_to_do()}")

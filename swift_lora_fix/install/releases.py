@@ -262,17 +262,28 @@ CALLS = (
     Target(f"{ROLLOUT_CLASS}.split_batches"),
     Target("TensorLoRARequest", is_function=False),
 )
+# Of the module in which the trainer scores its rollouts. From 4.4.0 on what is scored is two arguments.
+SCORING_CLASS = "GRPOTrainer"
+SCORING_HOOKS = (
+    Target(f"{SCORING_CLASS}._prepare_batch_inputs", positional=1),
+    Target(f"{SCORING_CLASS}._get_per_token_logps_and_entropies", positional=3),
+)
 
 @dataclass(frozen=True)
 class Attribute:
     """A name of ms-swift's trainer, of its arguments, its engine or its requests, that frameworks/swift/port.py reads,
     writes or calls. A release keeps it when its own code (rollout mixin, GRPO trainer, engine) uses the name as well.
 
-    since: the first release that has it; before, the port does without.
+    since: the first release that has it; before, the port does without. until: the last one; '' for one still there.
     """
 
     name: str
     since: str = OLDEST_SUPPORTED
+    until: str = ""
+
+    def is_of(self, version: str) -> bool:
+        within = not self.until or Version(version) <= Version(self.until)
+        return within and Version(version) >= Version(self.since)
 
 
 ATTRIBUTES = (
@@ -291,10 +302,18 @@ ATTRIBUTES = (
             "enable_lora", "max_model_len", "set_grpo_max_model_len", "max_length", "mode", "padding_free",
             "sequence_parallel_size", "model_meta", "is_multimodal", "data_collator", "encode", "RolloutInferRequest",
             "rollout_infos", "messages", "images", "max_tokens",
+            # of a batch that it has scored
+            "completion_mask", "old_per_token_logps", "temperature", "_get_per_token_logps_and_entropies",
         ),
     ),
     Attribute("_process_state_dict_for_vllm", since="3.12.0"),
     Attribute("_merge_lora_into_state_dict", since="3.12.0"),
+    Attribute("vllm_version_ge_0_10_2", since="3.11.0"),
+    Attribute("rollout_logprobs", since="3.11.0", until="4.3.2"),  # in the samples; later they come with the batch:
+    Attribute("grpo_batch", since="4.4.0"),
+    Attribute("model_inputs", since="4.4.0"),
+    Attribute("_origin_data"),
+    Attribute("rollout_per_token_logps", since="3.11.0"),
 )  # fmt: skip
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -420,9 +439,14 @@ def trainer_modules(rollout_module: str) -> tuple[str, ...]:
     return (rollout_module, f"{rollout_module.rpartition('.')[0]}.grpo_trainer", layout.engine_module)
 
 
+def scoring_modules() -> tuple[str, ...]:
+    """Every module that has held the trainer that scores its rollouts, newest first."""
+    return tuple(f"{name.rpartition('.')[0]}.grpo_trainer" for name in rollout_modules())
+
+
 def attributes_of(version: str | None) -> tuple[str, ...]:
-    """The names that a release must have. Of a release whose number says nothing (None), all."""
-    return tuple(a.name for a in ATTRIBUTES if version is None or Version(version) >= Version(a.since))
+    """The names that a release must have. Of a release whose number says nothing (None), all that are still there."""
+    return tuple(a.name for a in ATTRIBUTES if (not a.until if version is None else a.is_of(version)))
 
 
 def server_modules() -> tuple[str, ...]:

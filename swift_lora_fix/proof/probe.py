@@ -50,7 +50,7 @@ def score(
     """The trainer's logprobs of the answers' tokens, with its model as ``how`` makes it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(trainer.model))
+        stack.enter_context(evaluating(trainer.model))
         stack.enter_context(trainer.scoring())
         inputs = dict(trainer.encoded(answers))
         labels = inputs.pop("labels")
@@ -83,7 +83,8 @@ def same_random_state(device: torch.device) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode; each module is afterwards in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -41,7 +41,10 @@ def test_only_newer_releases_are_missing_from_the_table() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_targets_resolve(version: str) -> None:
-    assert detectors.broken_targets(wheel(version).rollout, releases.HOOKS + releases.CALLS) == []
+    source = wheel(version)
+    assert detectors.broken_targets(source.rollout, releases.HOOKS + releases.CALLS) == []
+    (scoring,) = [name for name in releases.scoring_modules() if name in source]
+    assert detectors.broken_targets(source.tree(scoring), releases.SCORING_HOOKS) == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -56,6 +59,15 @@ def test_an_attribute_is_in_the_table_from_the_release_that_brings_it() -> None:
         before = [v for v in VERSIONS if Version(v) < Version(attribute.since)]
         if before:
             source = wheel(max(before, key=Version))
+            trees = [source.tree(module) for module in releases.trainer_modules(source.layout.rollout_module)]
+            assert contract.unused(trees, [attribute.name]) == [attribute.name]
+
+
+def test_an_attribute_is_in_the_table_to_the_release_that_has_it_last() -> None:
+    for attribute in releases.ATTRIBUTES:
+        after = [v for v in VERSIONS if attribute.until and Version(v) > Version(attribute.until)]
+        if after:
+            source = wheel(min(after, key=Version))
             trees = [source.tree(module) for module in releases.trainer_modules(source.layout.rollout_module)]
             assert contract.unused(trees, [attribute.name]) == [attribute.name]
 

@@ -30,6 +30,7 @@ from swift_lora_fix.proof import gate, probe
 from swift_lora_fix.proof.causes import Finding
 from swift_lora_fix.proof.verdict import Distance, Hypothesis, Verdict
 from swift_lora_fix.session import Phase, Session
+from swift_lora_fix.trainer import Scored
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
 
@@ -319,6 +320,95 @@ def test_a_repair_takes_a_changed_scaling_over_and_keeps_its_step(
     session.adapter.layers[0].scaling["default"] *= 1.5
     roll_out(session)
     assert (session.phase, session.served_step) == (Phase.EXAMINED, 5) and not adapter.changed_scalings(session.adapter)
+
+
+class ScoredBatch:
+    """Two tokens that the engine and the trainer are half a nat apart on; a quarter where nothing is dropped out."""
+
+    why_not = ""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def scored(self, anew: bool) -> list[Scored]:
+        self.asked.append(anew)
+        trainer = torch.full((1, 2), -1.25 if anew else -1.5)
+        return [Scored([[-1.0, -1.0]], trainer, torch.ones(1, 2))]
+
+
+def test_the_rollouts_are_compared_with_what_the_trainer_makes_of_them(session: Session) -> None:
+    numbers = session.trainer.metrics()
+    assert numbers is not None
+    session.trainer.model.eval()
+    for _ in range(2):
+        session.note_batch(ScoredBatch())
+    assert numbers["lora_sync/batch_mean"] == [0.5, 0.5] and numbers["lora_sync/batch_max"] == [0.5]
+    assert numbers["lora_sync/batch_tokens"] == [2.0, 2.0] and numbers["lora_sync/batch_kl"][0] > 0
+    assert session.examination.batch is not None and "over the 2 tokens" in session.summary()["batch"]
+    session.synchronize()
+    assert session.examination.batch is None
+
+
+def test_with_dropout_rollouts_are_scored_anew_where_the_gate_asked(session: Session) -> None:
+    session.trainer.model.train()
+    session.trainer.model.dropout = torch.nn.Dropout(0.1)
+    scored = ScoredBatch()
+    session.note_batch(scored)
+    assert not scored.asked, "the gate did not ask at this sync"
+    session.examination.verdicts = judged().verdicts
+    for _ in range(2):
+        session.note_batch(scored)
+    assert scored.asked == [True], "once a sync"
+    numbers = session.trainer.metrics()
+    assert numbers is not None and numbers["lora_sync/batch_mean"] == [0.25]
+
+
+def test_ranks_score_anew_together(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.trainer.learner.world = 2  # type: ignore[attr-defined]
+    session.trainer.model.train()
+    session.trainer.model.dropout = torch.nn.Dropout(0.1)
+    session.examination.verdicts = judged().verdicts
+    monkeypatch.setattr(examiner, "ranks_agree", lambda fine, device: False)  # the other one's gate did not ask
+    scored = ScoredBatch()
+    session.note_batch(scored)
+    assert not scored.asked, "a sharded trainer would wait for it for ever"
+
+
+def test_what_is_not_like_with_like_is_said_once_and_not_recorded(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    session.trainer.model.eval()
+    scored = ScoredBatch()
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        scored.why_not = "sampling altered them (top_p 0.9)"
+        for _ in range(2):
+            session.note_batch(scored)
+        scored.why_not = ""
+        session.trainer.learner.updates = 1  # type: ignore[attr-defined]
+        session.note_batch(scored)
+        session.served_step = None
+        session.note_batch(scored)
+        session.served_step = 1
+        monkeypatch.setattr(type(session.trainer), "is_asynchronous", True)
+        session.note_batch(scored)
+    reasons = [message.partition("the trainer's: ")[2] for message in caplog.messages]
+    assert reasons == ["sampling altered them (top_p 0.9).", "they were made by an earlier policy."]
+    assert not scored.asked and "lora_sync/batch_mean" not in (session.trainer.metrics() or {})
+
+
+def test_rows_that_do_not_fit_are_said_once_whatever_their_lengths(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    session.trainer.model.eval()
+    scored = ScoredBatch()
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        for length in (3, 4):
+            part = Scored([[-1.0]], torch.zeros(1, length), torch.ones(1, length))
+            monkeypatch.setattr(scored, "scored", lambda anew, part=part: [part])
+            session.note_batch(scored)
+    assert len(caplog.messages) == 1 and "a rollout has 1 logprobs for 3 tokens" in caplog.messages[0]
 
 
 def test_a_rollout_in_the_background_leaves_the_trainer_alone(session: Session) -> None:

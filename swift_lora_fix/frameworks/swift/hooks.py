@@ -8,7 +8,7 @@ from ... import session as sessions
 from ...install.registry import Patch, PatchSet
 from ...policy import origin
 from ...server.trainer.remote import prepare_client
-from .port import SwiftRollout, SwiftTrainer, tag
+from .port import SwiftBatch, SwiftRollout, SwiftTrainer, tag
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -66,6 +66,14 @@ def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs:
     return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
 
 
+def _prepare_batch_inputs(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    batches = wrapped(*args, **kwargs)
+    session = sessions.session_of(trainer)
+    if session is not None:
+        session.note_batch(SwiftBatch(trainer, *args, **kwargs, batches=batches))
+    return batches
+
+
 def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:
     result = wrapped(*args, **kwargs)
     origin.record_load(model, *_adapter_and_folder(*args, **kwargs))
@@ -115,6 +123,18 @@ PEFT = PatchSet(
             _load_adapter,
             why="nothing else tells at the first sync which file the trainer's adapter was read from",
             goes_when="ms-swift or PEFT keeps the folder an adapter was loaded from",
+        ),
+    ),
+)
+
+SCORING = PatchSet(
+    "ms-swift scoring",
+    (
+        Patch(
+            "GRPOTrainer._prepare_batch_inputs",
+            _prepare_batch_inputs,
+            why="a mismatch that only real prompts show (images, tools, length) is in no number that users see",
+            goes_when="ms-swift logs the distance of the rollouts' own logprobs by default",
         ),
     ),
 )

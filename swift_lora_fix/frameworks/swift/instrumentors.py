@@ -93,6 +93,24 @@ class Trainer(Instrumentor):
         super().step_aside(module, error)
 
 
+class Scoring(Instrumentor):
+    """The trainer's scoring of its rollouts, for numbers alone: without it everything else works."""
+
+    triggers = releases.scoring_modules()
+    otherwise = "the rollouts' own logprobs are not compared with the trainer's"
+
+    def instrument(self, module: ModuleType) -> None:
+        contract.check_scoring(module)
+        from . import hooks
+
+        self.patch_sets = (hooks.SCORING,)
+        hooks.SCORING.apply(module)
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        return False
+
+
 class RolloutServer(Instrumentor):
     """``swift rollout``. Its engine is patched where a server makes one, so a colocated engine never is."""
 

@@ -171,6 +171,30 @@ def test_import_before_swift_then_apply_remove_apply() -> None:
     assert "WARNING:swift.lora_fix" not in output, "ms-swift's own functions are nobody's wrappers"
 
 
+def test_the_trainers_scoring_is_patched_beside_the_rest() -> None:
+    """It is for numbers alone: where ms-swift has another name for it, a line says so and the rest goes in."""
+    output = run("""
+        import importlib
+        import swift_lora_fix
+        swift_lora_fix.apply()
+        trainer = importlib.import_module(f"{ROLLOUT.rpartition('.')[0]}.grpo_trainer").GRPOTrainer
+        ours = vars(trainer)["_prepare_batch_inputs"]
+        assert "applied" in [s for t, s in swift_lora_fix.status().patches.items() if "_prepare_batch_inputs" in t]
+        swift_lora_fix.remove()
+        assert vars(trainer)["_prepare_batch_inputs"] is ours.__wrapped__
+        trainer._prepare_batches = ours.__wrapped__
+        del trainer._prepare_batch_inputs
+        if hasattr(trainer, "_prepare_batch_inputs"):  # of the mixin, from 4.4.0 on
+            del trainer.__mro__[1]._prepare_batch_inputs
+        for _ in range(2):  # the second time it was asked for by name before
+            swift_lora_fix.apply()
+            assert is_patched(rollout()) == {True} and not hasattr(trainer, "_prepare_batch_inputs")
+        swift_lora_fix.remove()
+    """)
+    assert output.count("the rollouts' own logprobs are not compared with the trainer's: ") == 2, output[-2000:]
+    assert "GRPOTrainer._prepare_batch_inputs is missing" in output
+
+
 def test_import_after_swift_and_a_broken_contract() -> None:
     output = run("""
         cls = rollout()

@@ -235,6 +235,8 @@ def _offloaded(runs: Runs, name: str) -> Run:
             "SLF_FAULTS_FILE": str(runs.folder / name / "faults.jsonl"),
         },
         adapters=runs.checkpoint,
+        top_k=-1,  # the defaults from ms-swift 4.0.3 on; before, vLLM's logprobs are of what top_p leaves
+        top_p=1.0,
         offload_model="true",
         offload_optimizer="true",
         max_steps=4,

@@ -130,6 +130,10 @@ def test_two_ranks_agree(run: Run) -> None:
         assert first["gradients"] == second["gradients"]
         assert first["lora_sum"] == second["lora_sum"]
     assert_trainer_only_read(run)
+    for line in run.metrics():
+        floor, lengths = line["lora_sync/noise_floor"], line["completions/mean_length"]
+        assert line["lora_sync/batch_mean"] < 4 * floor
+        assert line["lora_sync/batch_tokens"] == 4 * lengths, "of both ranks"
 
 
 @downcast_only
