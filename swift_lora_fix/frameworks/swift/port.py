@@ -175,16 +175,25 @@ class SwiftTrainer:
         return inputs
 
     def _row(self, answer: Answer) -> dict[str, Any]:
-        """One answer as the template encodes it. The prompt's ids are the engine's own, unless they have media in them
-        that the template writes otherwise: then its own, which is what is trained on."""
+        """One answer as the template encodes it, with the engine's own ids: the engine may have cut the prompt
+        (--max_length), or gone on from a prefix that the template leaves out (of thinking). Where engine and template
+        make another number of tokens of an image, the row has the template's, which is what is trained on."""
         tokens, asked = list(answer.tokens), [*answer.prompt, *answer.tokens]
+        own = {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
         if not self.sees_media or answer.request is None:
-            return {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
+            return own
         row = self._encode(answer.request, tokens)
+        if not _images(answer.request):
+            return {**_without_tokens(row), **own}
         prompt = _end_of(tokens, row["input_ids"]) - len(tokens)
         if prompt < len(answer.prompt) and row["input_ids"][:prompt] == asked[:prompt]:
-            # what the engine was given after that is for the model to go on from (a thinking prefix)
             row = self._encode(answer.request, asked[prompt:])
+        places = _places_of(asked, row["input_ids"])
+        of_text = set(self._encode({**_fields(answer.request), "images": []}, tokens)["input_ids"])
+        of_media = [each for each in row["input_ids"] if each not in of_text]
+        most = max(of_media, key=of_media.count, default=-1)  # what an image becomes so many of
+        if places is not None and asked.count(most) == of_media.count(most):
+            return {**_without_tokens(row), **_tokens_at(row, places), **own}
         end = _end_of(tokens, row["input_ids"])
         row["labels"] = [-100] * (end - len(tokens)) + tokens + [-100] * (len(row["input_ids"]) - end)
         return row
@@ -428,6 +437,40 @@ def on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(on_device(item, device) for item in value)
     return value
+
+
+def _is_of_tokens(value: Any, length: int) -> bool:
+    """Whether it has a value a token, as ``mm_token_type_ids`` has."""
+    return (isinstance(value, list) or isinstance(value, torch.Tensor) and value.ndim == 1) and len(value) == length
+
+
+def _without_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an encoded row is of the media alone."""
+    length = len(row["input_ids"])
+    return {name: value for name, value in row.items() if not _is_of_tokens(value, length)}
+
+
+def _tokens_at(row: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
+    """The rest of it, for the tokens at ``places`` alone."""
+    length, found = len(row["input_ids"]), {}
+    for name, value in row.items():
+        if _is_of_tokens(value, length):
+            found[name] = [value[place] for place in places] if isinstance(value, list) else value[places]
+    return found
+
+
+def _places_of(part: Sequence[int], ids: Sequence[int]) -> list[int] | None:
+    """Where the ids of ``part`` are in ``ids``, in this order, as far back as they can be; None if they are not."""
+    places: list[int] = []
+    place = len(ids)
+    for wanted in reversed(part):
+        place -= 1
+        while place >= 0 and ids[place] != wanted:
+            place -= 1
+        if place < 0:
+            return None
+        places.append(place)
+    return places[::-1]
 
 
 def _end_of(part: Sequence[int], ids: Sequence[int]) -> int:

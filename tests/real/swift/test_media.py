@@ -28,8 +28,7 @@ sees = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reaso
 def test_the_gate_agrees_on_a_vision_language_model(run: Run) -> None:
     assert run.returncode == 0, run.log[-3000:]
     assert run.log.count("engine and trainer agree at step") == 3
-    for metrics in run.metrics():
-        assert metrics["lora_sync/mismatch_mean"] < 4 * metrics["lora_sync/noise_floor"]
+    assert all(metrics["lora_sync/mismatch_mean"] < 1e-4 for metrics in run.metrics())
     assert run.metrics()[-1]["lora_sync/control_base"] > 0.05, "a large LoRA"
 
 
@@ -40,9 +39,9 @@ def test_what_is_said_about_an_image_is_scored_with_it(run: Run) -> None:
     records = [json.loads(line) for line in (run.folder / "media.jsonl").read_text().splitlines()]
     assert records
     for record in records:
-        assert record["same_ids"] and record["mean"] < 0.01, record
-        assert abs(record["mean"] - record["plain"]) < 0.003, "as transformers' own processor has it"
-        assert record["negative"] > 10 * record["mean"], "another image is another answer"
+        assert record["same_ids"] and record["mean"] < 1e-3, record
+        assert abs(record["mean"] - record["plain"]) < 1e-5, "as transformers' own processor has it"
+        assert record["negative"] > 0.01, "another image is another answer"
     assert records[-1]["base"] > 0.05
 
 

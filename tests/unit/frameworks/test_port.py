@@ -102,6 +102,7 @@ class Template:
         row: dict[str, Any] = {"input_ids": ids, "labels": ids, "loss_scale": [1.0] * len(ids), "_extra_kwargs": {}}
         if images:
             row["pixel_values"] = torch.ones(2 * len(images), 3)
+            row["mm_token_type_ids"] = torch.tensor([int(each == IMAGE) for each in ids])
             images[0] = "loaded"
         return row
 
@@ -116,6 +117,7 @@ class Template:
 
         pixels = [row["pixel_values"] for row in rows if "pixel_values" in row]
         media = {"pixel_values": torch.cat(pixels), "sizes": [(1, 2)]} if pixels else {}
+        self.kinds = [row["mm_token_type_ids"].tolist() for row in rows if "mm_token_type_ids" in row]
         return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "loss_scale": None, **media}
 
 
@@ -296,21 +298,26 @@ def test_a_multimodal_model_is_given_what_its_template_makes_of_the_request() ->
         asked("ab", (USER, IMAGE, IMAGE, 2, ASSISTANT), (7,), ["a.png"]),
     ]
     inputs = SwiftTrainer(trainer).encoded(answers)
-    assert inputs["input_ids"].tolist() == [
-        [0, USER, 3, ASSISTANT, 5, 6, END],
-        [USER, IMAGE, IMAGE, 2, ASSISTANT, 7, END],
-    ]
-    assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6, -100], [-100] * 5 + [7, -100]]
+    assert inputs["input_ids"].tolist() == [[0, USER, 3, ASSISTANT, 5, 6], [USER, IMAGE, IMAGE, 2, ASSISTANT, 7]]
+    assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6], [-100] * 5 + [7]]
     assert inputs["pixel_values"].shape == (2, 3) and inputs["sizes"] == [(1, 2)]
     assert trainer.template.encoded[1]["images"] == ["a.png"] and trainer.template.encoded[1]["add_eos"] is False
     assert answers[1].request.images == ["a.png"], "what was loaded is not kept"
 
 
-def test_what_the_engine_was_given_to_go_on_from_belongs_to_the_prompt() -> None:
-    trainer = made(Template(multimodal=True))
-    inputs = SwiftTrainer(trainer).encoded([asked("abc", (USER, 3, ASSISTANT, THINKING), (5, 6))])
-    assert inputs["input_ids"].tolist() == [[USER, 3, ASSISTANT, THINKING, 5, 6, END]]
-    assert inputs["labels"].tolist() == [[-100] * 4 + [5, 6, -100]]
+@pytest.mark.parametrize("images", [[], ["a.png"]])
+def test_what_the_engine_was_given_is_scored_cut_or_with_a_prefix(images: list[str]) -> None:
+    template = Template(multimodal=True)
+    trainer, shown = made(template), [IMAGE] * 2 * len(images)
+    for prompt in (
+        [USER, *shown, 3, ASSISTANT, THINKING],
+        [*shown, 3, ASSISTANT],  # cut at the left, where ms-swift leaves images alone
+        [*shown, ASSISTANT],
+    ):
+        inputs = SwiftTrainer(trainer).encoded([asked("abc", prompt, (5, 6), images)])
+        assert inputs["input_ids"].tolist() == [[*prompt, 5, 6]]
+        assert inputs["labels"].tolist() == [[-100] * len(prompt) + [5, 6]]
+        assert template.kinds == ([[int(each == IMAGE) for each in [*prompt, 5, 6]]] if images else [])
 
 
 def test_an_image_that_the_template_writes_otherwise_is_scored_as_it_is_trained_on() -> None:
@@ -319,4 +326,4 @@ def test_an_image_that_the_template_writes_otherwise_is_scored_as_it_is_trained_
     assert inputs["input_ids"].tolist() == [[USER, IMAGE, IMAGE, 2, ASSISTANT, 7, END]]
     trainer.template.encode = lambda inputs: {"input_ids": [1, 2]}
     with pytest.raises(errors.UnsupportedTrainerError, match="does not write an answer's token ids"):
-        SwiftTrainer(trainer).encoded([asked("ab", (1,), (3,))])
+        SwiftTrainer(trainer).encoded([asked("ab", (1,), (3,), ["a.png"])])
