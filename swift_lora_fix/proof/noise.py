@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 SEED = 7
+TF32 = 2.0**-10  # from 1 to its next number
 # of these a float passes unrounded (in evaluation dropout does), or they only hold others
 SILENT = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterDict)
 
@@ -17,11 +18,12 @@ SILENT = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Mod
 def shaken(model: torch.nn.Module, whole: Collection[torch.nn.Module] = ()) -> Iterator[None]:
     """Each leaf module's output x is x * (1 + u * step), rounded to its dtype again: u at random in [-1, 1], the same
     for the same shapes; step half the distance from 1 to the next number of the coarser dtype, the output's own or the
-    base's (an engine computes in that): 2^-8 for bf16. Hooks only, gone afterwards.
+    base's (an engine computes in that): 2^-8 for bf16, and never finer than TF32, which kernels take for float32. Hooks
+    only, gone afterwards.
 
     whole: modules that compute in place of their children while this lasts.
     """
-    coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    coarsest = max([TF32, *(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())])
     generators: dict[torch.device, torch.Generator] = {}
 
     def shake(module: torch.nn.Module, inputs: Any, output: Any) -> Any:

@@ -310,6 +310,7 @@ class SwiftRollout:
         return self._trainer.sees_media and any(_images(request) for request in self._requests)
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
+        assert self.has_media or not with_media, "whoever asks with media has looked whether there are any"
         like = next(request for request in self._requests if _images(request) or not with_media)
         images = _images(like)[:1] if with_media else []
         requests = [_request(like, index, text, images) for index, text in enumerate(prompts)]

@@ -12,6 +12,8 @@ import os
 
 import wrapt
 
+# the second is longer than --max_length: the engine is given less of it
+PROMPTS = ["Look at this picture.", "What is in it? " * 12, "Name its colours.", "Say in one word what it shows."]
 MODULES = ("swift.rlhf_trainers.rollout_mixin", "swift.trainers.rlhf_trainer.rollout_mixin")
 
 
@@ -57,13 +59,18 @@ def _negative(answer):
     return dataclasses.replace(answer, request=request)
 
 
+def _mean(answers, scores):
+    gaps = [abs(a - b) for answer, row in zip(answers, scores) for a, b in zip(answer.logprobs, row)]
+    return sum(gaps) / len(gaps)
+
+
 def _record(port, rollout):
     import torch
 
     from swift_lora_fix.proof import probe
 
     with probe.same_random_state(port.device), torch.no_grad():
-        answers = rollout.ask(probe.prompts(port, 16), 16, with_media=True)
+        answers = rollout.ask(PROMPTS, 16, with_media=True)
         modes = [(module, module.training) for module in port.model.modules()]
         port.model.eval()
         scored = {
@@ -76,15 +83,10 @@ def _record(port, rollout):
             module.training = training
         inputs = port.encoded(answers)
         written = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-    found = {name: _mean_gap(answers, scores) for name, scores in scored.items()}
+    found = {name: _mean(answers, scores) for name, scores in scored.items()}
     same = written == [[*answer.prompt, *answer.tokens] for answer in answers]
     with open(os.environ["SLF_MEDIA_FILE"], "a") as file:
         file.write(json.dumps({"step": port.step, "same_ids": same, **found}) + "\n")
-
-
-def _mean_gap(answers, scores):
-    gaps = [abs(a - b) for answer, row in zip(answers, scores) for a, b in zip(answer.logprobs, row)]
-    return sum(gaps) / len(gaps)
 
 
 def _infer(wrapped, trainer, args, kwargs):
