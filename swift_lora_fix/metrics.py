@@ -21,6 +21,7 @@ only at syncs that pass the gate, where they are scored once more without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,9 @@ def _of_verdict(verdict: Verdict) -> dict[str, float]:
     }
     for hypothesis in verdict.hypotheses:
         if hypothesis.cause == "not-applied":
-            found.update(against_base=hypothesis.weight, slope=1 - hypothesis.slope)
+            found["against_base"] = hypothesis.weight
+            if math.isfinite(hypothesis.slope):  # there is no way between two policies that are one
+                found["slope"] = 1 - hypothesis.slope
         elif hypothesis.cause == "double-count":
             found["against_double"] = hypothesis.weight
     return found
