@@ -176,8 +176,11 @@ class Session:
             info("repaired: the engine serves the trainer's policy again.")
         if first:
             self.phase = Phase.EXAMINED
+            was_asked = self.examination.verdict is not None or bool(self.pending and self.pending.asked)
             if self.pending is None:
-                self._finish_look(finding, rollout)
+                self._finish_look(finding)
+            if self.auto is not None and was_asked:
+                self.auto.watch(rollout, self.writer, self.trainer.device)
 
     def after_rollout(self) -> bool:
         """After a call for rollouts, with the trainer's model back where it computes: judge what was asked. All ranks
@@ -356,12 +359,10 @@ class Session:
         warning(f"{message} Repairing: base and adapter go through the reference path.")
         return True
 
-    def _finish_look(self, finding: Finding | None, rollout: RolloutPort | None = None) -> None:
+    def _finish_look(self, finding: Finding | None) -> None:
         if finding is None:
             self.examiner.say_custody(self.origin, self.last_write.digest)
         metrics.record(self.trainer, self)
-        if self.auto is not None and self.examination.verdict is not None and rollout is not None:
-            self.auto.watch(rollout, self.writer, self.trainer.device)
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
 

@@ -513,3 +513,19 @@ def test_answers_that_are_no_numbers_name_the_kernel_that_is_known_for_them(
     monkeypatch.setattr(gated.examiner, "_known_faults", lambda: releases.kernel_faults("0.20.2", 9))
     with pytest.raises(errors.PolicyMismatchError, match="engine-not-finite.*known: vLLM issue 48590"):
         steps_with(gated, judged("disagrees", cause="engine-not-finite"))
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_the_mode_is_measured_whether_the_gate_judges_now_or_later(gated: Session, parked: bool) -> None:
+    """With --offload_model it was said to be measured soon, and never was."""
+    gated.trainer.learner.parks_policy = parked  # type: ignore[attr-defined]
+    watched: list[Any] = []
+    choice = SimpleNamespace(is_settled=False, choose=lambda *_: None, watch=lambda *given: watched.append(given))
+    gated.auto = choice  # type: ignore[assignment]
+    gated.examiner.gate = FakeGate(judged())  # type: ignore[assignment]
+    gated.trainer.learner.updates += 1  # type: ignore[attr-defined]
+    gated.synchronize()
+    roll_out(gated)
+    assert (gated.pending is not None) is parked and len(watched) == 1
+    gated.after_rollout()
+    assert gated.examination.verdict is not None and len(watched) == 1
