@@ -29,6 +29,7 @@ from .trainer import BatchPort, RolloutPort, TrainerPort
 
 BASE_AUDIT_EVERY = 50  # after the first syncs every so many are looked at whole, where the gate is off
 PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
+CHANGED = ("slots-changed", "weights-changed")  # causes of audits that only say so
 SMALL_LOOKS = 5  # after so many in which the adapter is too small to tell, that is said
 
 
@@ -214,7 +215,9 @@ class Examiner:
             found = Finding(found.cause, found.test, f"{found.evidence}{known and f'; known: {known}'}")
         if found is None or audited is None:
             return audited or found
-        return Finding(audited.cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
+        # without the trainer's values an audit knows that something was changed, and the answers tell what is served
+        cause = found.cause if audited.cause in CHANGED and found.cause != "unknown" else audited.cause
+        return Finding(cause, f"{audited.test} and the {found.test}", f"{audited.evidence}; {found.evidence}")
 
     def note_batch(self, served: Served, scored: BatchPort) -> None:
         """How far the rollouts' own logprobs are from the trainer's, as metrics. All ranks together. Where that is not

@@ -221,6 +221,12 @@ def _auto(runs: Runs, name: str) -> Run:
     return runs.make(name, True, environment, plugins=plugins, max_steps=6, save_steps=100)
 
 
+def _faults_offloaded(runs: Runs, name: str) -> Run:
+    run = _faults(runs, name)
+    run.arguments.update(offload_model="true", offload_optimizer="true")
+    return run
+
+
 def _offloaded(runs: Runs, name: str) -> Run:
     """The flags of ms-swift's own examples: the trainer's model is away while rollouts are made, so the gate asks then
     and judges afterwards. In step 2 somebody empties the engine's LoRA slots: the rollouts are made again. There is
@@ -294,6 +300,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "ddp_fixed": ((), _ddp(True)),
     "ddp_stock": ((), _ddp(False)),
     "fused_auto": ((), _auto),
+    "faults_offloaded": (("train_fixed",), _faults_offloaded),
     "offloaded": (("train_fixed",), _offloaded),
     "media": ((), _media),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),

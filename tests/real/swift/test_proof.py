@@ -112,6 +112,6 @@ def test_a_trainer_that_is_away_is_asked_afterwards(runs: Runs) -> None:
         assert line["lora_sync/long_ratio"] < ALLOWED, "beyond 512 tokens, too"
         assert line["lora_sync/batch_mean"] < 4 * line["lora_sync/noise"], "the rollouts, too"
         assert line["lora_sync/batch_tokens"] > 0
-    assert [(step, cause) for step, cause, _ in messages(run)] == [(2, "slots-changed")]
+    assert [(step, cause) for step, cause, _ in messages(run)] == [(2, "not-applied")], "as the answers tell"
     assert run.log.count("repaired: the engine serves the trainer's policy again") == 1
     assert run.log.count("engine and trainer agree at step 2") == 1, "the rollouts that are trained on"

@@ -189,7 +189,7 @@ def _clean(trainer, infer, requests, config):
             break
         _perturb(trainer, torch, generator)
         trainer._move_model_to_vllm(skip_async_check=True)
-        infer(requests[:1], config)
+        _rollouts(trainer, infer, requests, config)
         seen = session.session_of(trainer).examination
         v = seen.verdict
         seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds]
@@ -197,6 +197,17 @@ def _clean(trainer, infer, requests, config):
         told = [v.ratio, v.is_distinguishable]
         verdicts.append([v.distance.mean, v.distance.max, v.noise, v.control_base, v.control_double, *seconds, *told])
     _record(fault="clean", verdicts=verdicts)
+
+
+def _rollouts(trainer, infer, requests, config):
+    """As ms-swift's ``_fast_infer`` with the fix: what is judged later is judged, and what a repair asks for done."""
+    from swift_lora_fix import session
+
+    outputs = infer(requests[:1], config)
+    if session.session_of(trainer).after_rollout():
+        outputs = infer(requests[:1], config)
+        session.session_of(trainer).after_rollout()
+    return outputs
 
 
 def _policies(trainer, infer, requests, config):
@@ -207,7 +218,7 @@ def _policies(trainer, infer, requests, config):
         trainer._move_model_to_vllm(skip_async_check=True)
         zeroed(trainer)
         try:
-            answers = len(infer(requests[:1], config))
+            answers = len(_rollouts(trainer, infer, requests, config))
             _record(fault="policy", policy=policy, answers=answers)
         except errors.PolicyMismatchError as error:
             _record(fault="policy", policy=policy, cause=error.finding.cause, error=str(error))
