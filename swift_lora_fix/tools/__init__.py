@@ -1,1 +1,2 @@
-"""The verbs of the command line, each in a folder: facts.py finds out, view.py says it. plugin.py prints a path."""
+"""The verbs of the command line, each in a folder: facts.py finds the facts, view.py prints them. plugin.py prints a
+path."""
