@@ -1,5 +1,4 @@
-"""When ms-swift is patched: lazily once this package is imported (armed), or at once by ``apply()``, which may
-raise."""
+"""When ms-swift is patched: lazily after this package is imported (armed), or at once by ``apply()``."""
 
 from __future__ import annotations
 

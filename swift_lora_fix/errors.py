@@ -45,8 +45,7 @@ class BaseMismatchError(SwiftLoraFixError, ValueError):
 
 
 class UnsupportedAdapterError(SwiftLoraFixError, ValueError):
-    """The adapter has something that cannot be served as asked (DoRA in vLLM's LoRA layers, a rank above the
-    engine's)."""
+    """The adapter cannot be served as asked (DoRA in vLLM's LoRA layers, a rank above the engine's)."""
 
 
 class AdapterFileError(SwiftLoraFixError, OSError):

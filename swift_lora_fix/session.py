@@ -98,8 +98,7 @@ class Session:
             self._lose(Phase.BASE_HELD)
 
     def synchronize(self) -> None:
-        """Make the engine serve the trainer's policy: send the base if it is missing, send the adapter, reset
-        caches."""
+        """Make the engine serve the trainer's policy: the base if it is missing, then the adapter; reset caches."""
         clock = Clock()
         started = clock.last
         if self.syncs:
@@ -213,8 +212,7 @@ class Session:
         self.examiner.note_batch(self._served(), scored)
 
     def repair(self) -> None:
-        """Send base and adapter again by the reference path. The engine must be awake, the trainer's model on its
-        device."""
+        """Send base and adapter again by the reference path. Engine and trainer's model must be on the device."""
         step = self.served_step
         if adapters.changed_scalings(self.adapter):
             self._bind_again()
@@ -325,8 +323,7 @@ class Session:
         self.last_write = self.writer.write()
 
     def _find_origin(self) -> str:
-        """Find out where the adapter came from, check it against its file, and return the digest that the engine must
-        get."""
+        """Find the adapter's origin, check it against its file, and return the digest that the engine must get."""
         trainer = self.trainer
         held = adapters.read_to_host(self.adapter, trainer.device)
         self.origin = origin.determine(trainer.model, self.adapter, held, trainer.resume_from, trainer.step)
@@ -334,8 +331,7 @@ class Session:
         return self.writer.digest_of(held)
 
     def _choose_mode(self) -> None:
-        """``SWIFT_LORA_FIX_MODE=auto``. The engine is awake, the trainer's model on its device, nothing is written
-        yet."""
+        """``SWIFT_LORA_FIX_MODE=auto``. Engine and trainer's model are on the device, nothing is written yet."""
         assert self.auto is not None
         bound = Settings.from_environment().lost_share
         mode = self.auto.choose(self.trainer, self.writer, self.examiner.all_ranks, bound)
@@ -371,8 +367,7 @@ class Session:
     # ---- ranks -------------------------------------------------------------------------------------------------------
 
     def _shared_pending(self) -> Pending | None:
-        """With rollout servers only the main rank probed. Judging all-gathers sharded parameters, so all ranks need
-        it."""
+        """With rollout servers only the main rank probed; all ranks judge, because they all-gather shards."""
         if not (self.engine.is_shared and self.trainer.ranks > 1):
             return self.pending
         told: list[Pending | None] = [self.pending]

@@ -1,5 +1,4 @@
-"""Everything that this package needs from a framework's trainer. A new framework implements these ports in a folder of
-its own.
+"""What this package needs from a framework's trainer. A new framework implements these ports in its own folder.
 
 No other code reads a trainer: when a framework renames something, only its port changes.
 """
@@ -74,8 +73,7 @@ class RolloutPort(Protocol):
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
         """Generate answers to ``prompts`` as user messages, on the path that rollouts take: temperature 1, fixed seed,
-        at most ``new_tokens`` each. Lengths, settings and requests of the run's own rollout stay unchanged, also on
-        errors.
+        at most ``new_tokens`` each. Lengths, settings and requests of the run's own rollout are kept, also on errors.
 
         with_media: attach to each the first image of the first request that has one (needs ``has_media``).
         """

@@ -2,9 +2,8 @@
 
 The bits are read as a matrix x of 64-bit words, and D = sum_r w[r] * sum_c x[r, c] + sum_c v[c] * sum_r x[r, c] modulo
 2**64, with odd weights w and even weights v. A change within one 16-bit value changes D by an odd number times less
-than
-2**16 * 2**48, which is never 0 modulo 2**64: it is always detected. Values that trade places are detected too, up to
-chance. The checksum guards against faults, not against an adversary. It is the same on a CPU and on a GPU.
+than 2**16 * 2**48, which is never 0 modulo 2**64: it is always detected. Values that trade places are detected too, up
+to chance. The checksum guards against faults, not against an adversary. It is the same on a CPU and on a GPU.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ class ServingPort(Protocol):
 
     @property
     def rounds(self) -> bool:
-        """Whether the engine rounds weights that the trainer does not round, and the trainer can compute with the
-        same."""
+        """Whether the engine rounds weights that the trainer does not, and the trainer can compute with them
+        rounded."""
 
     @property
     def copies(self) -> int:
@@ -119,8 +119,8 @@ class ServingPort(Protocol):
 
     @property
     def stand_ins(self) -> Collection[torch.nn.Module]:
-        """Modules of the trainer that, inside ``trainer_as_rounded`` and ``trainer_without_adapter``, compute in place
-        of their children."""
+        """The trainer's modules that compute in place of their children in ``trainer_as_rounded`` and
+        ``trainer_without_adapter``."""
 
 
 class WriterPort(Protocol):

@@ -90,8 +90,7 @@ class Instrumentor(ABC):
             patch_set.check_removable()
 
     def uninstrument(self) -> None:
-        """Restore the library's own objects. Raises PatchConflictError, and changes nothing, when that is
-        impossible."""
+        """Restore the library's own objects. Raises PatchConflictError, and changes nothing, if it cannot."""
         self.check_removable()
         for patch_set in self.patch_sets:
             patch_set.undo()

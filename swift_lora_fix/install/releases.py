@@ -401,8 +401,7 @@ def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...
 
 
 def vllm_tested_on(version: str | None) -> tuple[str, ...]:
-    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release; local build tags are
-    ignored."""
+    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release of any local build."""
     return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
 
 

@@ -94,8 +94,7 @@ def add_lora_everywhere(wrapped: Callable[..., Any], executor: Any, args: Any, k
 
 
 def _error(text: str) -> SwiftLoraFixError:
-    """The error that a marked text describes. vLLM carries only an error's text to another process, so the mark
-    stays."""
+    """The error that a marked text describes. The mark stays: between processes vLLM carries only the text."""
     found = _MARK.search(text)
     assert found is not None
     kind: type[SwiftLoraFixError] = getattr(errors, found.group(1))

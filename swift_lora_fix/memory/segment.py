@@ -80,9 +80,8 @@ class Segment:
     ) -> Segment:
         """Copy ``tensors`` (any device, `DTYPES`) and ``config`` (JSON) into a new segment; each byte is copied once.
 
-        dtype: the engine's LoRA dtype, to which vLLM casts what it loads. Wider tensors are cast here already: the
-        result
-            has the same bits, and there are fewer bytes to carry.
+        dtype: the engine's LoRA dtype, to which vLLM casts what it loads. Wider tensors are cast here already: the same
+            bits result, and there are fewer bytes to carry.
 
         Raises NonFiniteAdapterError naming tensors with NaN or infinity, SegmentError when memory runs out.
         """
@@ -166,8 +165,7 @@ def _layout(
 def _fill(
     descriptor: int, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype | None
 ) -> str:
-    """Write the file and return its digest. write() is faster than a new mapping, and reports missing memory as an
-    error."""
+    """Write the file and return its digest. write() is faster than mmap, and reports missing memory as an error."""
     checksums, bad = [_checksum(bytearray(header))], []
     _write(descriptor, header)
     for name, tensor in tensors:

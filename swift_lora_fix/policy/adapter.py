@@ -1,5 +1,4 @@
-"""Trainer side: the parameters that make up the LoRA adapter, and their whole values. Nothing here writes to the
-trainer.
+"""Trainer side: the LoRA adapter's parameters and their whole values. Nothing here writes to the trainer.
 
 Legend for shapes: r rank, in/out the wrapped layer's features, vocab/hidden for embeddings.
 """
@@ -86,14 +85,12 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     Args:
         model: the unwrapped ``peft.PeftModel`` of the trainer.
         adapter_name: the PEFT adapter to serve.
-        apart: True: the engine gets base and LoRA apart, for vLLM's LoRA kernels. False: they are folded into one
-            (fused mode), and the adapter is everything that is trained: also DoRA's magnitudes, ``modules_to_save``,
-            biases.
+        apart: the engine gets base and LoRA apart, for vLLM's LoRA kernels. False: folded into one (fused mode). Then
+            the adapter is everything that is trained: also DoRA's magnitudes, ``modules_to_save``, biases.
 
     Raises:
         UnsupportedAdapterError: no such adapter; or its kind is unknown, or not served this way (policy/kinds.py); or,
-            with ``apart``, a parameter outside the LoRA is trained, which the engine would never see, because it gets
-            the base only once.
+            with ``apart``, a parameter outside the LoRA is trained: the engine, given the base once, would not see it.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -120,10 +117,8 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
 def of_tensors(
     name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scales: Mapping[str, float] | None = None
 ) -> Adapter:
-    """An adapter that an engine received. tensors: by PEFT key, in the trainer's order, so that the chunks are the
-    same.
-    config: PEFT's, as in ``adapter_config.json``. scales: by key, what B is yet to be multiplied by; None: B is
-    scaled."""
+    """An adapter that an engine received. tensors: by PEFT key, in the trainer's order (so the chunks are the same).
+    config: PEFT's, as in ``adapter_config.json``. scales: by key, factors that B lacks; None: B has its scaling."""
     entries = []
     for key, tensor in tensors.items():
         rank = int(tensor.shape[1] if kinds.is_b(key) else tensor.shape[0])
@@ -224,8 +219,7 @@ def changed_scalings(adapter: Adapter) -> list[str]:
 
 @contextlib.contextmanager
 def scaled(adapter: Adapter, factor: float) -> Iterator[None]:
-    """Multiplies the model's adapter by ``factor`` (0: the plain base). Changes only PEFT's scalings, and restores
-    them."""
+    """The model with its adapter times ``factor`` (0: the plain base). Only PEFT's scalings change, temporarily."""
     layers = [layer for layer in adapter.layers if factor != 1.0]
     before = [layer.scaling[adapter.name] for layer in layers]
     try:
@@ -250,8 +244,7 @@ def read_to_host(adapter: Adapter, device: torch.device) -> dict[str, torch.Tens
 def is_still_bound(adapter: Adapter) -> bool:
     """Whether the model's modules still hold the parameters that were bound.
 
-    True for FSDP2: it swaps shards and whole parameters in the modules itself, and the bound shards are what is
-    trained.
+    True for FSDP2: it swaps shards and whole parameters itself, and the shards that were bound are what is trained.
     """
     return adapter.sharding == "fsdp2" or all(entry.holder[entry.name] is entry.parameter for entry in adapter.entries)
 

@@ -42,8 +42,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """``global_step`` of a Trainer checkpoint; None for a bare adapter folder. Raises AdapterFileError if
-    unreadable."""
+    """``global_step`` of a Trainer checkpoint; None for a bare adapter folder. Raises AdapterFileError."""
     file = folder / TRAINER_STATE
     if not file.is_file():
         return None
@@ -90,8 +89,7 @@ def sha256_of(file: Path) -> str:
 def check_fork(file: Path, sha256: str) -> str | None:
     """Check that a fork's weights file is unchanged. Returns in words what it is a fork of; None if it is no fork.
 
-    Raises AdapterFileError naming both digests when the file was changed, or when the provenance file beside it is
-    unreadable.
+    Raises AdapterFileError naming both digests when the file was changed, or when its provenance is unreadable.
     """
     note = file.parent / PROVENANCE
     if not note.is_file():

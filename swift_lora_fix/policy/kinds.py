@@ -12,8 +12,7 @@ There are two modes, and each entry says which of them serve its kind:
   This serves whatever that merge reproduces.
 
 To add a kind: one entry in ``KINDS`` and one case in tests/unit/policy/test_kinds.py. That test compares each served
-kind with PEFT's own forward and merge. It fails for every field of the installed ``LoraConfig`` that nothing here
-covers.
+kind with PEFT's own forward and merge, and fails for every field of the installed ``LoraConfig`` that is not covered.
 
 Source: ``peft/tuners/lora/`` (config.py, layer.py, variants.py, model.py, and a file for each quantisation) of PEFT
 0.18.1, 0.20.0 and 0.21.2.

@@ -77,8 +77,7 @@ class MergedModule:
 
     @torch.no_grad()
     def values(self, whole: Values) -> dict[str, torch.Tensor]:
-        """The weights with the adapter, by source, contiguous: float32 for a LoRA layer, otherwise in the trained
-        dtype."""
+        """The weights with the adapter, by source, contiguous: float32 for a LoRA layer, else in their own dtype."""
         if not self.is_lora:
             return {source: whole[name] for source, name in self.sent.items()}
         with torch.autocast(next(iter(whole.values())).device.type, enabled=False):  # float32 products, whoever calls

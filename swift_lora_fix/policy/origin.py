@@ -29,8 +29,7 @@ class AdapterOrigin:
         but B is not zero).
     path, step, sha256: the folder, the step in its ``trainer_state.json``, the digest of its weights file.
     norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter has no effect yet.
-    compared: the trainer's tensors were compared with the file's and are equal. reference: folder of the
-    ``ref_adapter``.
+    compared: the trainer's tensors were compared with the file's, and equal. reference: the ``ref_adapter``'s folder.
     fork: in words, what the folder is a fork of, if it is one and its weights file is unchanged.
     """
 

@@ -137,8 +137,7 @@ def _compare_merged(placed: Any) -> tuple[str, str]:
 def base(record: BasePort, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:
     """Compare the engine's base, in its packed layout, and the trainer's base with what was pushed.
 
-    adapted: names of the engine's parameters in layers with a LoRA. If exactly these differ, an adapter was merged into
-        them.
+    adapted: names of the engine's parameters in layers with a LoRA. If just these differ, an adapter was merged there.
     """
     changed = record.engine_differences()
     if changed:

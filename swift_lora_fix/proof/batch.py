@@ -21,9 +21,8 @@ _HIGHEST = 50.0  # nats; larger gaps are cut before exp()
 
 @dataclass(frozen=True)
 class Batch:
-    """The rollouts of one call, on all ranks together. distance: engine against trainer, NaN if a logprob is not
-    finite.
-    tokens: how many were compared."""
+    """The rollouts of one call, on all ranks together. distance: engine against trainer, NaN if any logprob is not
+    finite. tokens: how many were compared."""
 
     distance: Distance
     tokens: int
@@ -39,7 +38,7 @@ class Batch:
 def compare(parts: Sequence[Scored], ranks: int, device: torch.device) -> tuple[Batch | None, str]:
     """The distance over all ``parts`` of all ranks, and why a part of this rank is not in it ("" if all are).
 
-    A collective with more than one rank; a rank may come with no parts. One copy to the host. None when no rank has a
+    A collective with more than one rank; a rank may come with no parts. One copy to the host. None: no rank has a
     token.
     """
     sums, wrong = torch.zeros(5, device=device), ""

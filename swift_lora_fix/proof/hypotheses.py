@@ -44,8 +44,7 @@ class Estimate:
     """One hypothesis against this policy; see ``verdict.Hypothesis``.
 
     ratio: the engine's distance to the hypothesis, in units of noise. gain: the weight a token that an engine with
-    exactly
-        this policy would give. weights, slopes: from each prompt's tokens alone."""
+        exactly this policy would give. weights, slopes: from each prompt's tokens alone."""
 
     weight: float
     slope: float
@@ -144,9 +143,8 @@ def slope_of(
     degrees: float,
     spans: Sequence[slice],
 ) -> tuple[float, float, tuple[float, ...]]:
-    """Robust slope of gaps on ways through the origin, with ``again`` as the instrument. Returns the slope, its
-    sandwich standard error (as if tokens were independent), and the slope of each prompt alone with the same weights.
-    NaN when there is no way.
+    """Robust slope of gaps on ways through the origin, with ``again`` as the instrument; its sandwich standard error,
+    as if tokens were independent; each prompt's slope alone, with the same weights. NaN when there is no way.
 
     An M-estimate with Student weights on the gaps and Mallows weights on the ways. It is started from 0 and from 1, and
     the better fit is kept."""

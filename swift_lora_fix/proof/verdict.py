@@ -83,9 +83,9 @@ class Evidence:
     engine: the engine's own.
     policy: the trainer's with this policy; in fused mode with the weights as the engine rounds them.
     base, double, previous: the trainer's with the plain base, twice the adapter, the policy before (None: unknown).
-    shaken: like ``policy``, but each layer's output x becomes x * (1 + u * step), u random in [-1, 1], rounded to its
-    dtype.
-        step: the rounding step of the coarser compute dtype of trainer and engine (bf16: 2^-8, fp16: 2^-11).
+    shaken: like ``policy``, but each layer's output x becomes x * (1 + u * step), rounded to its dtype; u is random in
+        [-1, 1], step is the rounding step of the trainer's or the engine's dtype, the coarser (bf16: 2^-8, fp16:
+        2^-11).
     exact: in fused mode the trainer's with base and adapter apart, unrounded. It shows what the rounding moves, and how
         far off ``double`` and ``previous`` may be, which are not rounded.
     lengths: tokens of each prompt, in order; empty: all belong to one prompt.
@@ -136,11 +136,12 @@ def _spans(records: Sequence[Floor | Evidence]) -> list[slice]:
 class Hypothesis:
     """The evidence about one policy that is not this one.
 
-    cause: a key of ``causes.CAUSES``. weight: censored log likelihood ratio in nats, positive for this policy, negative
-        when the engine is closer to the other. slope, error: where the engine stands on the way, 0 this policy and 1
-        the other, and its standard error (NaN when both policies are the same). mean: mean |logprob difference| engine
-        - hypothesis, nats. reach: the weight that an engine with exactly this policy would give in ``BUDGET``
-        probes."""
+    cause: a key of ``causes.CAUSES``.
+    weight: censored log likelihood ratio in nats, positive for this policy, negative when the engine is closer to the
+        other. reach: the weight that an engine with exactly this policy would give in ``BUDGET`` probes.
+    slope, error: where the engine stands on the way, 0 this policy and 1 the other, and its standard error (NaN when
+    both
+        are the same). mean: mean |logprob difference| engine - hypothesis, nats."""
 
     cause: str
     weight: float
@@ -163,8 +164,8 @@ class Hypothesis:
 class Verdict:
     """One examination: all its probes with different prompts together.
 
-    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with an empty ``ask`` it stays open, which is worth no more than a
-        warning).
+    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with an empty ``ask`` it stays open, which is only worth a
+    warning).
     cause: with ``disagrees`` a key of ``causes.CAUSES``; with ``unsure`` what is suspected, or "".
     ask: what to ask next (OTHER, KEPT, RESET); "" when nothing would help.
     distance: to this policy (fused: as rounded). floor: the same on the plain base.
@@ -208,8 +209,7 @@ class Verdict:
 
     @property
     def bound(self) -> float:
-        """For charts: the mean |logprob difference| that corresponds to ``allowed``, for gaps distributed like the
-        noise."""
+        """For charts: the mean |logprob difference| at which a distance shaped like the noise reaches ``allowed``."""
         return self.allowed * self.noise
 
     @property
@@ -219,8 +219,7 @@ class Verdict:
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether the plain base and twice the adapter are ruled out. (The policy before may be almost the same as
-        this.)"""
+        """Whether the plain base and twice the adapter are ruled out. (The policy before may be nearly the same.)"""
         return bool(self.hypotheses) and not {"not-applied", "double-count"} & set(self.near)
 
     @property
@@ -266,8 +265,7 @@ def judge(evidence: Sequence[Evidence], floor: Floor, allowed: float = ALLOWED) 
 
     While ``is_unsure``, ask what ``ask`` says, append the probe and call again. That ends: after ``BUDGET`` probes of
     other prompts and one each of KEPT and RESET. ``disagrees`` needs a second probe that repeats it, or a reset of the
-    caches that mends it; logprobs that are not finite need no repetition. Raises ValueError when the first probe is not
-    OTHER.
+    caches that mends it; logprobs that are not finite need no repetition. Raises ValueError if the first is not OTHER.
 
     Args:
         evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
@@ -369,9 +367,8 @@ class _Look:
         return ""
 
     def _nearer(self, weight: float) -> str:
-        """The hypothesis that the engine is closest to, if it explains the engine; else "". The slope must be close to
-        1. The distance to it must be allowed, or less than half of that to this policy. And most prompts must favour
-        it."""
+        """The hypothesis that the engine is closest to, if it explains the engine; else "". The slope must be near 1,
+        the distance to it allowed or less than half of that to this policy, and most prompts must favour it."""
         near = {n: e for n, e in self.estimates.items() if e.weight <= weight and e.ratio < self.student.ratio}
         found = min(near, key=lambda name: near[name].ratio, default="")
         if not found:
@@ -411,8 +408,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
 
 
 def _engine_factor(floor: Floor) -> float:
-    """The factor between this engine's noise and the trainer's own, on the plain base, limited to 0.5 to
-    FLOOR_WRONG."""
+    """The factor between this engine's noise and the trainer's own, on the plain base, kept in sound limits."""
     finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
     return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_WRONG)
 
@@ -457,8 +453,7 @@ def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Ver
 
 
 def distance_between(gaps: Sequence[float]) -> Distance:
-    """Statistics of the gaps logprob trainer - engine, in nats, one a token; NaN if there is none or one is not
-    finite."""
+    """Statistics of the gaps logprob trainer - engine, in nats, one a token; NaN if empty or not all finite."""
     if not gaps or not all(map(math.isfinite, gaps)):
         return Distance(math.nan, math.nan, math.nan)
     kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]

@@ -18,8 +18,7 @@ In each server, rollout/::
     guard.py       around ms-swift's own routes; requests.py: reads requests, with limits
     files.py       the only way to an adapter's bytes on disk: below the root, no links, limited; a sealed copy
     worker.py      in each ``llm_worker``: checks (checks.py), keeps and switches policies, and tags rollouts with them
-    receiver.py    in each of vLLM's workers: from NCCL or that copy into the LoRA slots; extension.py: how it gets
-    there
+        receiver.py    in each of vLLM's workers: from NCCL or that copy into the LoRA slots; extension.py: its entry
 
 The hooks are in frameworks/swift/server_hooks.py. What vLLM's workers cannot take themselves goes through vLLM's
 loader, by ``swift_lora_fix.memory``. Importing this package loads neither FastAPI nor vLLM.

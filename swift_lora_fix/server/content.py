@@ -52,8 +52,7 @@ class ContentHash:
         return self._of_blocks(size, block)
 
     def _of_blocks(self, size: int, digest_at: Callable[[int], bytes]) -> str:
-        """Call ``digest_at`` with the start of each block, on all cores: reading, writing and hashing release the
-        GIL."""
+        """Call ``digest_at`` with the start of each block, on all cores: reads, writes and hashes release the GIL."""
         starts, whole = range(0, size, BLOCK), self._whole.copy()
         with ThreadPoolExecutor(max_workers=min(max(1, len(starts)), os.cpu_count() or 1)) as pool:
             for digest in pool.map(digest_at, starts):

@@ -1,5 +1,4 @@
-"""The writers of a colocated vLLM engine: adapter mode (vLLM's LoRA layers) and fused mode (folded into the
-weights)."""
+"""The writers of a colocated vLLM engine: adapter mode (in vLLM's LoRA layers) and fused mode (in its weights)."""
 
 from __future__ import annotations
 

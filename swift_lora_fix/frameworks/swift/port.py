@@ -91,8 +91,7 @@ class SwiftTrainer:
 
     @property
     def offloads_model(self) -> bool:
-        """``enable_offload`` alone is not enough: --offload_optimizer sets it too, and leaves the model on its
-        device."""
+        """``enable_offload`` is not enough: --offload_optimizer alone sets it too, and does not offload the model."""
         return bool(self.trainer.enable_offload) and bool(self.trainer.args.offload_model)
 
     @property
@@ -117,8 +116,7 @@ class SwiftTrainer:
 
     @property
     def server_client_to_be(self) -> Any:
-        """The client before ms-swift has prepared its rollouts; None while there is none, and in runs without
-        servers."""
+        """The client before ms-swift has prepared its rollouts; None while there is none, or without servers."""
         return vars(self.trainer).get("vllm_client")
 
     @property
@@ -162,8 +160,8 @@ class SwiftTrainer:
 
     def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
         """Encode with ms-swift's template and its ``data_collator``, as the trainer encodes its own rollouts. A
-        multimodal
-        model needs their positions and media: without them its forward hook makes embeddings that have no positions."""
+        multimodal model needs their positions and media: without them its forward hook makes embeddings that have no
+        positions."""
         with self.scoring():
             rows = [self._row(answer) for answer in answers]
             inputs: dict[str, Any] = on_device(self.trainer.template.data_collator(rows), self.device)
@@ -227,13 +225,11 @@ class SwiftTrainer:
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Have ms-swift list the parameter names that it pushes again, now that it knows that the engine has LoRA
-        layers.
+        """Have ms-swift list the parameter names that it pushes again, now that it knows of the LoRA layers.
 
         Up to 4.1 it lists them before, and then omits every wrapped layer when it moves in batches
-        (--move_model_batches).
-        After training has begun it is too late: FSDP2's activation checkpointing then puts a prefix into
-        ``named_parameters()`` that the names in ``state_dict()`` lack.
+        (--move_model_batches). After training has begun it is too late: FSDP2's activation checkpointing then puts a
+        prefix into ``named_parameters()`` that the names in ``state_dict()`` lack.
         """
         trainer = self.trainer
         trainer.parameter_groups, groups = trainer.split_batches()
@@ -243,10 +239,10 @@ class SwiftTrainer:
         ]
 
     def send_base(self, load: Callable[[Load, Weights], Any], note: Callable[[Weights], None]) -> None:
-        """Send by ms-swift's own ``_move_full_model_to_vllm``, which maps its names to vLLM's on each release. Wrong
-        are only
-        its calls around that: merging the adapter into the base, unmerging it, and sending the adapter too. For its
-        duration these are shadowed on the two objects."""
+        """Send by ms-swift's own ``_move_full_model_to_vllm``, which maps its names to vLLM's on each release. Only
+        what it
+        calls around that is wrong: merging the adapter into the base, unmerging it, and sending the adapter too.
+        Meanwhile these calls are shadowed on the two objects."""
         trainer = self.trainer
         own_load = trainer._load_state_dict_to_vllm
         shadows: dict[str, Callable[..., Any]] = {
@@ -344,9 +340,8 @@ class SwiftRollout:
 
 
 class SwiftBatch:
-    """The result of ``_prepare_batch_inputs`` of ms-swift's GRPO trainer for ``samples``. The trainer has then scored
-    each of ``batches`` (``old_per_token_logps``), in the model's current mode and at the temperature of the
-    rollouts."""
+    """The result of ``_prepare_batch_inputs`` of ms-swift's GRPO trainer for ``samples``. It has then scored each of
+    ``batches`` (``old_per_token_logps``), in the model's current mode and at the temperature of the rollouts."""
 
     def __init__(self, trainer: Any, samples: Sequence[Any], *, batches: Sequence[Any]) -> None:
         self.trainer, self._samples, self._batches = trainer, samples, batches
@@ -445,8 +440,7 @@ def _images(request: Any) -> list[Any]:
 
 
 def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> Any:
-    """A request like the run's own, with ``text`` as its only message and ``images`` as its only media; no tools, no
-    data of a scheduler."""
+    """A request like the run's own, but with only ``text`` and ``images``: no tools, no data of a scheduler."""
     request = copy.copy(like)
     fields = _fields(request)
     fields["messages"] = [{"role": "user", "content": text}]

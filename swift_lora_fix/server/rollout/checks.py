@@ -72,8 +72,7 @@ def scales_nothing(config: Mapping[str, Any]) -> bool:
 
 
 def check_shapes(tensors: Mapping[str, torch.Tensor], base: Mapping[str, TensorHeader]) -> None:
-    """Raise StagingError if a module is not in the base. What the model's files do not name is left to vLLM's
-    loader."""
+    """Raise StagingError if a module is not the base's. vLLM's loader judges what the model's files do not name."""
     modules = {name[: -len(".weight")] for name in base if name.endswith(".weight")}
     wanted = {found["module"]: name for name in tensors if (found := _NAME.fullmatch(name)) and found["side"] == "A"}
     if not modules.intersection(wanted):
@@ -100,8 +99,7 @@ def _check_shape(module: str, a: torch.Tensor, b: torch.Tensor, weight: TensorHe
 
 
 def cast_checked(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors as vLLM will hold them. Raises NonFiniteAdapterError naming those with NaN or infinity after the
-    cast."""
+    """The tensors as vLLM will hold them. Raises NonFiniteAdapterError naming those that are not finite then."""
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     bad = [name for name, tensor in cast.items() if not is_finite(tensor)]
     if bad:

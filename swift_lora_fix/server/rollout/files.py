@@ -148,8 +148,7 @@ class Spool:
         self._write_at(chunk, self.size - len(chunk))
 
     def copy(self, file: int) -> None:
-        """Copy all of the file with this descriptor. Raises SegmentError when memory runs out, another OSError when the
-        file cannot be read."""
+        """Copy all of the file. Raises SegmentError when memory runs out, another OSError if it cannot be read."""
         self.size = min(os.fstat(file).st_size, self.limit)  # a file that grows meanwhile has another digest anyway
         digest = self._hash.copy(file, self._write_at, self.size)
         self._digest = lambda: digest
@@ -163,8 +162,7 @@ class Spool:
             raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
 
     def sealed(self, digest: str) -> Source:
-        """Seal the bytes: nothing can be added or changed any more. Raises StagingError if their digest is not
-        ``digest``."""
+        """Seal the bytes against any change. Raises StagingError if their digest is not ``digest``."""
         found = self._digest()
         if found != digest:
             raise different_digest(digest, found, self.size)

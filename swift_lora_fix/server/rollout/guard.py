@@ -1,5 +1,4 @@
-"""Guards ms-swift's own routes of a rollout server: which are refused now, and which change the policy that it
-serves."""
+"""Guards ms-swift's own routes of a rollout server: which are refused now, and which change what it serves."""
 
 from __future__ import annotations
 

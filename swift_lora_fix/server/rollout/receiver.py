@@ -76,8 +76,7 @@ class Receiver:
         commands[command](**arguments)
 
     def prepare(self, layout: dict[str, Any]) -> None:
-        """Make room for an adapter that will come over NCCL. Raises StagingError (`NO_NCCL`) when that is
-        impossible."""
+        """Make room for an adapter that will come over NCCL. Raises StagingError (`NO_NCCL`) if it cannot."""
         communicator, dtype = self.worker.communicator, self.engine.lora_dtype
         if communicator is None or getattr(communicator, "disabled", False):
             raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)

@@ -217,8 +217,7 @@ class Policies:
         self.policy, self.plain = policy, False
 
     def _go_back(self, policy: Policy) -> str:
-        """Have every worker serve what it served before ``policy``, or else none serve anything. Returns which, in
-        words."""
+        """Have every worker serve what it served before ``policy``, or else all nothing. Returns which, in words."""
         before = self.policy and self.policy.as_dict()
         answers = self._ask("restore", policy=policy.as_dict())
         if not _failures(answers) and all(answer["serves"] == before for answer in answers):

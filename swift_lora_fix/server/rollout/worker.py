@@ -141,8 +141,7 @@ class Stager:
         raise AssertionError(f"{name} waits for something")
 
     async def stage(self, policy: Mapping[str, Any], source: Source) -> None:
-        """Check an adapter, then have vLLM's workers read it, or keep it for vLLM's loader. What is served does not
-        change."""
+        """Check an adapter, then have vLLM's workers read it, or keep it for vLLM's loader. It is not served yet."""
         self._begin()
         asked, request, order = Policy.from_dict(policy), *self._mapped(source)
         names = order or sorted(request.content.tensors)
@@ -318,7 +317,7 @@ class Stager:
             raise told(error) from error
 
     def _mapped(self, source: Source) -> tuple[Any, list[str] | None]:
-        """A request with the tensors of the file, and their `ORDER` if the file has it. Names, shapes and config are
+        """A request with the file's tensors, and their `ORDER` if the file has it. Names, shapes, config are
         checked."""
         config = parse_object(source.config, CONFIG)
         try:
@@ -410,8 +409,7 @@ def build_engine(build: Callable[..., Any], arguments: Any, *args: Any, **kwargs
 
 
 def _note_failures(stager: Stager, engine: Any) -> None:
-    """Record errors of ms-swift's updates over NCCL. They go through ``collective_rpc``, and ms-swift only logs
-    them."""
+    """Record errors of ms-swift's updates over NCCL: they go through ``collective_rpc``, and are only logged."""
     call = engine.collective_rpc
 
     def note(error: Exception) -> None:

@@ -120,8 +120,7 @@ def _works(client: Any, index: int) -> bool:
 
 
 class _Broadcast(threading.Thread):
-    """A broadcast on its own stream and thread: one that never ends must not block others, on the device or the
-    host."""
+    """A broadcast on its own stream and thread: one that never ends must not block others, on device or host."""
 
     def __init__(self, communicator: Any, buffer: torch.Tensor) -> None:
         super().__init__(daemon=True, name="swift-lora-fix-broadcast")

@@ -1,6 +1,4 @@
-"""Trainer side: one policy to send. Its bytes are in one buffer on the trainer's device; a folder is written when
-needed.
-"""
+"""Trainer side: one policy to send. One buffer on the trainer's device holds it; a folder is written if needed."""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ MISSING = 404  # the status of a server that cannot see our folders
 
 
 class RemoteEngine:
-    """The rollout servers of one trainer. ``engine`` is ms-swift's ``VLLMClient``; None on all ranks but the main
-    one."""
+    """The rollout servers of one trainer. engine: ms-swift's ``VLLMClient``, on the main rank only, else None."""
 
     is_shared = True
     is_asleep = False
@@ -76,8 +75,7 @@ class RemoteEngine:
         return self.engine is None or trainer.server_client is self.engine
 
     def on_restart(self, restore: Callable[[list[int]], None]) -> None:
-        """Set ``restore``, which sends the policy again to the given servers that lost it. Called on the main rank
-        only."""
+        """Set ``restore``, which sends the policy again to servers that lost it. It is called on the main rank."""
         self._restore = restore
 
     def _ask(self) -> list[dict[str, Any]]:
@@ -115,8 +113,7 @@ class RemoteEngine:
         return self.nccl is not None and self.nccl.all_are_open()
 
     def check_pushed(self) -> None:
-        """Called after ms-swift sent the base over NCCL. Raises RolloutServerError if a worker failed (ms-swift only
-        logs)."""
+        """Called after ms-swift sent the base over NCCL. Raises RolloutServerError if a worker failed."""
         self._post("pushed", {})
 
     def forget_failures(self) -> None:
@@ -169,8 +166,7 @@ class RemoteEngine:
         return servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
 
     def _stage(self, index: int, parcel: Parcel) -> None:
-        """Send over NCCL if that is open; otherwise by the folder if the server can see it, or in the request's
-        body."""
+        """Send over NCCL if that is open; otherwise by the folder if the server sees it, or in the body."""
         assert self.servers is not None
         policy = {"policy": parcel.policy.as_dict()}
         if self.nccl is not None and self.nccl.is_open(index):

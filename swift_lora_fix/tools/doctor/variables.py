@@ -30,8 +30,7 @@ class Variable:
 
 
 def variables_of(environment: Mapping[str, str]) -> Iterator[Variable]:
-    """Our settings and vLLM's relevant variables, set or not; and variables that look like our settings but are
-    none."""
+    """Our settings and the relevant ones of vLLM, set or not; and unknown variables that look like our settings."""
     known = known_settings()
     for name in known:
         value = environment.get(name)

@@ -129,8 +129,7 @@ def _checkpoints(folder: Path, step: int | None) -> Iterator[Path]:
 def read(folder: Path, with_trainer_state: bool = False) -> Source:
     """Read all of one adapter folder but the tensors.
 
-    Raises AdapterFileError when something is missing, half-written or corrupt; UnsupportedAdapterError if it is no
-    LoRA.
+    Raises AdapterFileError when something is missing, half-written or corrupt; UnsupportedAdapterError for no LoRA.
     """
     weights = weights_file(folder)
     if not (folder / ADAPTER_CONFIG).is_file():

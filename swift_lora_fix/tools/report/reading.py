@@ -35,8 +35,7 @@ class _Reading:
     repeated: int = 0
 
     def add(self, step: Step) -> None:
-        """Add a step. A resumed run appends to its log and repeats the steps after its checkpoint: the last time
-        counts."""
+        """Add a step. A resumed run repeats the steps after its checkpoint, in the same log: the last time counts."""
         while self.steps and self.steps[-1].step > step.step:
             self.steps.pop()
             self.repeated += 1

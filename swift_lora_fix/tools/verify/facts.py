@@ -24,10 +24,9 @@ class Request:
 class Sync:
     """One sync as the observer saw it. Logprob differences are in nats a token.
 
-    base_changed: how many of the trainer's base_tensors differ from the start. lora_changed: how many of its
-    lora_tensors
-        this sync changed, in dtype or value. noise: what the policy's own numerics explain. ratio: the mismatch in
-        units of that noise, robust."""
+    base_changed: how many of the trainer's base_tensors differ from the start.
+    lora_changed: how many of its lora_tensors this sync changed, in dtype or value.
+    noise: what the policy's own numerics explain. ratio: the mismatch in units of that noise, robust."""
 
     step: int
     seconds: float

@@ -79,8 +79,7 @@ def fold(
     """Write cast(W + scale*B*A) to ``out`` (rows, columns), which may have any strides.
 
     W is (rows, columns), B (rows, r), A (r, columns), each with contiguous rows. All on one device, in any floating
-    dtype. split: multiply in bfloat16 pairs, see above; otherwise in float32, which is slow but runs in Triton's
-    interpreter too.
+    dtype. split: multiply in pairs of bfloat16, see above; otherwise in float32, slow, but Triton's interpreter can.
     """
     rank = b.shape[1]
     grid = (triton.cdiv(out.shape[0], ROWS), triton.cdiv(out.shape[1], COLUMNS))

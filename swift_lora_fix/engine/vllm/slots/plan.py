@@ -92,8 +92,7 @@ def prove(
     """Replay the plan from ``staged_source`` over zeroed slots and compare each region with what vLLM's loader wrote.
 
     write: ``write(chunk, copies, values)`` writes one chunk's copies from whole values on the engine's device. The
-    comparison is bit for bit, because both paths scale in fp32 and round once. Raises PlanError naming the first module
-    that differs.
+    comparison is bit for bit, because both paths scale in fp32 and round once. Raises PlanError naming the module.
     """
     for chunk, copies in plan.copies:
         expected = [copy.destination.clone() for copy in copies]

@@ -87,7 +87,7 @@ class AdapterWriter:
         """Make the engine serve the trainer's current adapter. On a GPU the last copies may still run when this
         returns: ``finish`` waits for them.
 
-        keep_views: whether views of the live parameters may be kept for the next write. Not when the trainer offloads
+        keep_views: whether views of the live parameters may be kept for the next write. Not if the trainer offloads
         them:
             a view would keep their device memory from being freed.
         """
@@ -221,8 +221,7 @@ class AdapterWriter:
         return WriteReport("loader", clock.laps, sum(t.numel() * t.element_size() for t in staged.values()), digest)
 
     def _learn(self) -> None:
-        """Learn a plan by watching vLLM load random values, and prove it with them; on failure use the loader for
-        good."""
+        """Learn a plan by watching vLLM load random values, and prove it. On failure the loader is used for good."""
         dtype = self.engine.lora_dtype
         values = plan.signature(self.adapter, dtype)
         staged = loader.stage(self.adapter, values, dtype, pinned=torch.cuda.is_available())

@@ -94,8 +94,7 @@ class Pushed:
 
     regions: for each changing parameter of the trainer, which part of it vLLM put where in the engine. A name is
         missing when vLLM did not copy the parameter unchanged.
-    derived: names of the changing parameters from whose copy vLLM computed another tensor (MLA's absorbed weights,
-    say).
+    derived: names of the changing parameters from whose copy vLLM computed another tensor (MLA's absorbed weights).
     """
 
     record: BaseRecord

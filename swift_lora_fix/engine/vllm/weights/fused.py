@@ -144,8 +144,7 @@ class FusedWriter:
         return torch.stack(sums).tolist()
 
     def accept_base(self, pushed: Pushed) -> None:
-        """Called while the engine holds the trainer's plain base: learn where each weight lies, and prove it by its
-        values.
+        """Called while the engine holds the trainer's plain base: learn where each weight lies, and prove it.
 
         Raises UnsupportedAdapterError when vLLM computed other tensors from a weight that the adapter changes: they
         would stay those of the plain base.
@@ -181,8 +180,7 @@ class FusedWriter:
 
     @torch.no_grad()
     def _misplaced(self, pushed: Pushed) -> str | None:
-        """Why a region does not hold its weight, or None. Sharded ranks all-gather for each module, so none stops
-        early."""
+        """Why a region does not hold its weight, or None. No rank stops early: each module is all-gathered."""
         found: list[str] = []
         alive = {p.untyped_storage().data_ptr() for p in self.engine.model.parameters()}
         for module in self.modules:
@@ -310,8 +308,7 @@ class FusedWriter:
     def _parts(
         self, module: MergedModule, whole: Values, merged: bool
     ) -> Iterator[tuple[str, Region, Callable[[torch.Tensor], Any]]]:
-        """For each region of the module: its source, the region, and a function that writes it to a tensor of its
-        shape."""
+        """For each region of the module: its source, the region, and a function that writes it to a given tensor."""
         assert self.regions is not None
         factors = module.factors(whole) if merged and id(module) in self._folded else None
         values = cache(partial(_values, module, whole, merged))
