@@ -212,7 +212,7 @@ class Session:
         self.examiner.note_batch(self._served(), scored)
 
     def repair(self) -> None:
-        """Send base and adapter again by the reference path. Engine and trainer's model must be on the device."""
+        """Send base and adapter again by the reference path; needs an awake engine and the model on its device."""
         step = self.served_step
         if adapters.changed_scalings(self.adapter):
             self._bind_again()
@@ -331,7 +331,7 @@ class Session:
         return self.writer.digest_of(held)
 
     def _choose_mode(self) -> None:
-        """``SWIFT_LORA_FIX_MODE=auto``. Engine and trainer's model are on the device, nothing is written yet."""
+        """``SWIFT_LORA_FIX_MODE=auto``. The engine is awake, the model on its device, nothing is written yet."""
         assert self.auto is not None
         bound = Settings.from_environment().lost_share
         mode = self.auto.choose(self.trainer, self.writer, self.examiner.all_ranks, bound)

@@ -42,7 +42,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """``global_step`` of a Trainer checkpoint; None for a bare adapter folder. Raises AdapterFileError."""
+    """``global_step`` of a Trainer checkpoint, or None for a bare adapter folder. AdapterFileError: unreadable."""
     file = folder / TRAINER_STATE
     if not file.is_file():
         return None

@@ -408,7 +408,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
 
 
 def _engine_factor(floor: Floor) -> float:
-    """The factor between this engine's noise and the trainer's own, on the plain base, kept in sound limits."""
+    """This engine's noise over the trainer's own, measured on the plain base, clipped to 0.5 .. FLOOR_WRONG."""
     finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
     return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_WRONG)
 

@@ -127,7 +127,7 @@ class RemoteEngine:
         return [index for index, boot in enumerate(boots) if boot != self._boots[index]]
 
     def renew(self, lost: list[int]) -> None:
-        """Reopen NCCL to those of ``lost`` that restarted, and make the next rollout run the gate. Raises
+        """Reopen NCCL to those of ``lost`` that restarted, and have the next rollout checked whole again. Raises
         RolloutServerError for a server that cannot take policies."""
         before, self._has_restored = self._boots, True
         self.check_fit()  # it may be a different server now
