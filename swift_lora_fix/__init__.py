@@ -2,21 +2,22 @@
 
 How data flows, one way::
 
-    adapter.py   the trainer's LoRA tensors and PEFT's scalings, read and never written
-    origin.py    where they came from, checked against the file at the first sync
-    engine/      how they land in vLLM: base.py (unmerged base, once), writer.py (adapter, each sync)
-                 or, in fused mode, merging.py (base and adapter in one, in float32) and engine/fused.py
-    sync.py      the stages of one sync in order;  state.py: what is known between two syncs
-    proof/       before rollouts: what the engine holds and what it answers, against the trainer
+    frameworks/  the hooks into ms-swift, and the port that reads its trainer (trainer.py: what a port must offer)
+    session.py   the state machine of one run: the stages of a sync, in order
+    policy/      the trainer's LoRA tensors and PEFT's scalings, only read: adapter.py; which file they came from:
+                 origin.py; base and adapter merged in float32, for fused mode: merging.py
+    engine/      how they get into vLLM: the unmerged base once (weights/base.py), then at each sync the adapter
+                 (slots/writer.py), or in fused mode the merged weights (weights/fused.py)
+    server/      the same for rollout servers: one folder a side
+    proof/       before rollouts: compare what the engine holds and answers with the trainer; examiner.py runs it
     metrics.py   reports and timings, into ms-swift's own metrics
-    scope.py     which trainers this is for, and in which mode;  choice.py: the mode by measurement
-    releases.py  which release has which defect
-    frameworks/  the thin hooks into ms-swift;  install/: how a library is patched;  arming.py: when, and who asked
 
-Beside it: cli/ (doctor, verify, report, fork), and memory/, adapters from memory for any vLLM program.
+Beside it: scope.py (which trainers are served, and in which mode), auto.py (the mode by measurement), install/
+(patching, and which release has which defect), arming.py (when, and who asked), tools/ (doctor, verify, report, fork),
+and memory/, adapters from memory for any vLLM program.
 
-Importing this package arms it: the hooks go in when ms-swift's rollout module is loaded. It loads neither torch nor
-vLLM nor ms-swift by itself. ``SWIFT_LORA_FIX=off`` keeps everything out.
+Importing this package arms it: the hooks go in when ms-swift's rollout module is loaded. The import itself loads
+neither torch nor vLLM nor ms-swift. ``SWIFT_LORA_FIX=off`` keeps everything out.
 """
 
 from __future__ import annotations

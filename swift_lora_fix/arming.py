@@ -1,4 +1,4 @@
-"""Who is patched, and the ways to ask for it: at import (armed, lazily), by ``apply()`` (now, or an error)."""
+"""When ms-swift is patched: lazily after this package is imported (armed), or at once by ``apply()``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _trainer = Trainer(_arming, _peft)
 _scoring = Scoring(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
-# vLLM is not among them: its instrumentor is in memory/hooks.py, and importing swift_lora_fix.memory asks for it.
+# vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
 _instrumentors = (_peft, _trainer, _scoring, _server, _megatron)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is in place. ``patches`` maps each target to ``applied`` or ``not applied``; ``run`` is the newest trainer's
-    sync state (origin of its LoRA weights, syncs so far, step served), None before a trainer prepared its engine."""
+    """What is in place. patches: each target, ``applied`` or ``not applied``. run: the sync state of the newest trainer
+    (origin of its LoRA weights, syncs so far, step served); None before a trainer has prepared its engine."""
 
     enabled: bool
     armed: bool
@@ -52,9 +52,9 @@ class Status:
 
 
 def is_console_script() -> bool:
-    """Whether this process is ``swift-lora-fix``, which trains nothing and must start with settings that are wrong.
+    """Whether this process is the ``swift-lora-fix`` command. It trains nothing, and must start even with bad settings.
 
-    So is ``python -m swift_lora_fix``: while that imports the package, argv[0] is still "-m".
+    ``python -m swift_lora_fix`` is the same: while Python imports the package, argv[0] is still "-m".
     """
     argv = getattr(sys, "argv", None) or [""]
     if argv[0] == "-m":
@@ -64,10 +64,10 @@ def is_console_script() -> bool:
 
 
 def arm() -> None:
-    """Let the patches go in as soon as ms-swift's rollout module is loaded (now, if it already is).
+    """Patch as soon as ms-swift's rollout module is loaded; at once if it already is.
 
-    Where that turns out to be impossible, one warning says why and ms-swift runs unpatched.
-    Raises SettingsError where a setting of this package has a value that it cannot have.
+    If patching turns out to be impossible, one warning says why and ms-swift runs unpatched.
+    Raises SettingsError when a setting of this package has an invalid value.
     """
     if not Settings.from_environment().enabled:
         _arming.reason = "switched off by SWIFT_LORA_FIX"
@@ -78,7 +78,7 @@ def arm() -> None:
 
 
 def apply(mode: str | None = None) -> Status:
-    """Patch ms-swift now, all or nothing; calling it again changes nothing.
+    """Patch ms-swift now, all or nothing. A second call changes nothing.
 
     Args:
         mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
@@ -109,9 +109,9 @@ def apply(mode: str | None = None) -> Status:
 
 
 def remove() -> Status:
-    """Take every patch out again and disarm; the functions are the very objects they were before.
+    """Undo every patch and disarm. The functions are then the same objects as before.
 
-    Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
+    Raises PatchConflictError, and changes nothing, when another package has wrapped a patched function since.
     """
     for instrumentor in _instrumentors:
         instrumentor.check_removable()
@@ -126,7 +126,7 @@ def remove() -> Status:
 
 
 def status() -> Status:
-    """What is patched in this process and what the newest run does. Loads nothing."""
+    """What is patched in this process, and the state of the newest run. Imports nothing."""
     version = releases.installed_swift()
     family = releases.family_of(version) if version else None
     return Status(

@@ -1,11 +1,12 @@
-"""``SWIFT_LORA_FIX_MODE=auto``: the mode is chosen by what it costs in this run, measured as the run starts.
+"""``SWIFT_LORA_FIX_MODE=auto``: choose the mode by its cost in this run, measured at the start.
 
-In an engine with LoRA layers both modes can be had: the adapter apart, or folded into the weights and no LoRA asked
-for. What is compared is the time of a sync and of the run's own rollout, and what the one rounding takes of the update.
-Rollouts are timed while the engine makes them (``watch``); syncs are timed, and the mode is chosen, at the next sync
-(``choose``), when the trainer's model is there, whatever is offloaded in between. While the adapter is still zero there
-is no update to lose, so the exact mode stays until there is one; and a fused mode that comes to lose too much gives way
-to the exact one again.
+An engine with LoRA layers can serve both modes: the adapter apart, or folded into the weights with no LoRA request.
+Three things are compared: the time of a sync, the time of the run's own rollout, and the share of the update that
+fused mode loses to rounding. Rollouts are timed while the engine makes them (``watch``). At the next sync, where the
+trainer's model is on its device, ``choose`` times the syncs and picks the mode.
+
+While the adapter is still zero there is no update to lose: adapter mode, which is exact, stays until there is one. If
+fused mode later loses too much, the run goes back to adapter mode.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ from .proof.probe import same_random_state
 from .trainer import RolloutPort, TrainerPort
 
 REPEATS = 3
-TOKENS = 64  # of each answer that is timed, at most
+TOKENS = 64  # output tokens of each timed answer, at most
 Mode = Literal["adapter", "fused"]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one mode, measured: seconds of a sync (median), output tokens a second of the run's own rollout."""
+    """One mode, measured. sync: median seconds. throughput: output tokens a second of the run's own rollout."""
 
     sync: float
     throughput: float
 
     def of_step(self, tokens: int) -> float:
-        """Seconds of a sync and of a rollout of so many tokens."""
+        """Seconds of one sync and one rollout of ``tokens`` output tokens."""
         return self.sync + tokens / self.throughput
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both modes, beside each other, and the output tokens of one rollout (an upper bound: no answer ends early)."""
+    """Both modes. tokens: upper bound on the output tokens of one rollout, as if no answer ended early."""
 
     adapter: Costs
     fused: Costs
@@ -68,7 +69,7 @@ class Measured:
 
 
 class Auto:
-    """The choice of one run. is_settled: it will not change any more."""
+    """The choice of one run. is_settled: the mode will not change any more."""
 
     def __init__(self) -> None:
         self.is_settled = False
@@ -78,8 +79,8 @@ class Auto:
         self._said_nothing_yet = False
 
     def watch(self, rollout: RolloutPort, writer: WriterPort, device: torch.device) -> None:
-        """Time the rollout that is about to be made, with the adapter and without: the plain base runs the fused mode's
-        kernels on its shapes. All ranks together; the random state is left as it was."""
+        """Time the coming rollout with and without the adapter. Without it the base model runs the kernels of fused
+        mode, on the same shapes. All ranks together; the random state is restored."""
         if self._throughput is not None or writer.mode == "fused":
             return
         serving = writer.serving
@@ -87,7 +88,7 @@ class Auto:
         assert reset is not None, "rollout servers have one mode"
         rates: dict[str, list[float]] = {"adapter": [], "fused": []}
         with same_random_state(device):
-            for repeat in range(REPEATS + 1):  # the first warms up
+            for repeat in range(REPEATS + 1):  # the first round warms up
                 for name, found in rates.items():
                     reset()
                     if name == "adapter":
@@ -108,14 +109,14 @@ class Auto:
         all_ranks: Callable[[bool], bool],
         bound: float,
     ) -> Mode | None:
-        """The mode to serve the policy in from now on; None: what there is, and the engine was not touched.
+        """The mode to serve the policy in from now on. None: keep the current one, the engine was not touched.
 
-        Every decision is made by all ranks together: each measures times of its own, and all must go the same way.
+        All ranks decide together: each has its own timings, but all must choose the same mode.
 
         Args:
-            writer: the one in use. Its engine is awake and idle, and holds the trainer's base and policy.
-            all_ranks: whether something is so on all ranks.
-            bound: the share of the update that may be lost to rounding.
+            writer: the current one. Its engine is awake and idle, and holds the trainer's base and policy.
+            all_ranks: whether something is true on all ranks.
+            bound: the share of the update that rounding may lose.
         """
         if writer.weights is not None:
             return self._keep_fused(writer, all_ranks, bound)
@@ -152,7 +153,7 @@ class Auto:
             f"{self.measured}\nchosen: {mode}."
         )
         if not faster:
-            self.is_settled = True  # that will not change
+            self.is_settled = True  # later steps will not change that
         return mode if wrote or mode == "fused" else None
 
     def _keep_fused(self, writer: WriterPort, all_ranks: Callable[[bool], bool], bound: float) -> Mode | None:
@@ -172,7 +173,7 @@ class Auto:
         info(f"auto mode: the adapter mode it is: {why}.")
 
     def _measure(self, fused: FusedModeWriter, here: WriterPort) -> str | None:
-        """Time both syncs; the engine's base is the plain one afterwards. What is wrong with the fused one, or None."""
+        """Time both syncs, then restore the plain base. Returns why fused mode cannot be used, or None."""
         assert self._throughput is not None
         try:
             fused.send_base()

@@ -18,7 +18,7 @@ VERBS = {"plugin": plugin, "doctor": doctor, "verify": verify, "report": report,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit status (2 for a mistake of the user's, named on standard error)."""
+    """Run one verb and return the exit status. A user's mistake is reported on standard error, with status 2."""
     parser = argparse.ArgumentParser(prog="swift-lora-fix", description="LoRA sync for ms-swift and vLLM, done right.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -1,4 +1,4 @@
-"""One exception tree. Each error also subclasses the built-in that fits it, so that an ``except`` of that works."""
+"""The errors of this package. Each also subclasses the built-in error that fits it, so that ``except`` catches both."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ class SwiftLoraFixError(Exception):
 
 
 class SettingsError(SwiftLoraFixError, ValueError):
-    """An environment variable or argument of this package has a value it cannot have."""
+    """An environment variable or argument of this package has an invalid value."""
 
 
 class MissingPackageError(SwiftLoraFixError, ImportError):
-    """ms-swift, vLLM, PEFT, or what a verb of the command line needs besides, is not installed."""
+    """ms-swift, vLLM, PEFT, or a package that a command line verb needs, is not installed."""
 
 
 class UnsupportedReleaseError(SwiftLoraFixError, RuntimeError):
-    """The installed release is older than the oldest one this package knows."""
+    """The installed release is older than the oldest that this package supports."""
 
 
 class ContractError(SwiftLoraFixError, RuntimeError):
-    """The installed release lacks something that the patches hook or call; nothing was changed."""
+    """The installed release lacks something that the patches hook or call. Nothing was changed."""
 
 
 class PatchConflictError(SwiftLoraFixError, RuntimeError):
-    """Somebody else wrapped a patched function afterwards, so it cannot be taken out alone."""
+    """Another package wrapped a patched function later, so our patch cannot be removed alone."""
 
 
 class UnsupportedTrainerError(SwiftLoraFixError, NotImplementedError):
@@ -32,20 +32,20 @@ class UnsupportedTrainerError(SwiftLoraFixError, NotImplementedError):
 
 
 class RolloutServerError(SwiftLoraFixError, ConnectionError):
-    """A rollout server refused something, failed, or did not answer in time; the message has its own words.
+    """A rollout server refused something, failed, or did not answer in time. The message quotes the server.
 
-    status: of its answer, None where there was none or several servers gave different ones.
+    status: HTTP status of its answer; None without an answer, or when several servers answered differently.
     """
 
     status: int | None = None
 
 
 class BaseMismatchError(SwiftLoraFixError, ValueError):
-    """The trainer's base is not the one that a rollout server has read from its model folder."""
+    """The trainer's base differs from the one that a rollout server loaded from its model folder."""
 
 
 class UnsupportedAdapterError(SwiftLoraFixError, ValueError):
-    """The adapter has something that vLLM's LoRA cannot serve (DoRA, modules_to_save, a rank above the engine's)."""
+    """The adapter cannot be served as asked (DoRA in vLLM's LoRA layers, a rank above the engine's)."""
 
 
 class AdapterFileError(SwiftLoraFixError, OSError):
@@ -57,27 +57,27 @@ class ForkError(SwiftLoraFixError, ValueError):
 
 
 class RunLogError(SwiftLoraFixError, OSError):
-    """A run's log is missing, unreadable, or has nothing of this package."""
+    """A run's log is missing, unreadable, or has no lines of this package."""
 
 
 class ChartError(SwiftLoraFixError, OSError):
-    """A chart cannot be written to the file that was named for it."""
+    """A chart cannot be written to the given file."""
 
 
 class ResumeMismatchError(SwiftLoraFixError, RuntimeError):
-    """The trainer's LoRA is not the one of the checkpoint that the run claims to start from."""
+    """The trainer's LoRA differs from the checkpoint that the run says it starts from."""
 
 
 class TrainerModifiedError(SwiftLoraFixError, RuntimeError):
-    """The trainer's adapter is merged into its base while it should only be read."""
+    """The trainer's adapter is merged into its base, where a sync needs both apart."""
 
 
 class NonFiniteAdapterError(SwiftLoraFixError, ValueError):
-    """The trainer's adapter holds NaN or infinity, or values that the LoRA dtype cannot hold; nothing was written."""
+    """The trainer's adapter holds NaN, infinity, or values beyond the LoRA dtype's range. Nothing was written."""
 
 
 class EngineStateError(SwiftLoraFixError, RuntimeError):
-    """The engine does not hold the policy that a rollout is about to be generated from."""
+    """The engine does not hold the policy that the next rollout needs, or cannot be given one now."""
 
 
 class CacheResetError(SwiftLoraFixError, RuntimeError):
@@ -85,11 +85,11 @@ class CacheResetError(SwiftLoraFixError, RuntimeError):
 
 
 class VerificationError(SwiftLoraFixError, RuntimeError):
-    """``swift-lora-fix verify`` cannot measure what it was asked to: no such adapter, or a run that ends early."""
+    """``swift-lora-fix verify`` cannot measure what it was asked to: no such adapter, or the run ended early."""
 
 
 class PolicyMismatchError(EngineStateError):
-    """An audit or the gate found that the engine serves another policy than the trainer's; ``finding`` says which."""
+    """An audit or the gate found that the engine serves another policy than the trainer's. finding: what they found."""
 
     def __init__(self, message: str, finding: object = None) -> None:
         super().__init__(message)
@@ -97,27 +97,27 @@ class PolicyMismatchError(EngineStateError):
 
 
 class AdapterRequestError(SwiftLoraFixError, ValueError):
-    """A `LoRATensorRequest` is made of things that do not go together, or of what is not an adapter."""
+    """The parts of a `LoRATensorRequest` do not fit together, or are not an adapter."""
 
 
 class AdapterConflictError(SwiftLoraFixError, ValueError):
-    """The engine holds another adapter under the id of a request that does not ask to replace it."""
+    """The engine already holds another adapter under this id, and the request does not ask to replace it."""
 
 
 class SegmentError(SwiftLoraFixError, OSError):
-    """An adapter's bytes in shared memory are gone, truncated, changed or somebody else's, or there is no room."""
+    """An adapter's bytes in shared memory are gone, truncated, changed or another user's, or there is no room."""
 
 
 class ProtocolError(SwiftLoraFixError, ValueError):
-    """Trainer and rollout server do not speak the same language: a field, a header or an answer is not understood."""
+    """Trainer and rollout server do not understand each other: an unknown field, header or answer."""
 
 
 class AccessError(SwiftLoraFixError, PermissionError):
-    """The rollout server may not do that for whoever asked: a wrong key, a path outside its root, a link."""
+    """The caller may not do that on this rollout server: a wrong key, a path outside its root, a link."""
 
 
 class StagingError(SwiftLoraFixError, ValueError):
-    """An adapter is not one that a rollout server can serve; it keeps the policy that it has. ``status``: HTTP's."""
+    """A rollout server cannot serve this adapter; it keeps its policy. status: the HTTP status to answer."""
 
     def __init__(self, message: str, status: int = 422) -> None:
         super().__init__(message)

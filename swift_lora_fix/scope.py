@@ -1,4 +1,4 @@
-"""Which trainers' sync is ours, and in which mode the engine serves their adapter."""
+"""Decides which trainers we sync, and in which mode the engine serves their adapter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Scope:
     ours: bool
     reason: str
     mode: Literal["adapter", "fused"] = "adapter"
-    is_open: bool = False  # measured later, and changed where the other mode is the better one
+    is_open: bool = False  # auto: measured later, and the mode may change then
 
 
 def decide(trainer: TrainerPort) -> Scope:
-    """Decide from the trainer as ms-swift prepared it; ``reason`` is one line for the log.
+    """Decide from the trainer as ms-swift prepared it. ``Scope.reason`` is one line for the log.
 
-    Raises SettingsError where SWIFT_LORA_FIX_MODE asks for what --vllm_enable_lora excludes; UnsupportedAdapterError
-    where it asks for the fused mode and the weights cannot be rewritten (quantised, tied).
+    Raises SettingsError when SWIFT_LORA_FIX_MODE and --vllm_enable_lora contradict each other; UnsupportedAdapterError
+    when it asks for fused mode but the weights cannot be rewritten (quantised, tied).
     """
     if not trainer.uses_vllm:
         return _aside("rollouts do not use vLLM")
@@ -66,7 +66,7 @@ def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
             f"SWIFT_LORA_FIX_MODE={settings.mode!r} is for colocated engines: unset it for rollout servers."
         )
     if trainer.engine_has_lora:
-        problem = None if settings.transport else remote.why_not(trainer)  # by name: what is missing raises later
+        problem = None if settings.transport else remote.why_not(trainer)  # asked by name: what is missing raises later
     else:
         problem = "the rollout servers have no LoRA layers: start `swift rollout` with --vllm_enable_lora true"
     if problem is not None:
@@ -85,7 +85,7 @@ def _can_be_apart(trainer: TrainerPort) -> bool:
 
 
 def why_not_fused(trainer: TrainerPort) -> str | None:
-    """What keeps the engine's weights from being rewritten, and the mode that works; None when nothing does."""
+    """Why the engine's weights cannot be rewritten, and which mode works instead; None when they can."""
     obstacle = _obstacle(trainer)
     if obstacle is None:
         return None

@@ -1,12 +1,12 @@
-"""One trainer and its engine: the state machine of a run. Nothing else changes its state.
+"""One trainer and its engine: the state machine of a run. Nothing else changes this state.
 
-    unbound     nothing is known of the engine: a start, a new engine, a base that a sleep threw away
-    base_held   the engine holds the trainer's unmerged base, and no policy that is known
-    served      it holds the policy of a step: a sync is complete
-    examined    that was looked at, and rollouts may be made (a look that has to wait is in ``pending``)
+    unbound     nothing is known of the engine: at the start, with a new engine, after a sleep that discarded the base
+    base_held   the engine holds the trainer's unmerged base, but no known policy
+    served      a sync is complete: the engine holds the policy of one step
+    examined    that policy was checked, rollouts may be made (checks that must wait are in ``pending``)
 
-A framework's hooks call ``begin`` once, and then, in this order, ``invalidate_if_lost``, ``synchronize`` (where the
-step is a new one), ``before_rollout`` and ``after_rollout``.
+A framework's hooks call ``begin`` once. Then, for each rollout call and in this order: ``invalidate_if_lost``,
+``synchronize`` (for a new step), ``before_rollout`` and ``after_rollout``.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Session:
         self.examiner = Examiner(trainer)
         self.pending: Pending | None = None
         self.auto = Auto() if auto else None
-        self._repairs = False  # the next sync goes by the reference path
-        self._repaired_step: int | None = None  # once a step is enough: it raises after that
+        self._repairs = False  # the next sync sends base and adapter through the reference path
+        self._repaired_step: int | None = None  # a second mismatch at this step raises
         self._slept = False  # since the last write
         self._bind(mode)
 
@@ -74,11 +74,11 @@ class Session:
     # ---- what happens to the engine ----------------------------------------------------------------------------------
 
     def invalidate_if_lost(self) -> None:
-        """Before a call for rollouts: what an engine that slept, or that somebody wrote to, still holds.
+        """Before a rollout call: find out what the engine lost in a sleep or by somebody's write, and schedule a sync.
 
-        Sleep level 2 throws the base away. At any other level the LoRA slots may be lost (vLLM issues 39934, 53888):
-        they are compared where they lie, just before the rollout, and only what cannot be compared is sent again.
-        Rollout servers are asked by the sync itself, and just before each rollout.
+        Sleep level 2 discards the base. Other levels may lose the LoRA slots (vLLM issues 39934, 53888): before the
+        rollout the slots are compared in place. Only what cannot be compared is sent again. Rollout servers are asked
+        elsewhere, by the sync itself and just before each rollout.
         """
         held = self.writer.slots or self.writer.weights
         if held is None or self.phase in (Phase.UNBOUND, Phase.BASE_HELD):
@@ -98,11 +98,11 @@ class Session:
             self._lose(Phase.BASE_HELD)
 
     def synchronize(self) -> None:
-        """Make the engine serve the trainer's policy: base (when it is not there), adapter, caches."""
+        """Make the engine serve the trainer's policy: the base if it is missing, then the adapter; reset caches."""
         clock = Clock()
         started = clock.last
         if self.syncs:
-            self.writer.begin_validation()  # the device looks at the values while the rest is looked at here
+            self.writer.begin_validation()  # the device checks values while the host checks the rest
             clock.lap("validate")
         bound = adapters.is_still_bound(self.adapter) and self.engine.is_of(self.trainer)
         if not self.syncs or not bound or (self._repairs and adapters.changed_scalings(self.adapter)):
@@ -138,12 +138,12 @@ class Session:
                 self._act(finding, Settings.from_environment(), False, "Nothing was generated.")
 
     def before_rollout(self, rollout: RolloutPort) -> None:
-        """Look at what the engine holds before the first rollout after each sync, and ask it a probe when that is due;
-        later rollouts cost nothing.
+        """Before the first rollout after each sync: check what the engine holds, and probe it when that is due. Later
+        rollouts of the same sync return at once.
 
-        Raises EngineStateError when the engine does not hold the policy at all; PolicyMismatchError when it does not
-        serve the trainer's (setting ``on_mismatch``: ``raise``), or still does not after a repair (``repair``);
-        ``warn`` only says so.
+        Raises EngineStateError when the engine cannot serve the policy at all; PolicyMismatchError when it serves
+        another one than the trainer's (setting ``on_mismatch``: ``raise``), or still does after a repair (``repair``).
+        ``warn`` only logs it.
         """
         if self.engine.make_ready():
             self.examiner.schedule.note_disturbance()
@@ -165,7 +165,7 @@ class Session:
         self.pending = pending or self.pending
         if finding is not None and later and repairs:
             asked = self.pending.asked if self.pending is not None else ()
-            self.pending = Pending(asked, finding)  # the trainer's model is needed for it
+            self.pending = Pending(asked, finding)  # a repair needs the trainer's model on its device
         elif finding is not None and self._act(finding, settings, repairs, "Nothing was generated."):
             self.repair()
             finding, _ = self.examiner.look(self._served(), rollout, None, first)
@@ -183,10 +183,10 @@ class Session:
                 self.auto.watch(rollout, self.writer, self.trainer.device)
 
     def after_rollout(self) -> bool:
-        """After a call for rollouts, with the trainer's model back where it computes: judge what was asked. All ranks
-        together. Whether the rollouts must be made again, which a repair asks for.
+        """After a rollout call, with the trainer's model back on its device: judge the probes. All ranks together.
+        Returns whether the rollouts must be made again, after a repair.
 
-        Raises PolicyMismatchError as ``before_rollout`` does; the rollouts are then made, and not trained on.
+        Raises PolicyMismatchError as ``before_rollout`` does: the rollouts exist by then, but are not trained on.
         """
         pending = self._shared_pending()
         if pending is None:
@@ -210,12 +210,12 @@ class Session:
         return False
 
     def note_batch(self, scored: BatchPort) -> None:
-        """After the trainer has scored its rollouts and before it learns from them: they are evidence, too. All ranks
-        together."""
+        """Compare the rollouts' own logprobs with the trainer's, once it has scored them and before it learns from
+        them. All ranks together."""
         self.examiner.note_batch(self._served(), scored)
 
     def repair(self) -> None:
-        """Send base and adapter again, through the reference path. The engine is awake and the trainer's model here."""
+        """Send base and adapter again by the reference path; needs an awake engine and the model on its device."""
         step = self.served_step
         if adapters.changed_scalings(self.adapter):
             self._bind_again()
@@ -227,7 +227,7 @@ class Session:
         self.examiner.schedule.note_disturbance()
 
     def change_mode(self, mode: Mode) -> None:
-        """From the next write on serve the policy in the other mode; base and adapter are sent anew."""
+        """Serve the policy in the other mode from the next write on. Base and adapter are sent again."""
         self._bind(mode)
         self.phase, self.served_step, self.base = Phase.UNBOUND, None, None
         self.examiner.forget_custody()
@@ -238,11 +238,11 @@ class Session:
 
     @property
     def examination(self) -> Examination:
-        """What was found of the last sync."""
+        """What the checks of the last sync found."""
         return self.examiner.examination
 
     def what_is_missing(self) -> str | None:
-        """Why the engine cannot serve the policy of the last sync at all, or None."""
+        """Why the engine cannot serve the last sync's policy at all, or None."""
         if self.served_step is None:
             return "no sync has completed since the engine was started or slept"
         return self.writer.what_is_missing()
@@ -274,7 +274,7 @@ class Session:
     # ---- binding -----------------------------------------------------------------------------------------------------
 
     def _bind(self, mode: Mode) -> None:
-        """Around the trainer's model and engine as they are now."""
+        """Build adapter, engine and writer for the trainer's current model and engine."""
         trainer = self.trainer
         self.adapter = adapters.bind(trainer.model, apart=mode == "adapter")
         self.engine: EnginePort
@@ -293,7 +293,8 @@ class Session:
         self.examiner.bind(self.engine, self.writer)
 
     def _bind_again(self) -> None:
-        """ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new parameters; and a new engine holds nothing yet."""
+        """Needed when parameters or the engine were replaced: ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new
+        parameters; a new engine holds nothing yet."""
         keeps_base = self.writer.keeps_base and self.engine.is_of(self.trainer)
         self._bind(self.mode)
         self.served_step = None
@@ -309,12 +310,12 @@ class Session:
         self.trainer.sync_again()
 
     def _can_be_compared(self) -> bool:
-        """Whether the engine alone tells, after a sleep, if it still holds what was written."""
+        """Whether, after a sleep, the engine's memory alone shows if it still holds what was written."""
         slots, weights = self.writer.slots, self.writer.weights
         return (slots is not None and slots.expected is not None) or (weights is not None and weights.is_audited)
 
     def _write_what_sleep_lost(self) -> None:
-        """The adapter alone, where its slots do not hold it any more. Fused weights are compared by the audit."""
+        """Write the adapter again if its slots lost it in a sleep. The audit compares fused weights."""
         slots, self._slept = self.writer.slots, False
         if slots is None or slots.expected is None or slots.read_back() == slots.expected:
             return
@@ -325,7 +326,7 @@ class Session:
         self.last_write = self.writer.write()
 
     def _find_origin(self) -> str:
-        """Where the adapter came from, checked against its file; the digest that the engine must therefore get."""
+        """Find the adapter's origin, check it against its file, and return the digest that the engine must get."""
         trainer = self.trainer
         held = adapters.read_to_host(self.adapter, trainer.device)
         self.origin = origin.determine(trainer.model, self.adapter, held, trainer.resume_from, trainer.step)
@@ -333,7 +334,7 @@ class Session:
         return self.writer.digest_of(held)
 
     def _choose_mode(self) -> None:
-        """``SWIFT_LORA_FIX_MODE=auto``: the engine is awake, the trainer's model is here, nothing is written yet."""
+        """``SWIFT_LORA_FIX_MODE=auto``. The engine is awake, the model on its device, nothing is written yet."""
         assert self.auto is not None
         bound = Settings.from_environment().lost_share
         mode = self.auto.choose(self.trainer, self.writer, self.examiner.all_ranks, bound)
@@ -344,12 +345,12 @@ class Session:
             self.writer.begin_validation()
             self.writer.validate()
         elif self.mode == "adapter" and mode is not None:
-            self.phase = Phase.UNBOUND  # what was measured wrote to the engine's base
+            self.phase = Phase.UNBOUND  # the measurement overwrote the engine's base
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 
     def _act(self, finding: Finding, settings: Settings, repairs: bool, so_far: str) -> bool:
-        """Raise, or say it and go on. Whether the caller is to repair it."""
+        """Raise, or log a warning. Returns whether the caller must repair."""
         message = f"The engine does not serve the trainer's policy of step {self.served_step}: {finding}"
         if settings.on_mismatch == "warn":
             warning(message)
@@ -367,7 +368,7 @@ class Session:
     # ---- ranks -------------------------------------------------------------------------------------------------------
 
     def _shared_pending(self) -> Pending | None:
-        """Of rollout servers the main rank alone has asked; all ranks judge, which gather what is sharded."""
+        """With rollout servers only the main rank probed; all ranks judge, because they all-gather shards."""
         if not (self.engine.is_shared and self.trainer.ranks > 1):
             return self.pending
         told: list[Pending | None] = [self.pending]
@@ -376,12 +377,12 @@ class Session:
 
 
 _sessions: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
-_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that ``begin`` has decided about
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()  # trainers that ``begin`` has seen
 
 
 def begin(trainer: Any, port: TrainerPort) -> Session | None:
-    """After the framework prepared its engine: take the sync over, or step aside and say so once. ``trainer`` is the
-    framework's own object, which the session does not keep alive; ``port`` is the same for this package."""
+    """Called after the framework prepared its engine: take over the sync, or step aside and log why. trainer: the
+    framework's own object, which the session does not keep alive. port: this package's view of it."""
     decision = scope.decide(port)
     _seen.add(trainer)
     info(decision.reason)
@@ -395,18 +396,18 @@ def begin(trainer: Any, port: TrainerPort) -> Session | None:
 
 
 def is_known(trainer: Any) -> bool:
-    """Whether ``begin`` has decided about this trainer. One that prepared its engine before the patches went in begins
+    """Whether ``begin`` has seen this trainer. If its engine was prepared before the patches went in, ``begin`` runs
     at its first sync."""
     return trainer in _seen
 
 
 def session_of(trainer: Any) -> Session | None:
-    """The session of a trainer whose sync is ours, else None."""
+    """The session of a trainer that we sync, else None."""
     return _sessions.get(trainer)
 
 
 def forget() -> None:
-    """The patches are gone: whatever happens to the engines from now on is not known here."""
+    """The patches were removed, so we no longer see what happens to the engines."""
     _sessions.clear()
     _seen.clear()
 

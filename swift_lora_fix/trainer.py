@@ -1,6 +1,6 @@
-"""All that this package asks of a framework's trainer. A new framework implements these two, in a folder of its own.
+"""What this package needs from a framework's trainer. A new framework implements these ports in its own folder.
 
-Nothing else of a trainer is read or called anywhere: a name that a framework changes is changed in its port alone.
+No other code reads a trainer: when a framework renames something, only its port changes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any, Protocol
 import torch
 
 Weights = Mapping[str, torch.Tensor]
-Load = Callable[[Any], Any]  # has vLLM load weights: a mapping of names to tensors, or what has its ``items()``
+Load = Callable[[Any], Any]  # loads weights into vLLM: a mapping of names to tensors, or what has its ``items()``
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt's token ids, what the engine went on with, and the engine's logprob of each of those, in nats.
+    """One answer of the engine, as token ids.
 
-    request: what was asked, in the framework's own form, which its port alone looks into; None where that was ids.
+    prompt, tokens: ids of the prompt and of the answer. logprobs: the engine's logprob of each answer token, in nats.
+    request: the request in the framework's own form, read only by its port; None when the engine was asked with ids.
     """
 
     prompt: tuple[int, ...]
@@ -31,10 +32,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Scored:
-    """Some rollouts as both sides see them, logprobs in nats at the temperature that they were sampled at.
+    """Rollouts as engine and trainer score them: logprobs in nats, at the sampling temperature.
 
-    engine: the engine's own; of each row those of its tokens, in order, or a tensor like ``trainer``.
-    trainer: [rows, tokens], the trainer's. mask: [rows, tokens], true at tokens that the engine chose.
+    engine: the engine's logprobs: for each row those of its tokens, in order, or a tensor like ``trainer``.
+    trainer: [rows, tokens], the trainer's logprobs. mask: [rows, tokens], true at tokens that the engine chose.
     """
 
     engine: Sequence[Sequence[float]] | torch.Tensor
@@ -43,48 +44,47 @@ class Scored:
 
 
 class BatchPort(Protocol):
-    """The rollouts of one call, once the trainer has scored them and before it learns from them."""
+    """The rollouts of one call, after the trainer has scored them and before it learns from them."""
 
     @property
     def why_not(self) -> str:
-        """Why the engine's logprobs are not what the trainer computes of the same tokens, in words; empty where they
-        are. The same on all ranks."""
+        """Why the engine's and the trainer's logprobs of the same tokens cannot be compared in this run; empty if they
+        can. The same on all ranks."""
 
     def scored(self, anew: bool) -> Sequence[Scored]:
-        """Parts in which they were scored, as far as the engine's logprobs of them are known. anew: the trainer scores
-        them once more, with nothing dropped out; a collective where its parameters are sharded."""
+        """The rollouts in the parts that were scored together, where the engine's logprobs are known. anew: score them
+        again without dropout, a collective when parameters are sharded."""
 
 
 class RolloutPort(Protocol):
-    """One call for rollouts that the framework is about to make."""
+    """One rollout call that the framework is about to make."""
 
     @property
     def has_requests(self) -> bool:
-        """Whether anything is asked for. (A multi-turn loop asks once more, for nobody.)"""
+        """Whether the call has any requests. (The last call of a multi-turn loop may have none.)"""
 
     @property
     def most_tokens(self) -> int:
-        """Output tokens of the whole call, at most."""
+        """Upper bound on the output tokens of the whole call."""
 
     @property
     def has_media(self) -> bool:
-        """Whether a request of this call has an image that the model looks at. (Of this rank's call.)"""
+        """Whether a request of this call, on this rank, has an image that the model reads."""
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
-        """Have the engine go on with ``prompts`` as user messages, over the path that rollouts take: sampled at
-        temperature 1 with a fixed seed, ``new_tokens`` each at most. Lengths, settings and requests of the run's own
-        rollout stay as they are, also where this fails.
+        """Generate answers to ``prompts`` as user messages, on the path that rollouts take: temperature 1, fixed seed,
+        at most ``new_tokens`` each. Lengths, settings and requests of the run's own rollout are kept, also on errors.
 
-        with_media: each with the first image of the first request that has one (where ``has_media``).
+        with_media: attach to each the first image of the first request that has one (needs ``has_media``).
         """
 
     def tokens_per_second(self, most_tokens: int) -> float:
-        """Make this rollout with ``most_tokens`` tokens an answer at most, throw it away, and say how fast it was. It
-        leaves as little behind as ``ask``."""
+        """Generate this rollout with at most ``most_tokens`` tokens an answer, discard it, and return its output tokens
+        per second. Like ``ask`` it leaves the run's state unchanged."""
 
 
 class TrainerPort(Protocol):
-    """One trainer, seen from this package. It must not keep the trainer alive."""
+    """One trainer, as this package sees it. It must not keep the trainer alive."""
 
     # ---- who it is ---------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class TrainerPort(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
 
     @property
     def step(self) -> int:
@@ -102,7 +102,7 @@ class TrainerPort(Protocol):
 
     @property
     def ranks(self) -> int:
-        """Processes of this run."""
+        """Number of processes in this run."""
 
     @property
     def is_main_rank(self) -> bool: ...
@@ -114,7 +114,7 @@ class TrainerPort(Protocol):
 
     @property
     def tuner(self) -> str:
-        """``lora`` where a LoRA is trained."""
+        """``lora`` when a LoRA is trained."""
 
     @property
     def engine_place(self) -> str:
@@ -126,41 +126,41 @@ class TrainerPort(Protocol):
 
     @property
     def sleep_level(self) -> int:
-        """vLLM's sleep level between rollouts. 0: never; 1: weights go to the host; 2: weights are thrown away."""
+        """vLLM's sleep level between rollouts. 0: no sleep; 1: weights move to the host; 2: weights are discarded."""
 
     @property
     def offloads_model(self) -> bool:
-        """Whether its model is on the host while rollouts are made, and back when the call for rollouts returns."""
+        """Whether the model is offloaded to the host during rollouts, and back on its device when the call returns."""
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether rollouts are made in another thread while the next step is trained."""
+        """Whether another thread generates rollouts while the next step is trained."""
 
     @property
     def resume_from(self) -> str | None:
-        """The checkpoint that the run claims to go on from."""
+        """The checkpoint that the run says it resumes from."""
 
     # ---- its engine --------------------------------------------------------------------------------------------------
 
     @property
     def vllm_engine(self) -> Any:
-        """The ``vllm.LLMEngine`` of this process as it is now."""
+        """This process's current ``vllm.LLMEngine``."""
 
     @property
     def server_client(self) -> Any:
-        """The client of the rollout servers as it is now; None where they are not used, and on other ranks."""
+        """The current client of the rollout servers; None without servers, and on all ranks but the main one."""
 
     @property
     def adapter_request_class(self) -> Any:
-        """The ``LoRARequest`` that takes tensors: fields ``lora_name``, ``lora_int_id``, ``lora_path``,
+        """The ``LoRARequest`` subclass that takes tensors: fields ``lora_name``, ``lora_int_id``, ``lora_path``,
         ``peft_config``, ``lora_tensors``."""
 
     @property
     def attaches_adapter(self) -> bool:
-        """Whether rollouts name the adapter, so that vLLM's LoRA layers apply it."""
+        """Whether rollout requests name the adapter, so that vLLM's LoRA layers apply it."""
 
     def attach_adapter(self, wanted: bool) -> None:
-        """From now on rollouts name it, or not."""
+        """Make later rollout requests name the adapter, or not."""
 
     # ---- what a probe must know --------------------------------------------------------------------------------------
 
@@ -169,36 +169,36 @@ class TrainerPort(Protocol):
 
     @property
     def longest_prompt(self) -> int | None:
-        """Tokens of the longest prompt and answer together; None where nothing limits them."""
+        """Limit on the tokens of prompt and answer together; None without a limit."""
 
     def scoring(self) -> AbstractContextManager[None]:
-        """Around a forward of ``model`` that is none of training's."""
+        """Context for a forward of ``model`` that does not belong to training."""
 
     def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
-        """What the framework gives its model for these prompts and answers, media included: the model's keyword
-        arguments, on ``device``, and ``labels`` (rows, width), int64: the answers' tokens, and -100 elsewhere. One row
-        an answer, padded on either side."""
+        """What the framework would feed its model for these prompts and answers, media included: the model's keyword
+        arguments, on ``device``, and ``labels`` (rows, width), int64: token ids at the answers' tokens, -100 elsewhere.
+        One row an answer, padded left or right."""
 
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Before training begins, and after its engine was made."""
+        """Called after its engine was made, before training begins."""
 
     def send_base(self, load: Callable[[Load, Weights], Any], note: Callable[[Weights], None]) -> None:
-        """Send the model to the engine without its adapter, in the framework's own way and under the engine's names.
+        """Send the model without its adapter to the engine: the framework's own way, under the engine's names.
 
         Args:
-            load: is called in place of each of the framework's loads, with that load and what it was to be given.
-            note: is told the trainer's own names of tensors that are about to be renamed.
+            load: replaces each of the framework's load calls; gets that call and the weights it would have loaded.
+            note: gets the trainer's own names of tensors, just before the framework renames them.
 
         The trainer is only read: nothing is merged.
         """
 
     def sync_again(self) -> None:
-        """The next call for rollouts begins with a sync, whatever the step."""
+        """Make the next rollout call begin with a sync, even if the step is the same."""
 
     def wait_for_rollouts(self) -> None:
-        """Return when none is made any more. (Asynchronous ones; a collective.)"""
+        """Wait until no asynchronous rollout is running. A collective."""
 
     def metrics(self) -> MutableMapping[str, list[float]] | None:
-        """By name the numbers of this logging interval, to add to; None where it keeps none."""
+        """The metrics of this logging interval by name, to append to; None when the trainer keeps none."""

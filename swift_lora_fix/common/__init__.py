@@ -1,1 +1,1 @@
-"""What every layer uses and what uses none of them: log, settings, digest, clock, ranks, files."""
+"""What every layer uses, and what uses no other layer: log, settings, digest, clock, ranks, files."""

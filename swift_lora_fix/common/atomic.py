@@ -14,13 +14,13 @@ from ..errors import AdapterFileError, SwiftLoraFixError
 
 @contextlib.contextmanager
 def all_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that becomes ``target`` in one step, and is gone when anything fails.
+    """A temporary folder beside ``target``. It is renamed to ``target`` in one step, or removed if anything fails.
 
-    ``target`` must not exist or be empty, its parent must exist. Raises AdapterFileError when it cannot be written.
+    ``target`` must not exist or be empty; its parent must exist. Raises AdapterFileError when it cannot be written.
     """
     from safetensors import SafetensorError
 
-    # named before it is made: a Ctrl-C may come between the two
+    # named before it is created: a Ctrl-C may come between the two
     temporary = target.parent / f".{target.name}.fork-{uuid.uuid4().hex}"
     try:
         temporary.mkdir()
@@ -29,9 +29,9 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         os.umask(umask)
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
-                path.chmod(0o666 & ~umask)  # safetensors makes its file the owner's alone
+                path.chmod(0o666 & ~umask)  # safetensors makes its file private to the owner
             _flush(path)
-        os.rename(temporary, target)  # also onto a folder that is empty
+        os.rename(temporary, target)  # also replaces an empty folder
         _flush(target.parent)
     except BaseException as error:  # Ctrl-C too
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Charts: one style, one way to save them, and matplotlib only when one is drawn (it is an optional dependency).
+"""Charts: one style, one way to save them. matplotlib is optional, and imported only when one is drawn.
 
-    with charts.chart(path, size=(8, 3)) as (figure, (axis,)):
-        axis.plot(...)
+with charts.chart(path, size=(8, 3)) as (figure, (axis,)):
+    axis.plot(...)
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..errors import ChartError, MissingPackageError
 from .files import make_folder
 
 OURS, STOCK, QUIET = "#1565c0", "#c62828", "#616161"  # QUIET: floors, base lines, notes
-BAD = STOCK  # what should not be
-AMBER, VIOLET, GREEN = "#b26a00", "#8e24aa", "#2e7d32"  # for more, in no fixed meaning
+BAD = STOCK  # marks what should not be
+AMBER, VIOLET, GREEN = "#b26a00", "#8e24aa", "#2e7d32"  # for anything else, with no fixed meaning
 DPI = 120
 STYLE = {
     "font.size": 10,
@@ -33,12 +33,12 @@ STYLE = {
 def chart(
     path: Path, *, size: tuple[float, float], rows: int = 1, columns: int = 1, option: str = "--out", **subplots: Any
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure to draw into, saved as the block ends. Nothing is saved when the block raises.
+    """A figure to draw into. It is saved at the end of the block, unless the block raises.
 
     Args:
-        path: the file; its folder is made. Its suffix says the format, PNG where matplotlib knows none of that name.
+        path: the file; its folder is created. The suffix selects the format, PNG if matplotlib does not know it.
         size: width and height in inches, at 120 dots an inch. rows, columns, subplots: as ``Figure.subplots`` takes
-            them. option: the command line's option that names the file, for the error.
+            them. option: the command line option that names the file, for the error.
 
     Yields: the figure, and its axes row by row.
 
@@ -69,6 +69,6 @@ def chart(
 
 
 def horizontal_grid(*axes: Any) -> None:
-    """Pale lines to read heights by."""
+    """Pale horizontal lines, to read heights by."""
     for axis in axes:
         axis.grid(axis="y")

@@ -6,14 +6,14 @@ import time
 
 
 class Clock:
-    """Seconds by name; a name that comes again adds up. last: when it was looked at last, on ``time.perf_counter``."""
+    """Seconds by name; times of the same name add up. last: the last reading of ``time.perf_counter``."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self.start()
 
     def start(self) -> None:
-        """Leave out what has passed since the last look."""
+        """Skip the time since the last reading."""
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:

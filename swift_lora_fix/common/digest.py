@@ -1,9 +1,9 @@
-"""A 64-bit checksum of a tensor's bits, taken on the device that holds it: two native int64 sums, no temporary copy.
+"""A 64-bit checksum of a tensor's bits, computed on its device: two native int64 sums, no temporary copy.
 
-The bits are read as a matrix x of 64-bit words and D = sum_r w[r] * sum_c x[r, c] + sum_c v[c] * sum_r x[r, c], modulo
-2**64, with odd weights w and even weights v. Any change within one 16-bit value moves D by less than 2**16 * 2**48
-times an odd number, which is never 0 modulo 2**64: it is always seen. Values that change places are seen too, up to
-chance. It guards against faults, not against an adversary, and is the same number on a CPU and on a GPU.
+The bits are read as a matrix x of 64-bit words, and D = sum_r w[r] * sum_c x[r, c] + sum_c v[c] * sum_r x[r, c] modulo
+2**64, with odd weights w and even weights v. A change within one 16-bit value changes D by an odd number times less
+than 2**16 * 2**48, which is never 0 modulo 2**64: it is always detected. Values that trade places are detected too, up
+to chance. The checksum guards against faults, not against an adversary. It is the same on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FACTOR = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The checksum of ``tensor``, any shape and dtype, which are no part of it: 0-dim int64 on its device."""
+    """The checksum of ``tensor``'s bits; shape and dtype do not count. 0-dim int64 on its device."""
     words = _words(tensor)
     rows = words.numel() // COLUMNS
     row_weights, column_weights = _weights(rows + 1, words.device)
@@ -29,7 +29,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def combine(checksums: Iterable[int]) -> str:
-    """One digest of checksums in their order: 16 hexadecimal digits."""
+    """One digest of checksums, in their order: 16 hexadecimal digits."""
     total = 0
     for value in checksums:
         total = (total * _FACTOR + value) & _MASK
@@ -37,7 +37,7 @@ def combine(checksums: Iterable[int]) -> str:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits as 64-bit words, without a copy where the memory is contiguous, aligned, and a multiple of 8 bytes."""
+    """The bits as 64-bit words; no copy if the memory is contiguous, aligned, and a multiple of 8 bytes."""
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
     if flat.numel() * size % 8 or flat.storage_offset() * size % 8:

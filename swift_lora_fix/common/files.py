@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def make_folder(folder: Path) -> None:
-    """Make it and its parents where they are missing. Raises OSError; where a file is in the way, NotADirectoryError
-    (``Path.mkdir`` says "File exists" then, of what the user wanted to be a folder)."""
+    """Create it, with missing parents. Raises OSError; NotADirectoryError when a file is in the way (``Path.mkdir``
+    would say "File exists" about what the user meant to be a folder)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""What the ranks of one run tell each other."""
+"""Communication between the ranks of one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def ranks_agree(fine: bool, device: torch.device) -> bool:
-    """Whether it is fine on every rank of this run. A collective: all ranks must ask."""
+    """Whether ``fine`` is true on every rank of this run. A collective: all ranks must call it."""
     flag = torch.tensor(int(fine), device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     return bool(flag)

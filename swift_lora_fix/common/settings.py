@@ -23,28 +23,32 @@ class Settings:
 
     enabled: ``SWIFT_LORA_FIX`` (``on``, the default, or ``off``, which keeps every patch out).
     mode: ``SWIFT_LORA_FIX_MODE``: ``adapter`` (base and adapter apart, in vLLM's LoRA layers), ``fused`` (the adapter
-        folded into the engine's own weights), ``auto`` (measured as the run starts). Not set: what
-        ``--vllm_enable_lora`` says, true for ``adapter`` and false for ``fused``.
+        folded into the engine's own weights), ``auto`` (measured at the start of the run). Not set: by
+        ``--vllm_enable_lora``, true for ``adapter`` and false for ``fused``.
     writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
         through vLLM's own adapter loader, the slow reference path).
-    on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine is found not to serve the trainer's policy: ``raise``
-        (the default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or
-        ``warn`` (say so and go on).
-    gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs every so many syncs pass the agreement gate (50 is
-        the default; 0 switches the gate off, the audits stay).
-    lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that may be lost
-        to rounding before a warning says so, and before ``auto`` takes the other mode; 0.5 is the default.
-    transport: ``SWIFT_LORA_FIX_TRANSPORT``, of server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
-        connection), ``reload`` (over a folder or in the request body, and no NCCL is opened; set it for the servers as
-        well). Not set: NCCL where it works, else a folder or the request body.
-    server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds within which a rollout server must have answered a
-        call, retries included; 300 is the default.
-    rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one call for rollouts may take; 3600 is the
-        default. A server that makes rollouts answers nothing else, so whether it hangs is not to be seen earlier.
+    on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine does not serve the trainer's policy: ``raise`` (the
+        default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or ``warn``
+        (log it and go on).
+    gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs, run the agreement gate at every Nth sync; 50 is
+    the
+        default. 0 switches the gate off; the audits stay.
+    lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that rounding
+    may
+        lose before there is a warning, and before ``auto`` takes the other mode; 0.5 is the default.
+    transport: ``SWIFT_LORA_FIX_TRANSPORT``, in server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
+        connection), ``reload`` (by a folder or in the request body; NCCL is not opened; set it for the servers too).
+        Not
+        set: NCCL if it works, otherwise a folder or the request body.
+    server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds in which a rollout server must have answered a call,
+        retries included; 300 is the default.
+    rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one rollout call may take; 3600 is the default.
+    A
+        server that makes rollouts answers nothing else, so a hang cannot be noticed earlier.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
-    root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path; the
-        same on both sides, where both see it. ``/dev/shm/swift_lora_fix-UID`` is the default.
-    max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: a rollout server takes no adapter of more MiB; 8192 is the default.
+    root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path. Use
+        the same on both sides, and one that both can see. ``/dev/shm/swift_lora_fix-UID`` is the default.
+    max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: the largest adapter, in MiB, that a rollout server takes; 8192 is the default.
     """
 
     enabled: bool = True

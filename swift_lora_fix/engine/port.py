@@ -1,6 +1,6 @@
-"""What a session asks of an engine and of the writer that carries a policy to it. A new engine implements these.
+"""What a session needs from an engine, and from the writer that carries a policy to it. A new engine implements these.
 
-What only some can do is an attribute that is None in the others, never a method that does nothing.
+An optional capability is an attribute that is None when missing, never a method that does nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..policy.adapter import Adapter
 
 @dataclass
 class WriteReport:
-    """What one write did: ``path`` is the way it went; seconds by stage; bytes that the engine was given.
+    """What one write did. path: the way it took. seconds: by stage. bytes_written: given to the engine.
 
-    digest: of the whole policy as the engine is to hold it, the same on every rank.
+    digest: of the whole policy as the engine should now hold it; the same on every rank.
     """
 
     path: str
@@ -29,13 +29,13 @@ class WriteReport:
 
 
 class BasePort(Protocol):
-    """What engine and trainer hold of the base after it was sent."""
+    """The base as it was sent, to compare with what engine and trainer hold later."""
 
     def engine_differences(self) -> list[str]:
-        """Names of the engine's parameters whose bits are not those that were sent."""
+        """Names of the engine's parameters whose bits differ from what was sent."""
 
     def trainer_differences(self) -> list[str]:
-        """Names of the trainer's parameters whose bits are not those that were sent."""
+        """Names of the trainer's parameters whose bits differ from what was sent."""
 
     @property
     def parameters(self) -> int:
@@ -43,30 +43,30 @@ class BasePort(Protocol):
 
 
 class HeldPort(Protocol):
-    """What lies in this process: it can be looked at, and it can be lost."""
+    """A written adapter in this process's engine: it can be compared, and it can be lost."""
 
     def forget(self) -> None:
-        """The engine slept: what it holds is unknown."""
+        """The engine slept: what it holds is unknown now."""
 
     def accept(self) -> None:
-        """It was looked at and is what was written."""
+        """The content was compared and is what was written."""
 
 
 class SlotsPort(HeldPort, Protocol):
     """The adapter in vLLM's LoRA slots. Checksums are 64-bit (common/digest.py), one a chunk of the adapter."""
 
     adapter: Adapter
-    expected: list[int] | None  # None: vLLM's own loader wrote, and nobody knows where
-    previous: list[int] | None  # of the write before
+    expected: list[int] | None  # None: vLLM's own loader wrote, so the regions are unknown
+    previous: list[int] | None  # of the write before the last
 
     def read_back(self) -> list[int]:
-        """Of what the slots hold now, to be compared with ``expected``."""
+        """Checksums of what the slots hold now, to compare with ``expected``."""
 
     def staged(self) -> Iterator[tuple[Sequence[Any], Sequence[torch.Tensor]]]:
-        """By chunk ``(copies, regions)``: where the adapter lies, and what should be there. Valid until the next."""
+        """``(copies, regions)`` by chunk: the adapter's places, and what they should hold. Valid until the next one."""
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks that hold parts of this adapter."""
+        """Whether ``fine`` is true on all ranks that hold a part of this adapter."""
 
 
 class WeightsPort(HeldPort, Protocol):
@@ -74,113 +74,114 @@ class WeightsPort(HeldPort, Protocol):
 
     @property
     def is_known(self) -> bool:
-        """Whether it is known where they lie."""
+        """Whether the regions of these weights in the engine are known."""
 
     def placed(self, part: int = 0, parts: int = 1) -> Iterator[Any]:
-        """Each region and what should be in it (weights/fused.py, ``Placed``); of every ``parts``-th module."""
+        """Each region and what it should hold (weights/fused.py, ``Placed``), for every ``parts``-th module."""
 
     def expected(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of each weight that the adapter changes ``(value, rounded, plain)``, from the trainer alone."""
+        """``(value, rounded, plain)`` of each weight that the adapter changes, computed from the trainer alone."""
 
     def all_ranks(self, fine: bool) -> bool: ...
 
     def note_audited(self) -> None:
-        """All of it was found right: from now on the engine alone tells whether it changed."""
+        """An audit has just run: remember checksums of what the engine holds, for ``engine_changed``."""
 
     @property
     def is_audited(self) -> bool: ...
 
     def engine_changed(self) -> bool:
-        """Whether what lies there is no longer what the last whole audit found. Asks the engine alone."""
+        """Whether the weights differ from those at ``note_audited``. Reads the engine alone."""
 
 
 class ServingPort(Protocol):
-    """How this engine serves the adapter, as a probe needs to know it."""
+    """How this engine serves the adapter, as far as a probe has to know."""
 
     @property
     def rounds(self) -> bool:
-        """Whether the engine rounds what the trainer does not."""
+        """Whether the engine rounds weights that the trainer does not, and the trainer can compute with them
+        rounded."""
 
     @property
     def copies(self) -> int:
-        """How often a probe is asked, so that each engine gets all of it."""
+        """How many copies of a probe to send, so that each engine gets all of its prompts."""
 
     @property
     def reset_caches(self) -> Callable[[], None] | None:
-        """Forgets what a probe leaves in the caches; None where that cannot be done from here."""
+        """Drops what a probe left in the caches; None when this process cannot do that."""
 
     def engine_without_adapter(self) -> AbstractContextManager[None]: ...
 
     def trainer_without_adapter(self) -> AbstractContextManager[None]: ...
 
     def trainer_as_rounded(self) -> AbstractContextManager[None]:
-        """The trainer computing with what the engine should hold. Where ``rounds``."""
+        """The trainer computes with the rounded weights that the engine should hold. Only if ``rounds``."""
 
     @property
     def stand_ins(self) -> Collection[torch.nn.Module]:
-        """Modules of the trainer that compute in place of their children in ``trainer_as_rounded`` and
+        """The trainer's modules that compute in place of their children in ``trainer_as_rounded`` and
         ``trainer_without_adapter``."""
 
 
 class WriterPort(Protocol):
-    """Carries one trainer's policy into one engine, again and again."""
+    """Carries one trainer's policy into one engine, at each sync."""
 
     @property
     def adapter(self) -> Adapter: ...
 
     @property
     def mode(self) -> Literal["adapter", "fused"]:
-        """Base and adapter apart, or folded into one."""
+        """``adapter``: base and adapter are separate in the engine; ``fused``: folded into one weight."""
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the engine's base is still known when this object is made anew."""
+        """Whether a new writer for the same engine can rely on the base that an earlier one sent."""
 
     @property
     def slots(self) -> SlotsPort | None:
-        """Where the adapter lies in this process's LoRA slots."""
+        """The adapter in this process's LoRA slots, in adapter mode."""
 
     @property
     def weights(self) -> WeightsPort | None:
-        """Where it lies in this process's weights."""
+        """The adapter in this process's weights, in fused mode."""
 
     @property
     def place(self) -> str:
-        """Where the adapter ends up, in words."""
+        """Where the adapter ends up, in words for the log."""
 
     @property
     def serving(self) -> ServingPort: ...
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks that this writer needs together."""
+        """Whether ``fine`` is true on all ranks that must write together."""
 
     def begin_validation(self) -> None:
-        """Have the device begin with what ``validate`` asks; the trainer's values stay as they are until then."""
+        """Start the checks of ``validate`` on the device. The trainer's values must not change until ``validate``."""
 
     def validate(self) -> None:
-        """Before anything is written, so that the engine keeps its policy. Raises NonFiniteAdapterError, and
-        EngineStateError while requests are running, which would mix two policies."""
+        """Called before anything is written, so that an error leaves the engine its policy. Raises
+        NonFiniteAdapterError; EngineStateError while requests are running, because they would mix two policies."""
 
     def send_base(self) -> BasePort | None:
-        """Make the engine hold the trainer's unmerged base; None where the engine itself compares it."""
+        """Send the trainer's unmerged base to the engine. None when the engine itself compares it."""
 
     def write(self) -> WriteReport:
-        """Make the engine serve the policy as it is now; what it computed with the one before is forgotten."""
+        """Make the engine serve the trainer's current policy, and drop its caches of the previous one."""
 
     def write_by_reference(self) -> WriteReport:
-        """The same by vLLM's own loader, once."""
+        """The same, this once through vLLM's own loader."""
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """The policy digest of whole CPU values by PEFT key."""
+        """The policy digest of ``held``: whole tensors on the CPU, by PEFT key."""
 
     def what_is_missing(self) -> str | None:
-        """What keeps the policy from being served, in words, or None."""
+        """Why the engine cannot serve the policy, in words, or None."""
 
     def is_current(self) -> bool:
-        """Whether nothing is known to have happened to what was written last."""
+        """Whether nothing is known to have changed what was written last."""
 
     def adapted_parameters(self) -> set[str]:
-        """Names of the engine's base parameters in layers that have a LoRA beside them."""
+        """Names of the engine's base parameters whose layers hold a part of the adapter."""
 
 
 class EnginePort(Protocol):
@@ -191,17 +192,17 @@ class EnginePort(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """One for all ranks, which the main rank alone talks to."""
+        """Whether all ranks share it and only the main rank talks to it (rollout servers)."""
 
     def is_of(self, trainer: Any) -> bool:
         """Whether it is (still) the engine of this ``TrainerPort``."""
 
     @property
     def cache_block(self) -> int:
-        """Tokens of a block of the prefix cache."""
+        """Tokens per block of the prefix cache."""
 
     def make_ready(self) -> bool:
-        """Before rollouts: bring back what was lost elsewhere; whether anything was."""
+        """Called before rollouts: restore what an engine elsewhere lost. Returns whether anything was restored."""
 
     def generate(self, infer: Callable[[], Any]) -> Any:
-        """Rollouts, by the framework's own way."""
+        """Run ``infer``, the framework's own rollout call."""

@@ -1,4 +1,4 @@
-"""Does the installed ms-swift have what the patches hook and call? Asked of the code, whatever its version number."""
+"""Does the installed ms-swift have what the patches hook and call? This inspects the code, not the version number."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from . import releases
 
 
 def check(module: ModuleType) -> None:
-    """Raise ContractError listing every target that ``module`` lacks, or whose signature does not take our call; and
-    every name that the port uses and ms-swift's own trainer does not: a renamed attribute would be read as absent."""
+    """Raise ContractError listing every target that ``module`` lacks or that does not take our call, and every name
+    that the port uses but ms-swift's own trainer does not: reading a renamed attribute would silently find nothing."""
     problems = [problem for target in releases.HOOKS + releases.CALLS if (problem := _problem(module, target))]
     wanted = releases.attributes_of(releases.installed_swift())
     problems += [f"{name} is not used by its trainer any more" for name in unused(_sources(module.__name__), wanted)]
@@ -25,14 +25,14 @@ def check(module: ModuleType) -> None:
 
 
 def check_scoring(module: ModuleType) -> None:
-    """Raise ContractError as ``check`` does, of what is patched where the trainer scores its rollouts."""
+    """Raise ContractError as ``check`` does, for the patches of the trainer's scoring."""
     problems = [problem for target in releases.SCORING_HOOKS if (problem := _problem(module, target))]
     if problems:
         raise ContractError(f"{module.__name__} of {_release()}: {'; '.join(problems)}. {_what_to_do()}")
 
 
 def not_found(modules: Sequence[str]) -> ContractError:
-    """The error for a release that has none of the modules that held the rollout class so far."""
+    """The error for a release with none of the modules that have held the rollout class so far."""
     return ContractError(f"{_release()} has none of {', '.join(modules)}. {_what_to_do()}")
 
 

@@ -1,4 +1,4 @@
-"""One library that is patched: when its patches go in, how they come out, and who is told where they cannot go in."""
+"""One library to patch: when its patches go in, how they come out, and what happens when they cannot go in."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..common.log import warning
 from ..errors import SwiftLoraFixError
 from .registry import PatchSet
 
-# Environment variables in which a process tells those that vLLM starts what was asked for in it. Ours, not the user's.
-# The entry point reads them (plugin/vllm/swift_lora_fix_vllm.py), and it cannot import this module.
+# Environment variables that tell processes that vLLM starts what was asked for in this one. They are ours, not
+# settings. The entry point (plugin/vllm/swift_lora_fix_vllm.py) reads them, and cannot import this module.
 PARENT_ARMED = "SWIFT_LORA_FIX_ARMED"
 PARENT_USES_MEMORY = "SWIFT_LORA_FIX_MEMORY"
 INTERNAL = frozenset({PARENT_ARMED, PARENT_USES_MEMORY})
@@ -25,9 +25,9 @@ INTERNAL = frozenset({PARENT_ARMED, PARENT_USES_MEMORY})
 class Arming:
     """What was asked for in this process, about one library or several.
 
-    variable: the environment variable that tells it to the processes that vLLM starts.
+    variable: the environment variable that passes this on to the processes that vLLM starts.
     armed: the patches may go in.
-    by_name: somebody called for them, and wants an error where they cannot go in.
+    by_name: they were asked for explicitly, so failing to put them in is an error.
     reason: where they are, or why they are nowhere, in words.
     """
 
@@ -48,12 +48,12 @@ class Arming:
 class Instrumentor(ABC):
     """The patches of one library.
 
-    After `watch` they go in by themselves, when one of ``triggers`` is imported. If that fails, the library stays as it
-    is and one warning says why; it is raised instead where somebody asked by name. `instrument` always raises.
+    After `watch` they go in automatically, when one of ``triggers`` is imported. If that fails, the library stays as it
+    is and one warning says why; if they were asked for by name, it is raised instead. `instrument` always raises.
 
     triggers: names of modules.
     otherwise: what happens without the patches, for the warning.
-    patch_sets: those that are loaded. The hooks are imported by `instrument`, because they import torch.
+    patch_sets: those that are loaded. `instrument` imports the hooks, because they import torch.
     """
 
     triggers: tuple[str, ...]
@@ -62,12 +62,12 @@ class Instrumentor(ABC):
     def __init__(self, arming: Arming) -> None:
         self.arming = arming
         self.patch_sets: tuple[PatchSet, ...] = ()
-        self.paused = False  # whoever imports a trigger calls `instrument`
+        self.paused = False  # the importer of a trigger will call `instrument` itself
         self._watching = False
 
     @abstractmethod
     def instrument(self, module: ModuleType) -> None:
-        """Patch the library, all or nothing; once it is patched, do nothing.
+        """Patch the library, all or nothing. If it is patched already, do nothing.
 
         Args:
             module: the trigger that was imported.
@@ -90,13 +90,13 @@ class Instrumentor(ABC):
             patch_set.check_removable()
 
     def uninstrument(self) -> None:
-        """Put the library's own objects back. Raises PatchConflictError, changing nothing, where that is impossible."""
+        """Restore the library's own objects. Raises PatchConflictError, and changes nothing, if it cannot."""
         self.check_removable()
         for patch_set in self.patch_sets:
             patch_set.undo()
 
     def status(self) -> dict[str, str]:
-        """For each patch whether it is ``applied`` or ``not applied``. Loads nothing."""
+        """For each patch ``applied`` or ``not applied``. Loads nothing."""
         return {
             f"{patch_set.name}: {patch.target}": "applied" if patch_set.is_applied else "not applied"
             for patch_set in self.patch_sets
@@ -104,16 +104,16 @@ class Instrumentor(ABC):
         }
 
     def watch(self) -> None:
-        """Patch as soon as one of ``triggers`` is imported; now, if one is already."""
+        """Patch as soon as one of ``triggers`` is imported; at once if one already is."""
         for name in self.triggers:
-            if not self._watching:  # wrapt cannot take a hook out again, so each is registered once
+            if not self._watching:  # wrapt cannot remove a hook, so each is registered once
                 wrapt.register_post_import_hook(self._on_import, name)
             elif name in sys.modules:
                 self._on_import(sys.modules[name])
         self._watching = True
 
     def step_aside(self, module: ModuleType, error: SwiftLoraFixError) -> None:
-        """Leave the library as it is, and say so."""
+        """Leave the library as it is, and warn."""
         warning(f"stepping aside, {self.otherwise}: {error}")
 
     def _on_import(self, module: ModuleType) -> None:

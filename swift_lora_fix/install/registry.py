@@ -1,4 +1,4 @@
-"""Patches as records: resolved all together, applied all together, undone from what was recorded."""
+"""Patches as records: resolved together, applied together, undone from what was recorded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Patch:
     target: ``Class.method`` in the module that the patch is applied to.
     wrapper: wrapt's ``wrapper(wrapped, instance, args, kwargs)``.
     why: the symptom without it. goes_when: what must be true upstream before it can be removed.
-    bypasses: functions of that module, dotted like ``target``, that are not called where ours does their work.
+    bypasses: functions of that module, dotted like ``target``, that our wrapper does not call when it does their work.
     """
 
     target: str
@@ -55,7 +55,7 @@ class PatchSet:
         return bool(self.applied)
 
     def plan(self, module: ModuleType) -> list[Applied]:
-        """Resolve every target; change nothing. Raises ContractError naming all targets that are not there."""
+        """Resolve every target, change nothing. Raises ContractError naming all missing targets."""
         planned, missing = [], []
         for patch in self.patches:
             try:
@@ -70,7 +70,7 @@ class PatchSet:
         return planned
 
     def apply(self, module: ModuleType) -> None:
-        """Patch ``module``, all or nothing. Warns of functions that somebody else put there and that we bypass."""
+        """Patch ``module``, all or nothing. Warns about functions of somebody else's that our patches bypass."""
         if self.is_applied:
             return
         planned = self.plan(module)
@@ -82,7 +82,7 @@ class PatchSet:
         self.applied, self.module = planned, module
 
     def check_removable(self) -> None:
-        """Raise PatchConflictError when somebody has wrapped one of ours since."""
+        """Raise PatchConflictError when somebody has wrapped one of our wrappers since."""
         covered = [a.patch.target for a in self.applied if vars(a.parent).get(a.attribute) is not a.installed]
         if covered:
             raise PatchConflictError(
@@ -91,7 +91,7 @@ class PatchSet:
             )
 
     def undo(self) -> None:
-        """Put the very objects back. Raises PatchConflictError, changing nothing, where that is not possible."""
+        """Restore the original objects. Raises PatchConflictError, and changes nothing, when that is impossible."""
         self.check_removable()
         for item in reversed(self.applied):
             if item.own:
@@ -102,7 +102,7 @@ class PatchSet:
 
 
 def _warn_if_foreign(module: ModuleType, name: str, patch: Patch) -> None:
-    """Say so where a function that ``patch`` bypasses is no longer the library's own, but a user's plugin's."""
+    """Warn if a function that ``patch`` bypasses is no longer the library's own, but a user plugin's."""
     owner = owner_of(wrapt.resolve_path(module, name)[2])
     if owner.partition(".")[0] != module.__name__.partition(".")[0]:
         warning(
@@ -113,8 +113,8 @@ def _warn_if_foreign(module: ModuleType, name: str, patch: Patch) -> None:
 
 
 def owner_of(function: Any) -> str:
-    """The module whose code runs first when this is called; wrappers show the name and module of what they wrap."""
-    if type(function) is FunctionType:  # not isinstance, which looks through a wrapper
+    """The module whose code runs first in a call. (A wrapper shows the name and module of what it wraps.)"""
+    if type(function) is FunctionType:  # not isinstance, which sees through a wrapper
         return str(function.__globals__["__name__"])
     for name in ("_self_wrapper", "__func__", "func"):  # of wrapt's wrappers; of class and bound methods; of partials
         inner = getattr(function, name, None)

@@ -1,8 +1,8 @@
 """THE facts: which ms-swift release does what, and what this package does about it.
 
-One table (`FAMILIES`) drives the runtime gate, the release tests and the README's "am I affected". ``tests/releases``
-checks every entry against the source of every published ms-swift release. Only this module reads versions; the rest
-of the package asks it. It imports neither torch, swift nor vLLM.
+One table (`FAMILIES`) drives the check at runtime, the release tests and the README's "am I affected".
+``tests/releases`` checks every entry against the source of every published ms-swift release. Only this module reads
+versions; the rest of the package asks it. It imports neither torch, swift nor vLLM.
 
 Words: *base* is the frozen model W. A *sync* carries the trainer's weights into vLLM. A *full move* sends the whole
 model, an *adapter move* only the LoRA.
@@ -37,22 +37,22 @@ class Defect:
     symptom: str  # one sentence, what a user sees
     evidence: str  # upstream report, or where the source shows it
     remedy: str  # what this package does instead
-    gone_when: str  # what ms-swift has to do for that part of the patch to go
+    gone_when: str  # what ms-swift must do before this part of the patch can go
     # The README's cells, in a user's words; '' where the defect does not show.
     on_scratch: str = ""  # a new LoRA, so lora_B is zero
-    on_adapters: str = ""  # also a new LoRA whose initialisation is not zero (PiSSA, OLoRA)
+    on_adapters: str = ""  # also a new LoRA with nonzero initial values (PiSSA, OLoRA)
     on_resume: str = ""
     on_trainer: str = ""
-    on_options: str = ""  # only with an option that is named here
-    mended: bool = True  # False: this package leaves it as it is
+    on_options: str = ""  # only with an option named here
+    mended: bool = True  # False: this package does not fix it
 
 
 @dataclass(frozen=True)
 class Target:
-    """A name in ms-swift's rollout module and how we call it: the contract that a release must keep.
+    """A name in ms-swift's rollout module, and how we call it: the contract that a release must keep.
 
-    A release keeps it when a call with `positional` arguments (after self) and the keywords `names` binds, whatever the
-    parameters are called there (``_fast_infer`` takes ``inputs`` up to 4.3.2 and ``samples`` from 4.4.0).
+    A release keeps it if a call with `positional` arguments (after self) and the keywords `names` binds. The
+    parameters' own names do not matter (``_fast_infer`` takes ``inputs`` up to 4.3.2 and ``samples`` from 4.4.0).
     """
 
     attribute: str  # dotted path inside the rollout module
@@ -61,7 +61,7 @@ class Target:
     is_function: bool = True  # False: only the name has to exist
 
     def mismatch(self, signature: inspect.Signature | None) -> str | None:
-        """Why what has this signature (None: it is not callable) cannot be called as we call it; None when it can."""
+        """Why a target with this signature (None: not callable) does not take our call; None when it does."""
         if not self.is_function:
             return None
         if signature is None:
@@ -80,7 +80,7 @@ class Layout:
     rollout_module: str
     engine_module: str
     server_module: str
-    tuner_argument: str  # 'lora' in this argument means a LoRA run
+    tuner_argument: str  # its value is 'lora' in a LoRA run
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Family:
     first: str
     last: str
     layout: Layout
-    adapter_id: Literal["random", "fixed"]  # a fresh random id at each sync, or FIXED_ADAPTER_ID
+    adapter_id: Literal["random", "fixed"]  # a new random id at each sync, or FIXED_ADAPTER_ID
     # Default of the colocated engine. 'dummy': random weights until the first full move; 'auto': the model's files.
     load_format: Literal["dummy", "auto"]
     defects: tuple[Defect, ...]
@@ -109,8 +109,8 @@ class Family:
 
 @dataclass(frozen=True)
 class KernelFault:
-    """A kernel of vLLM that answers with NaN. mended: the first release without it. capability: CUDA's major one of the
-    devices that have it."""
+    """A vLLM kernel that produces NaN. mended: the first release without the fault. capability: the major CUDA
+    capability of affected devices."""
 
     mended: str
     capability: int
@@ -121,12 +121,12 @@ class KernelFault:
 class TestedVllm:
     """A vLLM release that this package was run with."""
 
-    __test__ = False  # not a test class, whatever its name
+    __test__ = False  # no test class, despite its name
 
     version: str
     device: Literal["cpu", "gpu"]
     swift: str  # the ms-swift release it was run with
-    memory: str = ""  # the engines that took adapters from memory; '' where that was not tried
+    memory: str = ""  # the engines that took adapters from memory; '' if not tried
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ CALLS = (
     Target(f"{ROLLOUT_CLASS}.split_batches"),
     Target("TensorLoRARequest", is_function=False),
 )
-# Of the module in which the trainer scores its rollouts. From 4.4.0 on what is scored is two arguments.
+# In the module where the trainer scores its rollouts. From 4.4.0 on, scoring takes two arguments.
 SCORING_CLASS = "GRPOTrainer"
 SCORING_HOOKS = (
     Target(f"{SCORING_CLASS}._prepare_batch_inputs", positional=1),
@@ -271,10 +271,10 @@ SCORING_HOOKS = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name of ms-swift's trainer, of its arguments, its engine or its requests, that frameworks/swift/port.py reads,
-    writes or calls. A release keeps it when its own code (rollout mixin, GRPO trainer, engine) uses the name as well.
+    """A name of ms-swift's trainer, its arguments, its engine or its requests that frameworks/swift/port.py reads,
+    writes or calls. A release keeps it if its own code (rollout mixin, GRPO trainer, engine) uses the name too.
 
-    since: the first release that has it; before, the port does without. until: the last one; '' for one still there.
+    since: the first release that has it; before, the port does without. until: the last one; '' if it is still there.
     """
 
     name: str
@@ -383,7 +383,7 @@ def installed_vllm() -> str | None:
 
 
 def installed_vllm_distribution() -> str | None:
-    """The name of that build."""
+    """The name of the installed vLLM distribution."""
     return next((name for name in VLLM_DISTRIBUTIONS if installed_version(name) is not None), None)
 
 
@@ -392,7 +392,7 @@ def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
 
 
 def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...]:
-    """The known ones of this vLLM on devices of this major CUDA capability (None: no CUDA device), in words."""
+    """Known faults of this vLLM on devices of this major CUDA capability (None: no CUDA device), in words."""
     return tuple(
         fault.words
         for fault in KERNEL_FAULTS
@@ -401,7 +401,7 @@ def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...
 
 
 def vllm_tested_on(version: str | None) -> tuple[str, ...]:
-    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release, whatever its local build."""
+    """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release of any local build."""
     return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
 
 
@@ -417,8 +417,8 @@ def is_too_old(version: str) -> bool:
 def family_of(version: str) -> Family | None:
     """The row of a release; None for one that is not in the table.
 
-    None means older than `OLDEST_SUPPORTED` (ask `is_too_old`), newer than `NEWEST_KNOWN`, or a release that was never
-    published between two rows (a development build): the caller then checks `HOOKS` and `CALLS` on what is installed.
+    None means older than `OLDEST_SUPPORTED` (see `is_too_old`), newer than `NEWEST_KNOWN`, or an unpublished release
+    between two rows (a development build): then the caller checks `HOOKS` and `CALLS` on what is installed.
     """
     return next((f for f in FAMILIES if f.specifier.contains(version, prereleases=True)), None)
 
@@ -429,12 +429,12 @@ def rollout_modules() -> tuple[str, ...]:
 
 
 def tuner_arguments() -> tuple[str, ...]:
-    """Every name that the argument has had that says what is trained (``lora``), newest first."""
+    """Every name of the argument that says what is trained (``lora``), newest first."""
     return tuple(dict.fromkeys(f.layout.tuner_argument for f in reversed(FAMILIES)))
 
 
 def trainer_modules(rollout_module: str) -> tuple[str, ...]:
-    """The modules in whose code ``ATTRIBUTES`` are looked for, given the one that holds the rollout class."""
+    """The modules that must use the ``ATTRIBUTES``, given the one that holds the rollout class."""
     layout = next((f.layout for f in FAMILIES if f.layout.rollout_module == rollout_module), FAMILIES[-1].layout)
     return (rollout_module, f"{rollout_module.rpartition('.')[0]}.grpo_trainer", layout.engine_module)
 
@@ -445,7 +445,7 @@ def scoring_modules() -> tuple[str, ...]:
 
 
 def attributes_of(version: str | None) -> tuple[str, ...]:
-    """The names that a release must have. Of a release whose number says nothing (None), all that are still there."""
+    """The names that a release must have. None (an unknown version): all that the newest release has."""
     return tuple(a.name for a in ATTRIBUTES if (not a.until if version is None else a.is_of(version)))
 
 
@@ -455,20 +455,20 @@ def server_modules() -> tuple[str, ...]:
 
 
 def engine_modules() -> tuple[str, ...]:
-    """Every module that has held its engine, newest first."""
+    """Every module that has held the server's engine, newest first."""
     return tuple(dict.fromkeys(f.layout.engine_module for f in reversed(FAMILIES)))
 
 
 def megatron_modules() -> tuple[str, ...]:
     """Modules that only a Megatron run imports (the trainer from 3.11.0 on, the mixin from 3.12.0 on).
 
-    Megatron has a rollout class of its own, which this package does not patch.
+    Megatron has its own rollout class, which this package does not patch.
     """
     return ("swift.megatron.trainers.rollout_mixin", "swift.megatron.trainers.grpo_trainer")
 
 
 def markdown_table() -> str:
-    """The README's "am I affected" table: one row for each run of releases that look the same to a user."""
+    """The README's "am I affected" table: one row for each range of releases that look the same to a user."""
     header = (
         "ms-swift",
         "From scratch",
@@ -492,7 +492,7 @@ def vllm_markdown_table() -> str:
 
 
 def _cells(family: Family) -> tuple[str, ...]:
-    """What users of a family see from scratch, from --adapters, on resume, and in the trainer."""
+    """What users of a family see: from scratch, from --adapters, on resume, in the trainer, and with options."""
 
     def join(phrases: Iterator[str], otherwise: str = "right") -> str:
         text = "; ".join(filter(None, phrases)) or otherwise

@@ -1,4 +1,4 @@
-"""When the hooks into vLLM go in: at the import of ``swift_lora_fix.memory``, each once its module is loaded."""
+"""When the hooks into vLLM go in: after ``swift_lora_fix.memory`` is imported, each as its module is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import patches
 
 
 class Vllm(Instrumentor):
-    """vLLM, for adapters from memory. Each module is patched whole or not at all, when it is loaded."""
+    """vLLM, for adapters from memory. Each module is patched completely or not at all, when it is loaded."""
 
     triggers = tuple(patch_set.name for patch_set in patches.MEMORY)
     is_asked_for_by_name = True  # by an import
@@ -33,8 +33,8 @@ _vllm = Vllm()
 def install() -> None:
     """Patch vLLM in this process, and in the processes that it starts (they load the entry point).
 
-    Calling it again changes nothing. Raises ContractError naming what this vLLM lacks: here where its module is loaded
-    already, else out of that module's import.
+    A second call changes nothing. Raises ContractError naming what this vLLM lacks: here for modules that are loaded
+    already, otherwise when the module is imported.
     """
     missing = [name for name in _vllm.triggers if importlib.util.find_spec(name) is None]
     if missing:
@@ -47,14 +47,14 @@ def install() -> None:
 
 
 def is_installed() -> dict[str, bool]:
-    """For each module of vLLM that is hooked into, whether it is patched."""
+    """For each hooked module of vLLM, whether it is patched."""
     return {patch_set.name: patch_set.is_applied for patch_set in _vllm.patch_sets}
 
 
 def uninstall() -> None:
-    """Put vLLM's very functions back and leave the processes it starts from now on alone.
+    """Restore vLLM's own functions, and leave processes that it starts later unpatched.
 
-    Raises PatchConflictError, changing nothing, when another package has wrapped a patched function since.
+    Raises PatchConflictError, and changes nothing, when another package has wrapped a patched function since.
     """
     _vllm.uninstrument()
     _vllm.arming.disarm("uninstalled")

@@ -1,7 +1,7 @@
-"""Worker side: vLLM's own loader reads an adapter from shared memory instead of a folder, with all its checks.
+"""Worker side: vLLM's own loader, with all its checks, reads an adapter from shared memory instead of a folder.
 
-Everything runs in vLLM's code: ``PEFTHelper`` gets the config of the segment, and ``LoRAModel.from_local_checkpoint``
-is told that the segment is the ``adapter_model.safetensors`` that it looks for.
+vLLM's code does everything: ``PEFTHelper`` gets the segment's config, and ``LoRAModel.from_local_checkpoint`` finds the
+segment in place of the ``adapter_model.safetensors`` that it looks for.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from .. import errors
 from ..errors import AdapterConflictError, ContractError, SwiftLoraFixError, UnsupportedAdapterError
 from .segment import Address, opened, read_config
 
-_SOURCE = "swift_lora_fix_digest"  # of a loaded LoRAModel: what it was made from
+_SOURCE = "swift_lora_fix_digest"  # attribute of a loaded LoRAModel: the digest it was loaded from
 _WEIGHTS = "adapter_model.safetensors"
 _MARK = re.compile(r"\[swift_lora_fix\.(\w+)\]")
 
-# While a write plan is learnt: the tensors, equal to those in the segment, that vLLM is to load in their place.
+# While a write plan is learnt: tensors of equal values that vLLM loads in place of the segment's.
 substitute: ContextVar[Mapping[str, Any] | None] = ContextVar("substitute", default=None)
 
 
 def load_config(wrapped: Callable[..., Any], helper: Any, args: Any, kwargs: Any) -> Any:
-    """``PEFTHelper.from_local_dir``: the config from the segment; its fields are vLLM's to judge, as for a folder."""
+    """``PEFTHelper.from_local_dir``: takes the config from the segment. vLLM checks its fields, as for a folder."""
     address = Address.parse(_argument("lora_path", args, kwargs))
     if address is None:
         return wrapped(*args, **kwargs)
-    with opened(address, verify=False) as path:  # by load_weights, before anything is served
+    with opened(address, verify=False) as path:  # load_weights verifies, before anything is served
         config = read_config(path)
     positions = args[1] if len(args) > 1 else kwargs.get("max_position_embeddings")
     return helper.from_dict({**config, "vllm_max_position_embeddings": positions})
 
 
 def load_weights(wrapped: Callable[..., Any], model_class: Any, args: Any, kwargs: Any) -> Any:
-    """``LoRAModel.from_local_checkpoint``: the checks and the reading are vLLM's."""
+    """``LoRAModel.from_local_checkpoint``: reads the segment. Checks and reading are vLLM's own."""
     address = Address.parse(_argument("lora_dir", args, kwargs))
     if address is None:
         return wrapped(*args, **kwargs)
@@ -49,7 +49,7 @@ def load_weights(wrapped: Callable[..., Any], model_class: Any, args: Any, kwarg
 
 
 def take_tensors(wrapped: Callable[..., Any], model_class: Any, args: Any, kwargs: Any) -> Any:
-    """``LoRAModel.from_lora_tensors``: of the same names and shapes, those that a write plan is learnt with."""
+    """``LoRAModel.from_lora_tensors``: while a write plan is learnt, takes its tensors, which have the same names."""
     staged = substitute.get()
     if staged is not None and "tensors" in kwargs:
         kwargs = {**kwargs, "tensors": dict(staged)}
@@ -57,10 +57,11 @@ def take_tensors(wrapped: Callable[..., Any], model_class: Any, args: Any, kwarg
 
 
 def add_lora(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -> Any:
-    """``LoRAModelRunnerMixin.add_lora``: refuse another adapter under a taken id. An error comes back as its text.
+    """``LoRAModelRunnerMixin.add_lora``: refuses another adapter under a taken id. Returns an error as its text.
 
-    vLLM's ``MultiprocExecutor.collective_rpc`` stops at the first worker that raises and leaves the answers of the
-    others in their queues, where the next call takes them for its own (0.17.1 to 0.32.0, tensor parallel).
+    An error is not raised, because vLLM's ``MultiprocExecutor.collective_rpc`` stops at the first worker that raises
+    and leaves the other answers in their queues, where the next call takes them for its own (0.17.1 to 0.32.0, tensor
+    parallel).
     """
     request = _argument("lora_request", args, kwargs)
     address = Address.parse(request.lora_path)
@@ -79,21 +80,21 @@ def add_lora(wrapped: Callable[..., Any], runner: Any, args: Any, kwargs: Any) -
 
 
 def add_lora_everywhere(wrapped: Callable[..., Any], executor: Any, args: Any, kwargs: Any) -> Any:
-    """``Executor.add_lora``, in the process of the engine core: raise what a worker has answered in place of a bool."""
+    """``Executor.add_lora``, in the process of the engine core: raises an error that a worker returned as text."""
     request = _argument("lora_request", args, kwargs)
     if Address.parse(request.lora_path) is None:
         return wrapped(*args, **kwargs)
     answers = executor.collective_rpc("add_lora", args=(request,))
     refusals = [answer for answer in answers if isinstance(answer, str)]
     if refusals and len(refusals) < len(answers):
-        executor.remove_lora(request.lora_int_id)  # some workers have it: none shall
+        executor.remove_lora(request.lora_int_id)  # some workers loaded it: remove it there too
     if refusals:
         raise _error(refusals[0])
     return all(answers)
 
 
 def _error(text: str) -> SwiftLoraFixError:
-    """The error of a marked text, which it keeps: that is all of an error that vLLM carries to another process."""
+    """The error that a marked text describes. The mark stays: between processes vLLM carries only the text."""
     found = _MARK.search(text)
     assert found is not None
     kind: type[SwiftLoraFixError] = getattr(errors, found.group(1))
@@ -101,19 +102,19 @@ def _error(text: str) -> SwiftLoraFixError:
 
 
 def mark(kind: type[SwiftLoraFixError]) -> str:
-    """What tells the kind of an error in its text."""
+    """The mark for an error's text that names its class."""
     return f"[swift_lora_fix.{kind.__name__}]"
 
 
 def unmark(error: BaseException) -> SwiftLoraFixError | None:
-    """The error that a worker met, from what vLLM made of it on its way here; None where it was not ours."""
+    """The error that a worker met, recovered from the text that vLLM passed on; None if it was not one of ours."""
     text = str(error).replace("Call to add_lora method failed: ", "")
     found = _MARK.search(text)
     return type(_error(text))(text[: found.start()].rstrip()) if found else None
 
 
 def loaded_digest(manager: Any, adapter_id: int) -> str | None:
-    """Of what the adapter with this id was made, where it came from memory."""
+    """The digest of the adapter with this id, if it came from memory."""
     return getattr(manager.get_adapter(adapter_id), _SOURCE, None)
 
 
@@ -136,8 +137,8 @@ def _check_conflict(runner: Any, request: Any, address: Address) -> None:
 
 @contextlib.contextmanager
 def _found_at(path: str, folder: str, reader: Any) -> Iterator[None]:
-    """vLLM's module finds the file at ``path`` where it looks for ``folder``'s weights. Only its own name ``os``
-    changes, and only meanwhile."""
+    """Make vLLM's module find the file at ``path`` where it looks for the weights in ``folder``. Replaces only the name
+    ``os`` in that module, and only inside this context."""
     scope = reader.__globals__ if hasattr(reader, "__globals__") else reader.__func__.__globals__
     if scope.get("os") is not os:
         raise ContractError(

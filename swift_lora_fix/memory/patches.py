@@ -1,4 +1,4 @@
-"""The hooks into vLLM for adapters from memory. No logic here: each hands over to ``swift_lora_fix.memory``."""
+"""The hooks into vLLM for adapters from memory. No logic here: each calls a function of ``swift_lora_fix.memory``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _patch(target: str, wrapper: object, why: str) -> Patch:
 
 
 def _bypass(target: str, wrapper: object, why: str) -> Patch:
-    """One that does not call the function it wraps when the adapter is one from memory."""
+    """A patch that does not call the function it wraps when the adapter is one from memory."""
     return replace(_patch(target, wrapper, why), bypasses=(target,))
 
 
@@ -62,7 +62,7 @@ RUNNER = PatchSet(
     "vllm.v1.worker.lora_model_runner_mixin",
     (_patch("LoRAModelRunnerMixin.add_lora", loading.add_lora, "another adapter under a taken id would be ignored"),),
 )
-# The process of the engine core, in between.
+# The process of the engine core, between the two.
 EXECUTOR = PatchSet(
     "vllm.v1.executor.abstract",
     (_bypass("Executor.add_lora", loading.add_lora_everywhere, "why a worker refuses an adapter would be lost"),),

@@ -1,4 +1,4 @@
-"""What a program hands to vLLM: a ``LoRARequest`` that has the adapter's tensors instead of a folder.
+"""What a program gives to vLLM: a ``LoRARequest`` with the adapter's tensors in place of a folder.
 
 Legend for shapes: r rank, in/out the wrapped layer's features. A is (r, in), B is (out, r).
 """
@@ -22,15 +22,15 @@ from ..errors import AdapterFileError, AdapterRequestError
 from ..policy import adapter as adapters
 from . import segment
 
-PENDING = "/swift-lora-fix-memory-not-sent"  # the lora_path of a request whose tensors have no address yet
+PENDING = "/swift-lora-fix-memory-not-sent"  # lora_path of a request whose tensors were not sent yet
 
 
 @dataclass
 class Content:
-    """The adapter of a request. It is read when it is sent, and must not change from then on.
+    """The adapter of a request. It is read when it is sent, and must not change afterwards.
 
-    digest: of its bytes, once they have been in a segment. version: what the engine knows it by, the digest or, where
-    it was written without a segment, a random one.
+    digest: of its bytes, once they were in a segment. version: the engine's name for it: the digest, or a random one if
+        it was written without a segment.
     """
 
     config: dict[str, Any]
@@ -39,8 +39,8 @@ class Content:
     version: str | None = None
 
     def publish(self, dtype: torch.dtype | None = None) -> segment.Segment:
-        """Its bytes in shared memory, for an engine with this LoRA dtype. Raises AdapterRequestError where they are not
-        what was sent before."""
+        """Put it into shared memory, for an engine with this LoRA dtype. Raises AdapterRequestError when the tensors
+        have changed since they were sent before."""
         published = segment.Segment.write(self.tensors, self.config, dtype)
         digest = published.address.digest
         if self.digest not in (None, digest):
@@ -55,7 +55,7 @@ class Content:
 
 
 class _RequestType(type(LoRARequest)):  # type: ignore[misc]
-    """msgspec builds a Struct from its fields alone; tensors must not be one, or they would be in every message."""
+    """Keeps the tensors out of msgspec's fields: a Struct's fields are sent in every message."""
 
     def __call__(
         cls,
@@ -94,21 +94,21 @@ class LoRATensorRequest(LoRARequest, metaclass=_RequestType, dict=True):
     two it is a plain ``LoRARequest``.
 
     Args:
-        lora_name: as in ``LoRARequest``. vLLM is told ``name@digest``: releases up to 0.17 at least tell what their
-            prefix cache holds by the name alone, and would answer a new policy from the KV cache of the old one.
+        lora_name: as in ``LoRARequest``. vLLM gets ``name@digest``: up to 0.17 at least, its prefix cache is keyed by
+            the name alone, so with the same name a new policy would be answered from the KV cache of the old one.
         lora_int_id: as in ``LoRARequest``, above 0.
-        peft_config: PEFT's ``LoraConfig``, or what is in ``adapter_config.json`` as a dict.
+        peft_config: PEFT's ``LoraConfig``, or the content of ``adapter_config.json`` as a dict.
         lora_tensors: PEFT's names (``base_model.model.<module>.lora_A.weight``) to tensors, A (r, in), B (out, r), any
-            device, float64, float32, bfloat16 or float16. Read when the request is first sent, not copied before: do
-            not write to them while it is in use. Never written to.
-        load_inplace: replace what the engine holds under this id. Without it another adapter under the same id is an
-            `AdapterConflictError`; stock vLLM goes on with the old one and does not tell.
+            device, float64, float32, bfloat16 or float16. They are read when the request is first sent, and not copied
+            before: do not write to them while it is in use. They are never written to.
+        load_inplace: replace what the engine holds under this id. Without it, another adapter under the same id raises
+            `AdapterConflictError`; plain vLLM would silently keep the old one.
 
     Raises:
-        AdapterRequestError: not exactly one of path and tensors, tensors without a config, or what is no tensor.
+        AdapterRequestError: not exactly one of path and tensors, tensors without a config, or a value is no tensor.
     """
 
-    content = cast(Any, None)  # a request that was copied or pickled has lost its tensors
+    content = cast(Any, None)  # None in a copied or unpickled request, which lost its tensors
 
     def __reduce__(self) -> Any:
         if self.content is not None:
@@ -120,7 +120,7 @@ class LoRATensorRequest(LoRARequest, metaclass=_RequestType, dict=True):
 
     @classmethod
     def replacing(cls, request: Any) -> Any:
-        """The same content, with ``load_inplace=True``. Raises AdapterRequestError where it has no tensors."""
+        """The same content with ``load_inplace=True``. Raises AdapterRequestError when it has no tensors."""
         if not has_tensors(request):
             raise AdapterRequestError(
                 f"{type(request).__name__} {request.lora_name!r} (id {request.lora_int_id}) has no tensors: only a "
@@ -132,7 +132,7 @@ class LoRATensorRequest(LoRARequest, metaclass=_RequestType, dict=True):
 
 
 def has_tensors(request: Any) -> bool:
-    """Whether this request's adapter is in memory. Raises AdapterRequestError where it lost its tensors."""
+    """Whether this request's adapter is in memory. Raises AdapterRequestError when it lost its tensors."""
     if not isinstance(request, LoRATensorRequest) or request.lora_path != PENDING:
         return False
     if request.content is None:
@@ -151,11 +151,11 @@ def from_peft_model(
     lora_int_id: int = 1,
     load_inplace: bool = False,
 ) -> LoRATensorRequest:
-    """A request with the LoRA of a ``peft.PeftModel`` as it is now; the model is only read.
+    """A request with the current LoRA of a ``peft.PeftModel``; the model is only read.
 
-    The tensors are copies on the CPU (whole ones: DeepSpeed ZeRO-3 and FSDP2 are gathered; call it on all ranks).
-    Where PEFT scales a module otherwise than vLLM reads from the config (rank_pattern, alpha_pattern, a changed
-    scaling), PEFT's own factor is multiplied into B in fp32, and the config says 1.
+    The tensors are whole copies on the CPU. With DeepSpeed ZeRO-3 and FSDP2 they are all-gathered: call it on all
+    ranks. If PEFT scales a module differently than vLLM reads from the config (rank_pattern, alpha_pattern, a changed
+    scaling), PEFT's factor is multiplied into B in fp32, and the config gets scaling 1.
 
     Raises UnsupportedAdapterError for what vLLM cannot serve (see `swift_lora_fix.policy.adapter.bind`).
     """
@@ -178,11 +178,11 @@ def from_safetensors(
     lora_int_id: int = 1,
     load_inplace: bool = False,
 ) -> LoRATensorRequest:
-    """A request with the adapter of a safetensors file, of PEFT's folder, or of a file's bytes.
+    """A request with the adapter of a safetensors file, of a PEFT folder, or of a file's bytes.
 
-    peft_config: needed with bytes; for a path the default is the ``adapter_config.json`` beside it.
+    peft_config: needed with bytes; for a path it defaults to the ``adapter_config.json`` beside the file.
 
-    Raises AdapterFileError where a file is missing, truncated or not safetensors, AdapterRequestError without a config.
+    Raises AdapterFileError when a file is missing, truncated or not safetensors; AdapterRequestError without a config.
     """
     config = peft_config
     try:
@@ -203,7 +203,7 @@ def from_safetensors(
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """PEFT's config as what ``adapter_config.json`` would hold. Raises AdapterRequestError where it is none."""
+    """PEFT's config as ``adapter_config.json`` would hold it. Raises AdapterRequestError if it is no config."""
     fields = config if isinstance(config, Mapping) else getattr(config, "to_dict", lambda: None)()
     if not isinstance(fields, Mapping):
         raise AdapterRequestError(

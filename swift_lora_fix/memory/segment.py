@@ -1,9 +1,9 @@
-"""The bytes of one adapter in shared memory that has no name: a sealed ``memfd`` of the sending process.
+"""The bytes of one adapter in shared memory without a name: a sealed ``memfd`` of the sending process.
 
-Its content is a safetensors file whose metadata holds the PEFT config as JSON, so nothing is ever unpickled. Other
-processes of this host open it through ``/proc/<pid>/fd``; the address (`Address`) also carries its size and digest. No
-file system has an entry for it, so the kernel frees it with its last user: a sender that is killed leaves nothing
-behind, and ``/dev/shm``, 64 MiB in a plain container, is not what limits it.
+Its content is a safetensors file with the PEFT config as JSON in its metadata, so nothing is ever unpickled. Other
+processes of this host open it through ``/proc/<pid>/fd``; the address (`Address`) also has its size and digest. No file
+system has an entry for it, so the kernel frees it with its last user. A killed sender leaves nothing behind, and the
+size of ``/dev/shm``, 64 MiB in a plain container, is no limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..errors import AdapterRequestError, NonFiniteAdapterError, SegmentError
 
 MEMFD_NAME = "swift-lora-fix-adapter"
 CONFIG_KEY = "adapter_config"
-# What safetensors calls them, widest first: so each tensor is aligned as the format wants it.
+# safetensors' names for them, widest first: in this order each tensor is aligned as the format requires.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 # Starts with / so that vLLM takes it for a local path and does not look it up on a hub (get_adapter_absolute_path).
@@ -36,7 +36,7 @@ _SCHEME = "/swift-lora-fix-memory/"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a segment is and what must be in it. ``str(address)`` is what travels as vLLM's ``lora_path``."""
+    """Where a segment is, and what it must contain. ``str(address)`` travels as vLLM's ``lora_path``."""
 
     pid: int
     descriptor: int
@@ -48,7 +48,7 @@ class Address:
 
     @classmethod
     def parse(cls, path: str) -> Address | None:
-        """The address in a ``lora_path``; None for any other path. Raises SegmentError where it is malformed."""
+        """The address in a ``lora_path``; None for any other path. Raises SegmentError if it is malformed."""
         if not path.startswith(_SCHEME):
             return None
         parts = path[len(_SCHEME) :].split("/")
@@ -60,7 +60,7 @@ class Address:
 
 
 class Segment:
-    """A sealed segment of this process. ``release`` gives the memory back; so does dropping the object."""
+    """A sealed segment of this process. ``release``, or dropping the object, frees the memory."""
 
     def __init__(self, descriptor: int, size: int, digest: str) -> None:
         self.address = Address(os.getpid(), descriptor, size, digest)
@@ -71,7 +71,7 @@ class Segment:
         return not self._close.alive
 
     def release(self) -> None:
-        """Give the memory back once no process has it open; calling it again does nothing."""
+        """Free the memory once no process has it open. A second call does nothing."""
         self._close()
 
     @classmethod
@@ -80,10 +80,10 @@ class Segment:
     ) -> Segment:
         """Copy ``tensors`` (any device, `DTYPES`) and ``config`` (JSON) into a new segment; each byte is copied once.
 
-        dtype: the engine's LoRA dtype. vLLM casts what it loads to it, so wider tensors are cast here already: the same
-            bits, and fewer of them to carry.
+        dtype: the engine's LoRA dtype, to which vLLM casts what it loads. Wider tensors are cast here already: the same
+            bits result, and there are fewer bytes to carry.
 
-        Raises NonFiniteAdapterError naming tensors with NaN or infinity, SegmentError where there is no memory.
+        Raises NonFiniteAdapterError naming tensors with NaN or infinity, SegmentError when memory runs out.
         """
         header, order = _layout(tensors, config, dtype)
         descriptor = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -98,10 +98,10 @@ class Segment:
 
 @contextlib.contextmanager
 def opened(address: Address, verify: bool = True) -> Iterator[str]:
-    """Yield the path of a safetensors file, valid inside only, after it was checked to be the one that was sent.
+    """Yield the path of a safetensors file, valid inside only, after checking that it is the one that was sent.
 
-    Raises SegmentError: the sender is gone or has released it, it is somebody else's, not sealed, of another size (so
-    truncated), or its bytes have another digest (``verify``).
+    Raises SegmentError: the sender is gone or released it, it belongs to somebody else, is not sealed, has another size
+    (so was truncated), or, with ``verify``, its bytes have another digest.
     """
     path = f"/proc/{address.pid}/fd/{address.descriptor}"
     try:
@@ -125,13 +125,13 @@ def opened(address: Address, verify: bool = True) -> Iterator[str]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The PEFT config in a segment's metadata. Raises SegmentError where it has none."""
+    """The PEFT config in a segment's metadata. Raises SegmentError if it has none."""
     with open(path, "rb") as file:
         return parse_config(file.read(int.from_bytes(file.read(8), "little")), path)
 
 
 def parse_config(header: bytes, where: str) -> dict[str, Any]:
-    """The PEFT config in a safetensors header. Raises SegmentError where it is not a header that has one."""
+    """The PEFT config in a safetensors header. Raises SegmentError if this is not a header that has one."""
     try:
         return dict(json.loads(json.loads(header)["__metadata__"][CONFIG_KEY]))
     except (KeyError, TypeError, ValueError) as error:
@@ -141,7 +141,7 @@ def parse_config(header: bytes, where: str) -> dict[str, Any]:
 def _layout(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: torch.dtype | None
 ) -> tuple[bytes, list[str]]:
-    """The header of the file, and the names in the order in which their bytes follow it."""
+    """The file's header, and the tensor names in the order of their bytes."""
     widest_first = list(DTYPES)
     dtypes = {name: _sent_as(tensor, dtype) for name, tensor in tensors.items()}
     order = sorted(tensors, key=lambda n: (widest_first.index(dtypes[n]), n))
@@ -165,7 +165,7 @@ def _layout(
 def _fill(
     descriptor: int, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype | None
 ) -> str:
-    """Write the file and return its digest. By write(), which is faster than a new mapping and fails with an error."""
+    """Write the file and return its digest. write() is faster than mmap, and reports missing memory as an error."""
     checksums, bad = [_checksum(bytearray(header))], []
     _write(descriptor, header)
     for name, tensor in tensors:
@@ -197,7 +197,7 @@ def _write(descriptor: int, data: Any) -> None:
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """A sum is only finite where all its terms are; it may overflow where all are finite, so then each is asked."""
+    """A finite sum has only finite terms. A sum may overflow though all terms are finite: then each term is checked."""
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     return math.isfinite(values.sum(dtype=wide).item()) or bool(values.isfinite().all())
 
@@ -226,7 +226,7 @@ def _verify(descriptor: int, path: str, address: Address) -> None:
 
 
 def _digest_of_file(descriptor: int, size: int) -> str:
-    """What `_fill` returned for this file: the checksums of its header and of each tensor, combined."""
+    """The digest that `_fill` returned for this file: combined checksums of its header and of each tensor."""
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) as memory:  # torch wants a writable buffer
         end = 8 + int.from_bytes(memory[:8], "little")
         spans = [(0, end), *((end + start, end + stop) for start, stop in _spans(memory[8:end]))]
@@ -249,7 +249,7 @@ def _checksum(buffer: Any, start: int = 0, stop: int | None = None) -> int:
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
-    """Raise AdapterRequestError where these are not named tensors of a dtype that safetensors has."""
+    """Raise AdapterRequestError unless these are named tensors of a dtype in `DTYPES`."""
     if not tensors:
         raise AdapterRequestError("lora_tensors is empty: an adapter has at least one lora_A and one lora_B.")
     for name, tensor in tensors.items():

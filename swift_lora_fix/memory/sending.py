@@ -1,9 +1,9 @@
-"""Sending side: the tensors of a request go to the engine once, and their shared memory is given back once loaded.
+"""Sending side: a request's tensors go to the engine once; their shared memory is freed when they are loaded.
 
 ``add_lora`` publishes a segment, waits until every worker has loaded it, and releases it. ``generate`` does the same
-first, as the same call: an adapter that vLLM refuses is then an error of that call; a worker that finds out in the
-middle of a step takes the engine down. Requests that wait need the bytes again only if vLLM evicts the adapter before
-their turn. It can as soon as more ids than ``max_cpu_loras`` were used: from then on the segment stays until the last
+first, in the same call: an adapter that vLLM refuses is then an error of that call. (A worker that finds out in the
+middle of a step takes the engine down.) Waiting requests need the bytes again only if vLLM evicts the adapter before
+their turn. That is possible once more ids than ``max_cpu_loras`` were used: from then on a segment stays until the last
 unfinished request for it is done.
 """
 
@@ -27,13 +27,13 @@ from .loading import unmark
 from .request import Content, has_tensors
 from .segment import DTYPES, Address, Segment
 
-# What some releases of vLLM do not read, and so would serve as if it were not there.
+# Fields that some releases of vLLM do not read, so that they would serve the adapter as if these were not set.
 _MEANINGFUL = ("rank_pattern", "alpha_pattern", "lora_bias")
 
 
 @dataclass
 class _Users:
-    """Who may need the bytes of a content again: calls in progress and unfinished requests."""
+    """Who may need a content's bytes again: calls in progress and unfinished requests."""
 
     content: Content
     count: int = 0
@@ -46,7 +46,7 @@ class _Users:
 
 
 class Ledger:
-    """What this process has sent to one engine. An engine with several front ends has one in each of them."""
+    """What this process has sent to one engine. If an engine has several front ends, each has a ledger."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.lora_config = vllm_config.lora_config
@@ -60,7 +60,7 @@ class Ledger:
 
     @property
     def may_evict(self) -> bool:
-        """Whether vLLM may drop an adapter that requests are waiting for."""
+        """Whether vLLM may evict an adapter that requests still wait for."""
         return self.is_forgetful or len(self.ids) > self.lora_config.max_cpu_loras
 
     @property
@@ -72,7 +72,7 @@ class Ledger:
         return content.publish(dtype if dtype in DTYPES else None)
 
     def check(self, request: Any) -> None:
-        """Ask vLLM's ``PEFTHelper`` before any byte travels. Raises UnsupportedAdapterError with its reason."""
+        """Ask vLLM's ``PEFTHelper`` before any byte is sent. Raises UnsupportedAdapterError with its reason."""
         name, config = f"adapter {request.lora_name!r} (id {request.lora_int_id})", request.content.config
         if self.lora_config is None:
             raise UnsupportedAdapterError(f"The engine takes no LoRA, so no {name}: start it with enable_lora=True.")
@@ -89,14 +89,14 @@ class Ledger:
             raise UnsupportedAdapterError(f"vLLM cannot serve {name}: {error} Nothing was sent.") from error
 
     def note(self, adapter_id: int) -> None:
-        """This id is about to be used; where that makes evictions possible, have the bytes of what waits at hand."""
+        """This id is about to be used. If vLLM may evict adapters from now on, publish those that requests wait for."""
         self.ids.add(adapter_id)
         if self.lora_config is not None and self.may_evict:
             for users in self.users.values():
                 users.segment = users.segment or self.publish(users.content)
 
     def note_plain(self, request: Any) -> None:
-        """vLLM is given a request that is not ours, maybe under the id of one of ours."""
+        """vLLM gets a request that is not ours, maybe under the id of one of ours."""
         if request is not None and Address.parse(request.lora_path) is None:
             self.note(request.lora_int_id)
             self.drop(request.lora_int_id)
@@ -106,18 +106,18 @@ class Ledger:
         self.drop(adapter_id)
 
     def drop(self, adapter_id: int) -> None:
-        """What the engine holds under this id is no longer known."""
+        """Forget what the engine holds under this id."""
         self.loaded.pop(adapter_id, None)
         self.writers.pop(adapter_id, None)
 
     def has(self, request: Any) -> bool:
-        """Whether the engine was given the very content of this request under its id last."""
+        """Whether the engine was last given exactly this request's content under its id."""
         held = self.loaded.get(request.lora_int_id)
         return held is not None and request.content.version == held[0]
 
     @contextlib.contextmanager
     def published(self, request: Any, segment: Segment) -> Iterator[None]:
-        """Keep the bytes at hand inside, and afterwards only for those who may need them again."""
+        """Keep the bytes available inside; afterwards only while somebody may need them again."""
         users = self.hold(request.content)
         if users.segment is None:
             users.segment = segment
@@ -132,7 +132,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def loading(self, request: Any) -> Iterator[LoRARequest]:
-        """Yield what to give to vLLM's ``add_lora``; errors of workers come out as they were raised there."""
+        """Yield the request to give to vLLM's ``add_lora``. A worker's error is raised here as the worker raised it."""
         self.note(request.lora_int_id)
         segment = self.users[str(request.content.version)].segment
         assert segment is not None
@@ -148,7 +148,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def serving(self, request: Any) -> Iterator[LoRARequest]:
-        """Yield what to give to vLLM's ``add_request``, which `note_unfinished` then ties to its request."""
+        """Yield the request for vLLM's ``add_request``. `note_unfinished` then ties the bytes to it."""
         users = self.hold(request.content)
         token = _sending.set((self, request.content))
         try:
@@ -175,7 +175,7 @@ class Ledger:
             users.release()
 
     def lock(self) -> asyncio.Lock:
-        """Of the running loop: tasks that use one new adapter at the same time send it once."""
+        """The lock of the running loop: tasks that use a new adapter at the same time send it once."""
         loop = asyncio.get_running_loop()
         if self._lock is None or self._lock[0] is not loop:
             self._lock = (loop, asyncio.Lock())
@@ -194,7 +194,7 @@ def ledger_of(engine: Any) -> Ledger:
 
 
 def wire(request: Any, address: Address, load_inplace: bool = False) -> LoRARequest:
-    """The plain request that travels. Its name has the version: what vLLM caches (KV blocks) is keyed by the name."""
+    """The plain request that is sent. Its name contains the version, because vLLM keys cached KV blocks by the name."""
     plain = {field: getattr(request, field) for field in LoRARequest.__struct_fields__}
     name = f"{request.lora_name}@{request.content.version[:12]}"
     return LoRARequest(**{**plain, "lora_name": name, "lora_path": str(address), "load_inplace": load_inplace})
@@ -256,7 +256,7 @@ async def add_request_async(wrapped: Callable[..., Any], engine: Any, args: Any,
         if not ledger.has(call.request):
             ledger.check(call.request)
             async with ledger.lock():
-                if not ledger.has(call.request):  # nor did another task send it meanwhile
+                if not ledger.has(call.request):  # no other task sent it meanwhile
                     segment = await asyncio.to_thread(ledger.publish, call.request.content)
                     stack.enter_context(ledger.published(call.request, segment))
                     with ledger.loading(call.request) as plain:
@@ -273,7 +273,7 @@ remove_lora_async = remove_lora  # the coroutine is passed on
 
 
 def note_unfinished(wrapped: Callable[..., Any], processor: Any, args: Any, kwargs: Any) -> Any:
-    """``OutputProcessor.add_request``: it keeps a state for each request until that is finished or aborted."""
+    """``OutputProcessor.add_request``: vLLM keeps a state for each request until it is finished or aborted."""
     result = wrapped(*args, **kwargs)
     sent = _sending.get()
     state = processor.request_states.get((args[0] if args else kwargs["request"]).request_id)
@@ -285,7 +285,7 @@ def note_unfinished(wrapped: Callable[..., Any], processor: Any, args: Any, kwar
 
 
 class _Call:
-    """A call of vLLM's with its LoRA request, which is an argument or, deprecated, inside a prepared request."""
+    """A call of vLLM's with its LoRA request: an argument, or, deprecated, inside a prepared request."""
 
     def __init__(self, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self.wrapped = wrapped

@@ -1,8 +1,8 @@
-"""A new policy under an id that the engine may hold already.
+"""A new policy under an id that the engine may already hold.
 
-Where the worker is in this process, the tensors go straight into vLLM's LoRA slots by a write plan (engine/plan.py),
-and into vLLM's own copy of the adapter, which it takes when the slot was given to another one meanwhile. Elsewhere, or
-where vLLM's loading cannot be replayed, they are sent like with ``load_inplace=True``.
+If the worker is in this process, a write plan (engine/vllm/slots/plan.py) writes the tensors straight into vLLM's LoRA
+slots. They also go into vLLM's own CPU copy of the adapter, which vLLM reloads a slot from after another adapter had
+it. Otherwise, or when vLLM's loading cannot be replayed, they are sent as with ``load_inplace=True``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def update(engine: Any, request: LoRATensorRequest) -> Any:
         engine: vLLM's ``LLM``, ``LLMEngine`` or ``AsyncLLM``.
         request: a new one for each policy.
 
-    Returns True; for an ``AsyncLLM`` an awaitable of it. KV blocks of the old policy are not used for the new one: its
-    name differs (see `LoRATensorRequest`).
+    Returns True; for an ``AsyncLLM`` an awaitable of it. The new policy does not use KV blocks of the old one, because
+    its name differs (see `LoRATensorRequest`).
 
     Raises:
-        UnsupportedAdapterError: what vLLM does not serve, with its reason. NonFiniteAdapterError: NaN or infinity.
-            The engine keeps the adapter that it has.
+        UnsupportedAdapterError: vLLM cannot serve it; names vLLM's reason. NonFiniteAdapterError: NaN or infinity. The
+            engine keeps the adapter that it has.
     """
     engine = getattr(engine, "llm_engine", engine)
     replacing = LoRATensorRequest.replacing(request)
@@ -64,7 +64,7 @@ def _update_in_process(engine: Any, manager: Any, request: LoRATensorRequest) ->
 
 
 def _manager_in_reach(engine: Any) -> Any:
-    """vLLM's ``LoRAModelManager`` of the only worker, where that is in this process; else None."""
+    """vLLM's ``LoRAModelManager``, if there is one worker and it is in this process; otherwise None."""
     worker = getattr(getattr(getattr(engine, "model_executor", None), "driver_worker", None), "worker", None)
     runner = getattr(worker, "model_runner", None)
     return getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
@@ -78,7 +78,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Structure:
-    """What a write plan asks of an adapter: its entries, in chunks (here one)."""
+    """What a write plan needs of an adapter: its entries, in chunks (here one)."""
 
     entries: tuple[_Entry, ...]
 
@@ -98,7 +98,7 @@ class _Slots:
 
 
 class DirectWriter:
-    """Writes one adapter id of an engine in this process. ``staged`` is what vLLM holds as its CPU copy of it."""
+    """Writes the adapter of one id, in an engine in this process. ``staged`` is the CPU copy that vLLM holds of it."""
 
     def __init__(self, slots: _Slots, plan: plans.Plan, staged: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         self.slots, self.plan, self.staged, self.dtype = slots, plan, staged, dtype
@@ -121,8 +121,8 @@ class DirectWriter:
             staged = self.staged[name]
             staged.copy_(content.tensors[name])
             if scale != 1.0:
-                staged.mul_(scale)  # in the LoRA dtype, as vLLM does it (LoRALayerWeights.optimize)
-        torch._foreach_zero_(list(self.plan.slots))  # whatever happened to them, a sleep maybe
+                staged.mul_(scale)  # in the LoRA dtype, as in vLLM (LoRALayerWeights.optimize)
+        torch._foreach_zero_(list(self.plan.slots))  # whatever they hold now, after a sleep maybe
         torch._foreach_copy_(self.destinations, self.regions)
         if self.destinations[0].is_cuda:  # vLLM may generate on another stream
             torch.cuda.current_stream(self.destinations[0].device).synchronize()
@@ -136,15 +136,15 @@ class DirectWriter:
 
 
 class _GaveUp:
-    """vLLM's loading cannot be replayed here."""
+    """Marks an id whose loading by vLLM cannot be replayed."""
 
 
 _GAVE_UP = _GaveUp()
 
 
 def _learn(engine: Any, manager: Any, request: LoRATensorRequest) -> Any:
-    """Have vLLM load ``request``, watch it load another one like it, and prove that a direct write does the same."""
-    engine.add_lora(request)  # what vLLM refuses is refused here, before anything else
+    """Have vLLM load ``request``, learn a plan from a similar adapter, and prove that a direct write does the same."""
+    engine.add_lora(request)  # raises first what vLLM refuses
     dtype = engine.vllm_config.lora_config.lora_dtype
     structure = _Structure(tuple(_Entry(name, tensor.shape) for name, tensor in request.content.tensors.items()))
     staged = _pinned(plans.signature(structure, dtype))  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def _learn(engine: Any, manager: Any, request: LoRATensorRequest) -> Any:
         engine.add_lora(request)
         if not all(torch.equal(mine, slot) for mine, slot in zip(written, learnt.slots)):
             raise plans.PlanError("a direct write gives other values than vLLM's loader")
-        _load_staged(engine, request, staged)  # from now on vLLM's copy is what a direct write changes
+        _load_staged(engine, request, staged)  # from now on a direct write updates vLLM's copy
         if writer.slots.slot_index() != learnt.index:
             raise plans.PlanError("vLLM moved the adapter to another LoRA slot")
     except plans.PlanError as error:
@@ -170,13 +170,13 @@ def _learn(engine: Any, manager: Any, request: LoRATensorRequest) -> Any:
 
 
 def _load_staged(engine: Any, request: LoRATensorRequest, staged: dict[str, torch.Tensor]) -> None:
-    """Have vLLM load ``staged``, which is as it shall be in the slots (scaling 1), and keep these very tensors."""
+    """Have vLLM load ``staged`` with scaling 1, as the slots should hold it, and keep these very tensors."""
     rank = max([request.content.config["r"], *(request.content.config.get("rank_pattern") or {}).values()])
     config = {
         **request.content.config,
         **dict(r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}),
     }
-    twins = {name: tensor.clone() for name, tensor in staged.items()}  # so that only vLLM copies out of `staged`
+    twins = {name: tensor.clone() for name, tensor in staged.items()}  # so that only vLLM's copies come from `staged`
     token = substitute.set(staged)
     try:
         engine.add_lora(LoRATensorRequest(request.lora_name, request.lora_int_id, config, twins, load_inplace=True))
@@ -185,12 +185,12 @@ def _load_staged(engine: Any, request: LoRATensorRequest, staged: dict[str, torc
 
 
 def _pinned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Where vLLM pins what it loads, it takes a pinned tensor as it is and would copy another one."""
+    """Pin the tensors where vLLM pins what it loads: it keeps a pinned tensor itself, and would copy another one."""
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if torch.cuda.is_available() else tensors
 
 
 def scales_of(content: Content) -> Iterator[tuple[str, float]]:
-    """For each tensor what vLLM multiplies it by: the scaling that it reads from the config, for B."""
+    """For each tensor its factor in vLLM: for B the scaling that vLLM reads from the config, otherwise 1."""
     helper = PEFTHelper.from_dict(content.config)
     for name in content.tensors:
         if not is_b(name):

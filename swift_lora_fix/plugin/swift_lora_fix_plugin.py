@@ -1,7 +1,7 @@
 """For ms-swift: ``--external_plugins "$(swift-lora-fix plugin)"``.
 
-Alone in its folder, because ms-swift puts that folder first on ``sys.path``. ms-swift runs it again in each dataloader
-worker: there importing the package, which arms it lazily, is enough.
+It is alone in its folder, because ms-swift puts that folder first on ``sys.path``. ms-swift also runs it in each
+dataloader worker: there importing the package, which arms it lazily, is enough.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Trainer side: which parameters make up the LoRA adapter, and their whole values. Nothing here writes to the trainer.
+"""Trainer side: the LoRA adapter's parameters and their whole values. Nothing here writes to the trainer.
 
 Legend for shapes: r rank, in/out the wrapped layer's features, vocab/hidden for embeddings.
 """
@@ -26,10 +26,10 @@ class AdapterEntry:
     """One tensor of the trainer's adapter: LoRA's A or B, or, in fused mode, whatever else is trained.
 
     key: its name in PEFT's state dict, ``base_model.model.<module>.lora_A.weight``.
-    holder, name: where its module keeps it, ``holder[name] is parameter``.
     parameter: the trainer's own parameter; A is (r, in), B is (out, r); embeddings (r, vocab) and (hidden, r).
     scale: what PEFT multiplies B·A·x by, ``module.scaling[adapter]``, on B entries; 1.0 on all others.
     rank: of A and B; 0 elsewhere.
+    holder, name: where its module keeps it, ``holder[name] is parameter``.
     """
 
     key: str
@@ -38,7 +38,7 @@ class AdapterEntry:
     rank: int
     holder: dict[str, Any] = field(repr=False)
     name: str
-    layer: Any = field(repr=False)  # PEFT's LoRA layer, None for a parameter beside them
+    layer: Any = field(repr=False)  # PEFT's LoRA layer; None for a parameter outside of them
 
     @property
     def is_b(self) -> bool:
@@ -46,13 +46,13 @@ class AdapterEntry:
 
     @property
     def shape(self) -> torch.Size:
-        """The whole shape; a ZeRO-3 parameter that is not gathered is itself empty."""
+        """The whole shape. (A ZeRO-3 parameter itself is empty while it is not gathered.)"""
         return getattr(self.parameter, "ds_shape", self.parameter.shape)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive entries, gathered and written together so that the memory for it stays bounded."""
+    """Consecutive entries that are gathered and written together, which bounds the memory that this needs."""
 
     entries: tuple[AdapterEntry, ...]
     parameters: tuple[torch.nn.Parameter, ...] = field(repr=False)
@@ -60,9 +60,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The trainer's adapter, bound once: parameters are stable objects, their values are read at each sync.
+    """The trainer's adapter. The parameter objects are bound once, their values are read at each sync.
 
-    sharding: how its parameters are spread over ranks: ``none`` (also data-parallel), ``zero3`` or ``fsdp2``.
+    sharding: how the parameters are spread over ranks: ``none`` (also data-parallel), ``zero3`` or ``fsdp2``.
     layers: PEFT's LoRA layers. chunks: the entries again, in parts of at most ``CHUNK_BYTES`` in fp32.
     """
 
@@ -85,13 +85,12 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     Args:
         model: the unwrapped ``peft.PeftModel`` of the trainer.
         adapter_name: the PEFT adapter to serve.
-        apart: the engine gets base and LoRA apart, for vLLM's LoRA kernels; else folded into one (fused mode), and the
-            adapter is everything that is trained: DoRA's magnitudes, ``modules_to_save``, biases too.
+        apart: the engine gets base and LoRA apart, for vLLM's LoRA kernels. False: folded into one (fused mode). Then
+            the adapter is everything that is trained: also DoRA's magnitudes, ``modules_to_save``, biases.
 
     Raises:
-        UnsupportedAdapterError: no such adapter, or it is of a kind that is not served this way, or of one that
-            nobody knows (policy/kinds.py). Or with ``apart`` a parameter beside the LoRA is trained, which the engine,
-            given the base once, would never see.
+        UnsupportedAdapterError: no such adapter; or its kind is unknown, or not served this way (policy/kinds.py); or,
+            with ``apart``, a parameter outside the LoRA is trained: the engine, given the base once, would not see it.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -118,12 +117,12 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
 def of_tensors(
     name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scales: Mapping[str, float] | None = None
 ) -> Adapter:
-    """An adapter that an engine received: ``tensors`` by PEFT key, in the trainer's order and chunks, with the scaling
-    in B already, or in ``scales`` by key. config: PEFT's, as in ``adapter_config.json``."""
+    """An adapter that an engine received. tensors: by PEFT key, in the trainer's order (so the chunks are the same).
+    config: PEFT's, as in ``adapter_config.json``. scales: by key, factors that B lacks; None: B has its scaling."""
     entries = []
     for key, tensor in tensors.items():
         rank = int(tensor.shape[1] if kinds.is_b(key) else tensor.shape[0])
-        parameter: Any = tensor  # whoever reads an adapter reads values alone
+        parameter: Any = tensor  # users of an adapter only read its values
         scale = (scales or {}).get(key, 1.0)
         entries.append(AdapterEntry(key, parameter, scale, rank, {key: tensor}, key, None))
     parameters = tuple(entry.parameter for entry in entries)
@@ -152,7 +151,7 @@ def _chunks(entries: Sequence[AdapterEntry]) -> Iterator[Chunk]:
 def whole_values(
     adapter: Adapter, chunk: Chunk, device: torch.device
 ) -> contextlib.AbstractContextManager[Sequence[torch.Tensor]]:
-    """``whole`` of the parameters of ``chunk``."""
+    """``whole`` for the parameters of ``chunk``."""
     return whole(chunk.parameters, adapter.sharding, device)
 
 
@@ -162,9 +161,9 @@ def whole(
 ) -> Iterator[Sequence[torch.Tensor]]:
     """Yield the whole value of each of ``parameters``, gathering nothing else; valid inside only.
 
-    Not sharded: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of those that nobody holds
-    gathered already. FSDP2: ``full_tensor()`` of those that are DTensors, by way of ``device`` where they are offloaded
-    to the CPU. All ranks must ask for the same ones together.
+    Unsharded: the live parameters themselves. DeepSpeed ZeRO-3: ``GatheredParameters`` of those that are not gathered
+    already. FSDP2: ``full_tensor()`` of the DTensors, moved to ``device`` first if they are offloaded to the CPU. A
+    collective when sharded: all ranks must ask for the same parameters.
     """
     with contextlib.ExitStack() as stack:
         if sharding == "zero3":
@@ -180,25 +179,25 @@ def whole(
 
 
 def local_parts(adapter: Adapter) -> list[torch.Tensor]:
-    """What this rank itself holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 shard."""
+    """What this rank holds of each entry: the parameter, its ZeRO-3 partition or its FSDP2 shard; a zero if nothing."""
     parts = [local_part(parameter) for parameter in adapter.parameters]
     return [part if part.numel() else part.new_zeros(1) for part in parts]
 
 
 def local_part(parameter: Any) -> torch.Tensor:
-    """What this rank itself holds of a parameter: all of it, its ZeRO-3 partition or its FSDP2 shard."""
+    """What this rank holds of a parameter: all of it, its ZeRO-3 partition or its FSDP2 shard."""
     if hasattr(parameter, "ds_id"):
         return _partition(parameter)
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def frozen_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The base's own parameters, by name: everything but LoRA and what is trained beside it."""
+    """The base's own parameters, by name: all but LoRA and whatever else is trained."""
     return [(n, p) for n, p in model.named_parameters() if "lora_" not in n and not p.requires_grad]
 
 
 def clean_name(name: str) -> str:
-    """The name of a module or parameter without what activation checkpointing puts into it."""
+    """The name of a module or parameter without the prefix that activation checkpointing inserts."""
     return f"{name}.".replace(_CHECKPOINT_WRAPPER, "").removesuffix(".")
 
 
@@ -210,7 +209,7 @@ def of_another_adapter(name: str, adapter_name: str) -> bool:
 
 
 def changed_scalings(adapter: Adapter) -> list[str]:
-    """Modules whose PEFT scaling is no longer the one that was bound, with both numbers."""
+    """Modules whose PEFT scaling changed since they were bound, with both numbers."""
     return [
         f"{entry.key.rsplit('.lora_', 1)[0]} {entry.scale:g} -> {float(entry.layer.scaling[adapter.name]):g}"
         for entry in adapter.entries
@@ -220,7 +219,7 @@ def changed_scalings(adapter: Adapter) -> list[str]:
 
 @contextlib.contextmanager
 def scaled(adapter: Adapter, factor: float) -> Iterator[None]:
-    """The model with its adapter times ``factor`` (0: the plain base). Only PEFT's numbers change, and change back."""
+    """The model with its adapter times ``factor`` (0: the plain base). Only PEFT's scalings change, temporarily."""
     layers = [layer for layer in adapter.layers if factor != 1.0]
     before = [layer.scaling[adapter.name] for layer in layers]
     try:
@@ -245,7 +244,7 @@ def read_to_host(adapter: Adapter, device: torch.device) -> dict[str, torch.Tens
 def is_still_bound(adapter: Adapter) -> bool:
     """Whether the model's modules still hold the parameters that were bound.
 
-    FSDP2 itself swaps the modules' parameters between shards and whole ones; the shards, bound, are what is trained.
+    True for FSDP2: it swaps shards and whole parameters itself, and the shards that were bound are what is trained.
     """
     return adapter.sharding == "fsdp2" or all(entry.holder[entry.name] is entry.parameter for entry in adapter.entries)
 
@@ -261,14 +260,14 @@ def check_unmerged(adapter: Adapter) -> None:
 
 
 def _partition(parameter: Any) -> torch.Tensor:
-    """This rank's ZeRO-3 partition without its padding, which DeepSpeed leaves as it finds it: it may be NaN."""
+    """This rank's ZeRO-3 partition without its padding: DeepSpeed does not initialise that, so it may be NaN."""
     start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
     return parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
 
 
 def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[AdapterEntry]:
-    """What is trained of the module, under the keys of PEFT's ``get_peft_model_state_dict``. That function itself gives
-    none from PEFT 0.21 on for parameters whose names were freed of the prefix that activation checkpointing adds.
+    """The trained tensors of a LoRA layer, under the keys of PEFT's ``get_peft_model_state_dict``. That function is not
+    used: from PEFT 0.21 on it misses parameters whose names were cleaned of activation checkpointing's prefix.
     """
     scaling, rank = float(module.scaling[adapter_name]), int(module.r[adapter_name])
     for path, key in kinds.tensors_of(module, adapter_name):
@@ -279,7 +278,7 @@ def _entries(module_name: str, module: Any, adapter_name: str) -> Iterator[Adapt
 
 
 def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -> Iterator[AdapterEntry]:
-    """What is trained beside the LoRA layers: ``modules_to_save``, biases."""
+    """What is trained outside the LoRA layers: ``modules_to_save``, biases."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             full = f"{clean_name(path)}.{name}"
@@ -292,7 +291,7 @@ def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -
 
 
 def _check_base_is_frozen(model: torch.nn.Module) -> None:
-    # other adapters' LoRA (--ref_adapters) may ask for gradients; it is not active
+    # other adapters' LoRA (--ref_adapters) may require gradients, but is not active
     trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     if trained:
         raise UnsupportedAdapterError(

@@ -1,4 +1,4 @@
-"""Files of a PEFT adapter folder: which is the weights file, what its header says, and, in a fork, where it came from.
+"""Files of a PEFT adapter folder: the weights file and its header, and where a fork came from.
 
 Nothing here loads torch.
 """
@@ -22,14 +22,14 @@ PROVENANCE = "fork_provenance.json"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of one tensor. dtype: the format's name (``F32``, ``BF16``, ``U8``, ...)."""
+    """One tensor in a safetensors header. dtype: the format's name (``F32``, ``BF16``, ``U8``, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights file of a PEFT adapter folder. Raises AdapterFileError naming what is not there."""
+    """The weights file of a PEFT adapter folder. Raises AdapterFileError naming what is missing."""
     if not folder.is_dir():
         raise AdapterFileError(f"The adapter folder {folder} does not exist.")
     for name in (SAFETENSORS, TORCH_FILE):
@@ -53,7 +53,7 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises AdapterFileError naming the file when it is unreadable or something else."""
+    """Read a JSON object. Raises AdapterFileError naming the file when it is unreadable or holds something else."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -64,9 +64,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Shape and dtype of every tensor of a safetensors file, by name; not one tensor is read.
+    """Shape and dtype of every tensor in a safetensors file, by name. The tensors themselves are not read.
 
-    Raises AdapterFileError when the header is corrupt or the file shorter or longer than it says.
+    Raises AdapterFileError when the header is corrupt, or the file's size is not what it says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,10 +87,9 @@ def sha256_of(file: Path) -> str:
 
 
 def check_fork(file: Path, sha256: str) -> str | None:
-    """Whether a weights file still is the one that a fork made: in words what it is a fork of, None if it is no fork.
+    """Check that a fork's weights file is unchanged. Returns in words what it is a fork of; None if it is no fork.
 
-    Raises AdapterFileError naming both digests when the file is another one, or when the provenance file beside it
-    is unreadable.
+    Raises AdapterFileError naming both digests when the file was changed, or when its provenance is unreadable.
     """
     note = file.parent / PROVENANCE
     if not note.is_file():

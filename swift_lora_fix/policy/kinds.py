@@ -1,18 +1,18 @@
-"""Which PEFT adapters can be served exactly: an allow-list, one entry a kind. What is not in it is refused, by name.
+"""Which PEFT adapters can be served exactly: an allow-list, one entry a kind. Anything else is refused, by name.
 
-PEFT grows a new kind of LoRA every few weeks. One that nobody looked at may compute something else than ``B @ A`` and
-may train tensors that the engine never gets. So an option, a layer class, a variant or a tensor that no entry of
-``KINDS`` names is never served: the run stops and says what it is.
+PEFT gets a new kind of LoRA every few weeks. An unreviewed one may compute something else than ``B @ A``, or train
+tensors that the engine never gets. So an option, a layer class, a variant or a tensor that no entry of ``KINDS`` names
+is never served: the run stops and says what it is.
 
-There are two modes, and an entry says in which of them its kind is served:
+There are two modes, and each entry says which of them serve its kind:
 
 * ``adapter``: the engine gets base and adapter apart. vLLM's LoRA layers compute ``W x + scale * (B (A x))``, so
-  this serves what PEFT computes by that formula.
+  this serves whatever PEFT computes by that formula.
 * ``fused``: the engine's weights become what PEFT's own ``merge`` makes of a float32 twin of the layer (merging.py).
-  This serves what that merge reproduces.
+  This serves whatever that merge reproduces.
 
-To add a kind: one entry in ``KINDS`` and one case in tests/unit/policy/test_kinds.py. That test compares what is served
-with PEFT's own forward and merge, and it fails for every field of the installed ``LoraConfig`` that is decided nowhere.
+To add a kind: one entry in ``KINDS`` and one case in tests/unit/policy/test_kinds.py. That test compares each served
+kind with PEFT's own forward and merge, and fails for every field of the installed ``LoraConfig`` that is not covered.
 
 Source: ``peft/tuners/lora/`` (config.py, layer.py, variants.py, model.py, and a file for each quantisation) of PEFT
 0.18.1, 0.20.0 and 0.21.2.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Callable, Literal
 from ..errors import UnsupportedAdapterError
 
 if TYPE_CHECKING:
-    import torch  # the fork judges files without it
+    import torch  # not imported: tools/fork checks files without it
 
 Mode = Literal["adapter", "fused"]
 BOTH: tuple[Mode, ...] = ("adapter", "fused")
@@ -48,13 +48,13 @@ def _any(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that a PEFT LoRA can be, how it shows, and which modes serve it.
+    """One kind of PEFT LoRA, how to recognise it, and which modes serve it.
 
-    modes: that serve it; empty: it is known and refused. why: the reason, a sentence for the user where it is refused.
-    options: ``LoraConfig`` fields that ask for it when they are not at their default. accepts: which values do.
+    modes: that serve it; empty: it is known and refused. why: the reason; for a refused kind a sentence for the user.
+    options: ``LoraConfig`` fields that ask for it when they are not at their default. accepts: for which values.
     layers, variants: full names of PEFT's LoRA layer classes, and of the classes in ``layer.lora_variant``.
-    tensors: the parameters and buffers of a LoRA layer that belong to it, ``*`` for the adapter's name, and the key of
-        each in PEFT's state dict, below the module's. None: it is not needed to compute the weights.
+    tensors: the parameters and buffers of a LoRA layer that belong to it (``*``: the adapter's name), each with its key
+        in PEFT's state dict, relative to the module's. None: not needed to compute the weights.
     is_plain: a linear layer of this kind computes ``W x + scale * (B (A x))``.
     """
 
@@ -246,7 +246,7 @@ KINDS: tuple[Kind, ...] = (
     ),
 )
 
-# Fields that say nothing about what a LoRA layer computes, with the reason.
+# Fields that do not change what a LoRA layer computes, and why.
 NOT_THE_WEIGHTS: dict[str, str] = {
     "task_type": "says what class of PeftModel is built; modules_to_save, which it may fill, is looked at",
     "peft_type": "checked first of all",
@@ -266,7 +266,7 @@ NOT_THE_WEIGHTS: dict[str, str] = {
     "lora_ga_config": "read while init_lora_weights='lora_ga' sets the first values",
     "qalora_group_size": "read with use_qalora alone",
     "runtime_config": "says on which device DoRA's first norms are computed",
-    # ms-swift's own LoraConfig (swift/tuners/peft.py) adds these
+    # these are added by ms-swift's own LoraConfig (swift/tuners/peft.py)
     "lora_dtype": "says in which dtype A and B are kept, and they are read in the one they have",
     "lorap_lr_ratio": "LoRA+: a learning rate",
     "lorap_emb_lr": "LoRA+: a learning rate",
@@ -274,12 +274,12 @@ NOT_THE_WEIGHTS: dict[str, str] = {
 
 
 def is_b(key: str) -> bool:
-    """Whether a PEFT key, or the name of a parameter, is of LoRA's second factor B, which the scaling goes into."""
+    """Whether a PEFT key or parameter name is of LoRA's second factor B, the one that the scaling is folded into."""
     return not {"lora_B", "lora_embedding_B"}.isdisjoint(key.split("."))
 
 
 def config_of(model: torch.nn.Module, adapter_name: str) -> Any:
-    """PEFT's config of the adapter. Raises UnsupportedAdapterError where the model has no such adapter."""
+    """PEFT's config of the adapter. Raises UnsupportedAdapterError when the model has no such adapter."""
     configs: Any = getattr(model, "peft_config", {})  # a model that is not PEFT's has none
     if adapter_name not in configs:
         raise UnsupportedAdapterError(f"The model has no PEFT adapter {adapter_name!r}; it has {sorted(configs)}.")
@@ -287,12 +287,12 @@ def config_of(model: torch.nn.Module, adapter_name: str) -> Any:
 
 
 def check(model: torch.nn.Module, adapter_name: str, mode: Mode) -> None:
-    """Raise UnsupportedAdapterError where ``mode`` does not serve an adapter exactly as PEFT computes it.
+    """Raise UnsupportedAdapterError when ``mode`` cannot serve an adapter exactly as PEFT computes it.
 
     The message names the option and its value, or the module and its class, variant or parameter, and what to do.
 
     Args:
-        model: the trainer's unwrapped ``peft.PeftModel``, which has the adapter. It is only looked at.
+        model: the trainer's unwrapped ``peft.PeftModel``, which has the adapter. It is only read.
         adapter_name: the PEFT adapter to serve.
         mode: how the engine gets it.
     """
@@ -311,14 +311,14 @@ def check(model: torch.nn.Module, adapter_name: str, mode: Mode) -> None:
 
 
 def find_unserved(model: torch.nn.Module, adapter_name: str, mode: Mode) -> str | None:
-    """The first thing of the adapter that ``mode`` does not serve, in words, or None. Arguments as of ``check``.
+    """The first thing about the adapter that ``mode`` does not serve, in words, or None. Arguments as in ``check``.
 
-    Raises UnsupportedAdapterError where the model has no such adapter.
+    Raises UnsupportedAdapterError when the model has no such adapter.
     """
     from peft.tuners.lora import LoraLayer
 
     config = config_of(model, adapter_name)
-    peft_type = str(getattr(config.peft_type, "value", config.peft_type))  # an enum, or after a load its value
+    peft_type = str(getattr(config.peft_type, "value", config.peft_type))  # an enum; its value after a load
     if peft_type != "LORA":
         return f"peft_type={peft_type!r}, which is no LoRA"
     layers = [
@@ -342,7 +342,7 @@ def find_unserved(model: torch.nn.Module, adapter_name: str, mode: Mode) -> str 
 
 
 def is_plain_linear(layer: Any, adapter_name: str) -> bool:
-    """Whether ``W + scale * B @ A``, W (out, in), is all that PEFT's merge of this layer computes."""
+    """Whether PEFT's merge of this layer is exactly ``W + scale * B @ A``, with W (out, in)."""
     return (
         _name_of_class(layer) == _LINEAR
         and not layer.fan_in_fan_out
@@ -351,9 +351,9 @@ def is_plain_linear(layer: Any, adapter_name: str) -> bool:
 
 
 def tensors_of(layer: Any, adapter_name: str) -> Iterator[tuple[str, str]]:
-    """The adapter's parameters in a LoRA layer: the name of each below the layer, and its key in PEFT's state dict.
+    """The adapter's parameters in a LoRA layer: each one's name in the layer, and its key in PEFT's state dict.
 
-    In the order of ``KINDS``, A before B. What no kind names is left out; ``check`` refuses it.
+    In the order of ``KINDS``, A before B. Parameters that no kind names are left out; ``check`` refuses them.
     """
     names = {name for name, _ in layer.named_parameters()}
     for pattern, (_, key) in _TENSORS.items():
@@ -372,14 +372,14 @@ def _kind_of_option(name: str, value: Any) -> Kind | None:
 
 
 def _is_default(option: dataclasses.Field, value: Any) -> bool:
-    """Whether the field asks for nothing. An empty list asks for no more than None does."""
+    """Whether the field asks for nothing. An empty list counts like None."""
     factory = option.default_factory
     default = option.default if factory is dataclasses.MISSING else factory()
     return value == default or (not value and not default)
 
 
 def _kinds_of_layer(layer: Any, adapter_name: str) -> Iterator[tuple[str, Kind | None]]:
-    """What the layer is and holds for this adapter, in words, and the kind of each; None: nobody knows it."""
+    """What the layer is and holds for this adapter, in words, each with its kind. None: an unknown kind."""
     name = _name_of_class(layer)
     yield f"a LoRA layer of class {name}", _LAYERS_BY_NAME.get(name)
     for variant, kind in _variants_of(layer, adapter_name).items():
@@ -395,10 +395,10 @@ def _kinds_of_layer(layer: Any, adapter_name: str) -> Iterator[tuple[str, Kind |
 
 
 def _variants_of(layer: Any, adapter_name: str) -> dict[str, Kind | None]:
-    """The variant that PEFT computes the layer with, by the full name of its class; none for a plain LoRA."""
+    """The variant that computes this layer in PEFT, by the full name of its class; empty for a plain LoRA."""
     from peft.tuners.lora import layer as peft_layers
 
-    # PEFT before 0.16 has no variants: there DoRA, the only one, shows in its option and in its tensors
+    # PEFT before 0.16 has no variants. Its only one, DoRA, shows in its option and its tensors
     if not hasattr(peft_layers, "LoraVariant") or adapter_name not in layer.lora_variant:
         return {}
     name = _name_of_class(layer.lora_variant[adapter_name])
@@ -406,7 +406,7 @@ def _variants_of(layer: Any, adapter_name: str) -> dict[str, Kind | None]:
 
 
 def _name_of_class(thing: Any) -> str:
-    """The full name of its class. FSDP2 gives a module a class of its own, made of the module's: it is looked past."""
+    """The full name of its class. FSDP2 derives a class of its own from each module's; that one is skipped."""
     for cls in type(thing).__mro__:
         if not cls.__module__.startswith("torch.distributed."):
             return f"{cls.__module__}.{cls.__qualname__}"

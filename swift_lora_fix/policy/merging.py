@@ -1,18 +1,18 @@
-"""Trainer side of fused mode: which of the engine's weights depend on the adapter, and what they are with it.
+"""Trainer side of fused mode: which of the engine's weights depend on the adapter, and their values with it.
 
 For a LoRA layer of weight W (out, in)::
 
     W' = cast(W + (B @ A) * s)
 
-with W, A and B taken to float32, product and sum in float32, and one rounding, to the engine's dtype. So each element
-is off by ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)`` at most, with u = 2**-8 for bfloat16 and 2**-11
-for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r and two more operations (N.
-Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a kernel computes the products,
-with two bfloat16 for each float32, and g grows by 1.25 * 2**-16 (engine/fold_kernel.py). What it does not write,
-PyTorch does, where the run allows TF32 (--tf32 true) with products of TF32.
+W, A and B are converted to float32; product and sum are float32; the result is rounded once, to the engine's dtype. So
+each element is off by at most ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)``, with u = 2**-8 for bfloat16
+and 2**-11 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r and two more
+operations (N. Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a kernel computes
+the products with two bfloat16 for each float32, and g grows by 1.25 * 2**-16 (engine/vllm/kernels/fold_kernel.py).
+PyTorch computes whatever the kernel does not, with TF32 products if the run allows TF32 (--tf32 true).
 
-Everything else that PEFT calls LoRA (DoRA, embeddings, convolutions, a bias on B) is merged by PEFT itself, on a twin
-of the layer in float32. The trainer's layers are only read.
+Everything else that PEFT calls LoRA (DoRA, embeddings, convolutions, a bias on B) is merged by PEFT itself, in a
+float32 twin of the layer. The trainer's layers are only read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Values = Mapping[str, torch.Tensor]  # whole values, by ``MergedModule``'s names
 
 @dataclass(frozen=True)
 class Factors:
-    """What a plain linear LoRA's weight is made of, W + scale*B*A: w (out, in), b (out, r), a (r, in)."""
+    """The parts of a plain linear LoRA's merged weight W + scale*B*A: w (out, in), b (out, r), a (r, in)."""
 
     w: torch.Tensor
     b: torch.Tensor
@@ -49,14 +49,16 @@ class Factors:
 class MergedModule:
     """A part of the trainer whose weights the engine gets with the adapter in them.
 
-    path: in the trainer's model. module: PEFT's wrapper there (a LoRA layer, a ``ModulesToSaveWrapper``), or the module
-        whose bias is trained. parameters: all that the values are computed from, by their names in ``module``; gathered
-        together. They are the trainer's own; FSDP2 has others in their place while it computes.
-    sent: by name in ``named_parameters()`` what ms-swift sends, to be replaced, as names in ``parameters``: a LoRA
-        layer's weight, of its shape, what ``modules_to_save`` or a trained bias holds. plain: what they are without the
-        adapter. inner, inner_plain: names of the modules in ``module`` that compute the same as it does, with
-        these values in them, with the adapter and without; None for a bias, which nothing wraps.
-    is_plain: W + s*B*A is all that PEFT's ``merge`` would make of its one weight; the tests compare the two.
+    path: in the trainer's model.
+    module: PEFT's wrapper there (a LoRA layer, a ``ModulesToSaveWrapper``), or the module whose bias is trained.
+    parameters: the trainer's parameters that the values are computed from, by their names in ``module``; all-gathered
+        together. While FSDP2 computes, the module holds other ones.
+    sent: maps names in ``named_parameters()`` that ms-swift sends, and that are to be replaced, to names in
+        ``parameters``: a LoRA layer's weight, or what ``modules_to_save`` or a trained bias holds.
+    plain: the same, mapped to the parameters without the adapter.
+    inner, inner_plain: names of the submodules that, given these values, compute what ``module`` computes, with the
+        adapter and without. None for a bias, which nothing wraps.
+    is_plain: PEFT's ``merge`` of the one weight is exactly W + s*B*A; the tests compare the two.
     """
 
     path: str
@@ -75,10 +77,10 @@ class MergedModule:
 
     @torch.no_grad()
     def values(self, whole: Values) -> dict[str, torch.Tensor]:
-        """The weights with the adapter, by source, contiguous: float32 for a LoRA layer, else as they are trained."""
+        """The weights with the adapter, by source, contiguous: float32 for a LoRA layer, else in their own dtype."""
         if not self.is_lora:
             return {source: whole[name] for source, name in self.sent.items()}
-        with torch.autocast(next(iter(whole.values())).device.type, enabled=False):  # products in float32, whoever asks
+        with torch.autocast(next(iter(whole.values())).device.type, enabled=False):  # float32 products, whoever calls
             return self._merged(whole)
 
     def _merged(self, whole: Values) -> dict[str, torch.Tensor]:
@@ -90,7 +92,7 @@ class MergedModule:
         return {source: twin.get_parameter(name).data.contiguous() for source, name in self.sent.items()}
 
     def factors(self, whole: Values) -> Factors | None:
-        """Of its one weight, or None where it is not plain."""
+        """The factors of its one weight; None unless ``is_plain``."""
         if not self.is_plain:
             return None
         ((_, name),) = self.sent.items()
@@ -103,12 +105,12 @@ class MergedModule:
 
     @property
     def is_lora(self) -> bool:
-        """Whether the values are computed; else they are trained as they are."""
+        """Whether the values are computed (a LoRA layer), or the trained parameters as they are."""
         return self.inner is not None and self.inner == self.inner_plain
 
 
 def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
-    """Find them in ``model``, the trainer's unwrapped ``peft.PeftModel``.
+    """Find all modules of ``model``, the trainer's unwrapped ``peft.PeftModel``, that the adapter changes.
 
     Raises UnsupportedAdapterError naming what this mode does not serve (policy/kinds.py), or a LoRA layer around
     something that has no weight of its own.
@@ -143,9 +145,9 @@ def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
 
 
 def tied(model: torch.nn.Module, modules: Iterable[MergedModule]) -> tuple[str, str] | None:
-    """The names of an adapted weight and of one that is the same parameter and is used without the adapter, or None.
+    """Names of an adapted weight and of one tied to it (the same parameter) that is used without the adapter, or None.
 
-    So it is with tied embeddings where only ``embed_tokens`` or only ``lm_head`` is adapted: vLLM has one weight.
+    Such are tied embeddings with only ``embed_tokens`` or only ``lm_head`` adapted: vLLM has one weight for both.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -160,20 +162,19 @@ def tied(model: torch.nn.Module, modules: Iterable[MergedModule]) -> tuple[str, 
 
 
 def merged_twin(module: MergedModule, whole: Values) -> Any:
-    """A twin of PEFT's layer in float32 that shares nothing with it, merged by PEFT's own ``merge``."""
+    """A float32 twin of PEFT's layer that shares no memory with it, merged by PEFT's own ``merge``."""
     twin = twin_of(module.module, {name: value.to(torch.float32, copy=True) for name, value in whole.items()})
     twin.merge(safe_merge=False, adapter_names=[module.adapter])
     return twin
 
 
 def twin_of(module: Any, values: Values, prefix: str = "") -> Any:
-    """The module with ``values``, by name, in place of its parameters; lists and dicts copied, hooks left out.
+    """A copy of the module with ``values``, by name, as its parameters. Lists and dicts are copied, hooks are not.
 
-    What somebody put onto the one object is left out too where it would act on the original: ms-swift's
-    ``patch_lora_merge`` leaves each layer's own ``merge``, bound to it, behind as an attribute, and accelerate's hooks
-    a ``forward``.
+    Attributes on the object that would act on the original are left out too: ms-swift's ``patch_lora_merge`` leaves
+    each layer's own bound ``merge`` behind as an attribute, and accelerate's hooks a ``forward``.
     """
-    twin = object.__new__(module.__class__)  # FSDP2's classes make something else in their __new__
+    twin = object.__new__(module.__class__)  # the __new__ of FSDP2's classes makes something else
     twin.__dict__ = {
         name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
         for name, value in module.__dict__.items()

@@ -1,8 +1,8 @@
 """Where the LoRA weights that a run starts from came from, and whether the trainer really holds them.
 
-Transformers loads a checkpoint after the trainer is built, so this is decided at the first sync, from two sources: what
-the run claims (``resume_from_checkpoint``), and which files PEFT loaded into the adapter (recorded by a hook on
-``PeftModel.load_adapter``, which both ``from_pretrained`` and the resume go through).
+Transformers loads a checkpoint after the trainer is built, so this is decided at the first sync. There are two sources:
+what the run says (``resume_from_checkpoint``), and which files PEFT loaded into the adapter. The second is recorded by
+a hook on ``PeftModel.load_adapter``, which both ``from_pretrained`` and the resume call.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictiona
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """kind: ``scratch``, ``adapters`` (--adapters), ``resume`` (--resume_from_checkpoint) or ``memory`` (neither, but B
-    is not zero). path, step, sha256: the folder, its ``trainer_state.json`` step and the digest of its weights file.
-    norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter does nothing yet.
-    compared: the trainer's tensors were found equal to the file's. reference: folder of the ``ref_adapter``.
-    fork: of what the folder is a fork, in words, its weights file found to be the fork's.
+    """kind: ``scratch``, ``adapters`` (--adapters), ``resume`` (--resume_from_checkpoint) or ``memory`` (none of these,
+        but B is not zero).
+    path, step, sha256: the folder, the step in its ``trainer_state.json``, the digest of its weights file.
+    norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter has no effect yet.
+    compared: the trainer's tensors were compared with the file's, and equal. reference: the ``ref_adapter``'s folder.
+    fork: in words, what the folder is a fork of, if it is one and its weights file is unchanged.
     """
 
     kind: str
@@ -60,24 +61,24 @@ class AdapterOrigin:
 
 
 def record_load(model: Any, adapter_name: str, folder: Any) -> None:
-    """Remember that PEFT loaded ``folder`` into ``model``'s adapter (called by the hook on ``load_adapter``)."""
+    """Remember that PEFT loaded ``folder`` into ``model``'s adapter. Called by the hook on ``load_adapter``."""
     _loads.setdefault(model, {})[adapter_name] = os.fspath(folder)
 
 
 def determine(
     model: Any, adapter: Adapter, held: dict[str, torch.Tensor], claimed: str | None, step: int
 ) -> AdapterOrigin:
-    """Say where the adapter came from and check it against its file.
+    """Find out where the adapter came from and check it against its file.
 
     Args:
-        model: the trainer's PeftModel. adapter: its adapter. held: what the trainer holds of it, whole, on the CPU.
-        claimed: the checkpoint that the run claims to go on from (``resume_from_checkpoint``).
-        step: the trainer's ``global_step`` now.
+        model: the trainer's PeftModel. adapter: its adapter. held: the trainer's values of it, whole, on the CPU.
+        claimed: the checkpoint that the run says it resumes from (``resume_from_checkpoint``).
+        step: the trainer's current ``global_step``.
 
     Raises:
         AdapterFileError: the folder that the run starts from is missing, its weights file is unreadable, or it is a
-            fork and the file is not the one that the fork was made with.
-        ResumeMismatchError: the trainer's tensors are not the file's; names both.
+            fork whose weights file was changed.
+        ResumeMismatchError: the trainer's tensors differ from the file's; names both.
     """
     loads = _loads.get(model, {})
     folder = _folder(claimed, loads.get(adapter.name))
@@ -92,7 +93,7 @@ def determine(
     fork = check_fork(file, digest)
     saved_step = checkpoint_step(folder)
     expected_step = (saved_step or 0) if claimed else 0
-    compared = step <= expected_step  # later, the file is rightly no longer what the trainer holds
+    compared = step <= expected_step  # at later steps the trainer rightly holds other values
     if compared:
         _compare(folder, read_weights(file), held, norm, b_is_zero)
     kind = "resume" if claimed else "adapters"
@@ -102,7 +103,7 @@ def determine(
 def _folder(claimed: str | os.PathLike[str] | None, loaded: str | None) -> Path | None:
     if claimed:
         return Path(claimed)
-    # PEFT also takes the name of a hub repository; ms-swift downloads first and passes a folder
+    # PEFT also takes the name of a hub repository; ms-swift downloads that first and passes a folder
     return Path(loaded) if loaded and os.path.isdir(loaded) else None
 
 

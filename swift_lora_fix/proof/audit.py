@@ -1,8 +1,8 @@
-"""Read-back audits: the bits in the engine's memory against those that were staged from the trainer.
+"""Read-back audits: compare the bits in the engine's memory with what was staged from the trainer.
 
-Each sync leaves checksums of what it staged; before the next rollout the slots are summed up where they lie and the
-two are compared. Only when they differ are single tensors looked at, to say which and how. In fused mode there is too
-much for that: what should be there is computed from the trainer once more and compared.
+Each sync leaves checksums of what it staged. Before the next rollout the slots are summed in place, and the checksums
+are compared. Only if they differ are single tensors compared, to say which differ and how. Fused weights have no such
+checksums: what they should be is computed from the trainer again and compared.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MERGED = "read-back audit of the merged weights"
 
 
 def adapter(slots: SlotsPort, trainer_is_here: bool = True, ranks_are_here: bool = True) -> Finding | None:
-    """Compare what the LoRA slots hold with what the last sync staged for them; None where they are equal, or where
-    vLLM's own loader wrote them and no plan tells where.
+    """Compare the LoRA slots with what the last sync staged for them. None when they are equal, or when vLLM's own
+    loader wrote them and no plan tells where.
 
     trainer_is_here: the trainer's LoRA is on its device, so that single tensors can be compared.
-    ranks_are_here: all ranks of a sharded trainer ask together.
+    ranks_are_here: all ranks of a sharded trainer call this together.
     """
     if slots.expected is None:
         return None
@@ -47,8 +47,8 @@ def adapter(slots: SlotsPort, trainer_is_here: bool = True, ranks_are_here: bool
 
 @dataclass(frozen=True)
 class Rounding:
-    """lost_share: ||cast(W + dW) - (W + dW)|| / ||dW||, Frobenius norms over all merged weights, with dW what the
-    adapter adds: the share of the update that the one rounding loses; None while the adapter adds nothing."""
+    """lost_share: ||cast(W + dW) - (W + dW)|| / ||dW||, Frobenius norms over all merged weights, dW being the adapter's
+    update: the share of the update that the single rounding loses. None while the update is zero."""
 
     lost_share: float | None
 
@@ -71,7 +71,7 @@ class _Lost:
 
 @torch.no_grad()
 def rounding(weights: WeightsPort) -> Rounding:
-    """What rounding would cost now, computed from the trainer alone. All ranks of a sharded trainer together."""
+    """What rounding would lose now, computed from the trainer alone. A collective for a sharded trainer."""
     lost = _Lost()
     for value, rounded, plain in weights.expected():
         lost.add(value, rounded, plain)
@@ -80,9 +80,9 @@ def rounding(weights: WeightsPort) -> Rounding:
 
 @torch.no_grad()
 def merged(weights: WeightsPort, part: int = 0, parts: int = 1) -> tuple[Finding | None, Rounding | None]:
-    """Compare the engine's merged weights (of each ``parts``-th module from ``part`` on) with what they should be,
-    computed once more from the trainer; and say what the rounding costs, where all are looked at. None where nobody
-    knows where they lie. All ranks of a sharded trainer together."""
+    """Compare the engine's merged weights, of each ``parts``-th module from ``part`` on, with what they should be,
+    computed from the trainer again. If all modules are compared, also say what rounding loses. (None, None) when the
+    weights go through ``load_weights``, so that their regions are unknown. A collective for a sharded trainer."""
     if not weights.is_known:
         return None, None
     same, lost = [], _Lost()
@@ -128,16 +128,16 @@ def _compare_merged(placed: Any) -> tuple[str, str]:
     if torch.equal(placed.plain.to(held.dtype), held):
         return "plain", " holds the plain base"
     added = value - placed.plain.float()
-    rest = (held.float() - value - added).norm()  # of a second adapter on top: two roundings
+    rest = (held.float() - value - added).norm()  # small for a second adapter on top (up to two roundings)
     if rest < 0.1 * added.norm():
         return "doubled", ""
     return "other", ""
 
 
 def base(record: BasePort, adapted: set[str], trainer_is_here: bool = True) -> Finding | None:
-    """Compare the engine's base, through its packed layout, and the trainer's with what was pushed.
+    """Compare the engine's base, in its packed layout, and the trainer's base with what was pushed.
 
-    adapted: names of the engine's parameters in layers that have a LoRA. When just these differ, it was merged there.
+    adapted: names of the engine's parameters in layers with a LoRA. If just these differ, an adapter was merged there.
     """
     changed = record.engine_differences()
     if changed:
@@ -154,7 +154,7 @@ def base(record: BasePort, adapted: set[str], trainer_is_here: bool = True) -> F
 
 
 def _by_tensor(slots: SlotsPort) -> Finding:
-    """Which modules differ, and in what way. Sharded trainers gather for it: all ranks come here together."""
+    """Which modules differ, and how. Sharded trainers all-gather for it, so all ranks come here together."""
     owner: dict[int, str] = {}
     for copies, parts in slots.staged():
         for copy, part in zip(copies, parts):

@@ -1,8 +1,8 @@
 """The real batch: the rollouts' own logprobs against the trainer's of the same tokens. Tensors in, numbers out.
 
-The trainer scores its rollouts anyway, so this costs a few small kernels and one copy to the host. Unlike a probe's,
-prompts are as they are: images, tools and their lengths. It decides nothing: without a floor and hypotheses of its own
-it is a number to watch, and evidence beside a verdict.
+The trainer scores its rollouts anyway, so this costs a few small kernels and one copy to the host. Unlike a probe it
+sees the run's real prompts: their images, tools and lengths. It decides nothing, because it has no floor and no
+hypotheses of its own: it is a number to watch, and evidence beside a verdict.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..common.ranks import gathered
 from ..trainer import Scored
 from .verdict import Distance
 
-_HIGHEST = 50.0  # nats; e to the power of more is no number that anybody needs
+_HIGHEST = 50.0  # nats; larger gaps are cut before exp()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Of the rollouts of one call, on all ranks together. distance: engine against trainer, NaN where a logprob of a
-    rollout's token is not finite. tokens: how many were compared."""
+    """The rollouts of one call, on all ranks together. distance: engine against trainer, NaN if any logprob is not
+    finite. tokens: how many were compared."""
 
     distance: Distance
     tokens: int
@@ -36,10 +36,10 @@ class Batch:
 
 
 def compare(parts: Sequence[Scored], ranks: int, device: torch.device) -> tuple[Batch | None, str]:
-    """The distance over all ``parts`` of all ranks, and why a part of this rank is not in it ("": all are).
+    """The distance over all ``parts`` of all ranks, and why a part of this rank is not in it ("" if all are).
 
-    A collective where there is more than one rank, which each may enter with parts or without. One copy to the host.
-    None where no rank has a token.
+    A collective with more than one rank; a rank may come with no parts. One copy to the host. None: no rank has a
+    token.
     """
     sums, wrong = torch.zeros(5, device=device), ""
     for part in parts:
@@ -59,11 +59,10 @@ def compare(parts: Sequence[Scored], ranks: int, device: torch.device) -> tuple[
 
 
 def gaps_of(part: Scored) -> torch.Tensor | str:
-    """logprob trainer - engine of each token of the rollouts, [tokens] in float32 nats, row by row; or why they cannot
-    be laid beside each other.
+    """logprob trainer - engine of each rollout token, [tokens] in float32 nats, row by row; or why they do not match.
 
-    Where they come as lists, an engine may have one token more than the trainer in a row: the one that ended the answer
-    and is not trained on, as ms-swift has it.
+    If the engine's come as lists, a row may have one token more than the trainer's: the one that ended the answer,
+    which ms-swift does not train on.
     """
     mask = part.mask.bool()
     if part.trainer.shape != mask.shape:
@@ -84,12 +83,12 @@ def gaps_of(part: Scored) -> torch.Tensor | str:
 
 
 def drops_out(model: torch.nn.Module) -> bool:
-    """Whether a forward of ``model`` as it is now drops anything out at random."""
+    """Whether a forward of ``model`` in its current mode applies dropout."""
     return any(module.training and _rate(module) > 0 for module in model.modules())
 
 
 def _rate(module: torch.nn.Module) -> float:
-    """Of a dropout layer, or of an attention layer that drops out by a function of PyTorch's."""
+    """The rate of a dropout layer, or of an attention layer that passes it to a function of PyTorch's."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return float(module.p)
     rate = vars(module).get("attention_dropout")

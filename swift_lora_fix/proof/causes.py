@@ -1,4 +1,4 @@
-"""What can be wrong between trainer and engine, and how it is said."""
+"""The possible faults between trainer and engine, and how they are reported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cause:
-    """title: what is the case. advice: what a user does about it."""
+    """title: what is wrong. advice: what a user can do about it."""
 
     title: str
     advice: str

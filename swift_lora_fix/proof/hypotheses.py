@@ -1,19 +1,20 @@
-"""Robust arithmetic on the gaps of a probe: a heavy-tailed noise, and how much a token may say for a hypothesis.
+"""Robust statistics on the gaps of a probe: heavy-tailed noise, and a limit on what one token may say for a hypothesis.
 
-The noise model. A token's noise is normal with a variance of its own, and these variances are spread like a scaled
-inverse chi-square with ``DEGREES`` degrees of freedom. Then the gaps are Student's t (Gelman et al., Bayesian Data
-Analysis, section 3.2), and one look at a token's noise, n, tells of its variance: given n, its gap is again Student's
-t, with one degree more and the squared scale (DEGREES * scale^2 + n^2) / (DEGREES + 1). So tokens whose logprob moves
-by itself when the trainer computes it once more count for less.
+The noise model. Each token's noise is normal with its own variance, and these variances follow a scaled inverse
+chi-square distribution with ``DEGREES`` degrees of freedom. Then the gaps follow Student's t (Gelman et al., Bayesian
+Data Analysis, section 3.2). One measurement n of a token's noise informs about its variance: given n, the gap is again
+Student's t, with one more degree of freedom and the squared scale (DEGREES * scale^2 + n^2) / (DEGREES + 1). So tokens
+whose logprob changes when the trainer merely computes it again count for less.
 
 The weight of a hypothesis is Huber's censored likelihood ratio (A robust version of the probability ratio test, Annals
-of Mathematical Statistics 36, 1965): the log likelihood ratio of each token, cut at +-``CENSOR``. It is the minimax
-test where any share of the tokens may come from elsewhere.
+of Mathematical Statistics 36, 1965): each token's log likelihood ratio, cut at +-``CENSOR``, summed. This is the
+minimax test if any share of the tokens may come from elsewhere.
 
-The slope of (engine - policy) on (hypothesis - policy) has the policy's own rounding on both sides, which bends it from
-0 towards 1 wherever the adapter's effect is of the size of the noise (0.44 of the way to the policy before, on a sound
-SmolLM2). So the way is taken once more from the shaken policy, whose rounding is its own: an instrument (Durbin, Errors
-in variables, 1954). What both ways have in common is also what of a hypothesis is more than noise.
+The slope of (engine - policy) on (hypothesis - policy) is biased: the policy's own rounding is on both sides. Where the
+adapter's effect is about as large as the noise, that bends the slope from 0 towards 1 (on a sound SmolLM2, to 0.44 of
+the way to the policy before). So the way to the hypothesis is measured a second time from the shaken policy, whose
+rounding is independent: an instrument (Durbin, Errors in variables, 1954). What both ways have in common is also the
+part of a hypothesis that is more than noise.
 
 Nothing here needs torch or numpy: a probe has some tens of tokens.
 """
@@ -26,14 +27,13 @@ from dataclasses import dataclass
 
 DEGREES = 3.0
 CENSOR = 1.0  # nats a token
-LEVERAGE = 3.0  # in a slope, a token counts for its way up to this many times the median of all ways
+LEVERAGE = 3.0  # in a slope, a token's way counts up to this many times the median way
 ROUNDS = 60
 
 
 @dataclass(frozen=True)
 class Student:
-    """ratio: scale of a Student distribution fitted to gaps, in units of their noise. error: standard error of its log.
-    """
+    """ratio: scale of Student's t fitted to gaps, in units of their noise. error: standard error of its logarithm."""
 
     ratio: float
     error: float
@@ -41,9 +41,10 @@ class Student:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a hypothesis against this policy: see ``verdict.Hypothesis``. ratio: of the engine's distance to the
-    hypothesis, in units of noise. gain: the weight a token that an engine that says exactly this policy would give.
-    weights, slopes: of each prompt's tokens alone."""
+    """One hypothesis against this policy; see ``verdict.Hypothesis``.
+
+    ratio: the engine's distance to the hypothesis, in units of noise. gain: the weight a token that an engine with
+        exactly this policy would give. weights, slopes: from each prompt's tokens alone."""
 
     weight: float
     slope: float
@@ -63,14 +64,14 @@ class Noise:
 
     @classmethod
     def of(cls, again: Sequence[float], least: float) -> Noise:
-        """From one look at the noise of each token; ``least``: the smallest scale, in nats."""
+        """From one measurement of each token's noise. least: the smallest scale allowed, in nats."""
         scale = max(scale_of(again, DEGREES), least)
         return cls(tuple(math.sqrt((DEGREES * scale**2 + n**2) / (DEGREES + 1)) for n in again))
 
     def fit(self, gaps: Sequence[float], scales: Sequence[float]) -> Student:
         degrees = DEGREES + 1
         ratio = scale_of([gap / scale for gap, scale in zip(gaps, scales)], degrees)
-        # Fisher's information of the log scale of Student's t is 2 v / (v + 3) a token
+        # Fisher information of the log scale of Student's t: 2 v / (v + 3) a token
         return Student(ratio, math.sqrt((degrees + 3) / (2 * degrees * len(gaps))))
 
 
@@ -97,13 +98,15 @@ def weigh(
     extra: Sequence[float],
     spans: Sequence[slice],
 ) -> Estimate:
-    """gaps: engine - this policy. ways: hypothesis - this policy. again: hypothesis - the shaken policy. scales: of the
-    noise. extra: by how much the hypothesis itself may be off. All in nats, one a token. spans: of each prompt."""
+    """Weigh one hypothesis. All arguments in nats, one value a token.
+
+    gaps: engine - this policy. ways: hypothesis - this policy. again: hypothesis - the shaken policy. scales: of the
+        noise. extra: how far off the hypothesis itself may be. spans: the tokens of each prompt."""
     degrees = DEGREES + 1
     wider = [math.sqrt(scale**2 + more**2) for scale, more in zip(scales, extra)]
     left = [gap - way for gap, way in zip(gaps, ways)]
     here, there = noise.fit(gaps, scales).ratio, noise.fit(left, wider).ratio
-    # as wide as the better of the two needs it: with too narrow a noise every wild token would be certain
+    # widen the noise until the better of the two fits: if it were too narrow, every outlier would seem decisive
     factor = max(1.0, min(here, there))
     share = math.sqrt(meant(ways, again, scales))
     parts, gain = [], 0.0
@@ -118,13 +121,13 @@ def weigh(
 
 
 def meant(ways: Sequence[float], again: Sequence[float], scales: Sequence[float]) -> float:
-    """The share, 0 to 1, of the ways' squares that is no rounding of either end."""
+    """The share, 0 to 1, of the ways' squares that is not rounding at either end."""
     cap = _cap(ways, scales)
     first = [max(-cap, min(cap, way / scale)) for way, scale in zip(ways, scales)]
     second = [max(-cap, min(cap, way / scale)) for way, scale in zip(again, scales)]
     whole = sum(a * a for a in first)
     common = sum(a * b for a, b in zip(first, second)) / whole if whole else 0.0
-    return min(1.0, max(0.0, 2 * common - 1))  # what is not common is one end's rounding; the other end has as much
+    return min(1.0, max(0.0, 2 * common - 1))  # the rest is the rounding of one end, and the other end has as much
 
 
 def _cap(ways: Sequence[float], scales: Sequence[float]) -> float:
@@ -140,11 +143,11 @@ def slope_of(
     degrees: float,
     spans: Sequence[slice],
 ) -> tuple[float, float, tuple[float, ...]]:
-    """Robust slope of gaps on ways through the origin, with ``again`` for instrument; its sandwich standard error, the
-    tokens as if independent; and the slope of each prompt alone with the same weights. NaN where there is no way.
+    """Robust slope of gaps on ways through the origin, with ``again`` as the instrument; its sandwich standard error,
+    as if tokens were independent; each prompt's slope alone, with the same weights. NaN when there is no way.
 
-    An M-estimate with Student's weights in the gaps, from 0 and from 1 on (the better fit counts), and Mallows'
-    weights in the ways."""
+    An M-estimate with Student weights on the gaps and Mallows weights on the ways. It is started from 0 and from 1, and
+    the better fit is kept."""
     none = (math.nan, math.nan, (math.nan,) * len(spans))
     cap = _cap(again, scales)
     if cap <= 0:
@@ -175,7 +178,7 @@ def slope_of(
 
 
 def _log(value: float, degrees: float) -> float:
-    """Log density of Student's t, but for a constant."""
+    """Log density of Student's t, up to a constant."""
     return -(degrees + 1) / 2 * math.log1p(value * value / degrees)
 
 

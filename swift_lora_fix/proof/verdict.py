@@ -1,27 +1,27 @@
 """Which policy does the engine serve? The statistics of a proof, without torch: numbers in, a verdict out.
 
-One examination is one or more probes. Of each token of a probe there are the engine's logprob and what the trainer says
-of the same token: with this policy, with the plain base, with twice the adapter, with the policy before it where it is
-known. These are the hypotheses (``hypotheses.py`` weighs them). And the trainer says it once more with each layer's
-output shaken by a rounding step of the dtype it computes in: what numerics alone may change. No fault of the engine can
-raise that, it grows with the adapter as the engine's own rounding does, and it is largest at the tokens where a sound
-engine is furthest off (a confident adapter; an expert router at the edge).
+One examination is one or more probes. Each token of a probe has the engine's logprob, and the trainer's logprob of the
+same token under several hypotheses: this policy, the plain base, twice the adapter, and the policy before if it is
+known (``hypotheses.py`` weighs them). The trainer also scores it once more with each layer's output shaken by a
+rounding step of the compute dtype: that shows what numerics alone may change. No fault of the engine can raise this
+noise. It grows with the adapter, as the engine's own rounding does, and it is largest at the tokens where a sound
+engine is furthest off (a confident adapter; an expert router near its threshold).
 
-How it is decided, all numbers as recorded in bench/recorded_gaps and shown by bench/simulate_verdict.py:
+How it is decided. All numbers are recorded in bench/recorded_gaps, and bench/simulate_verdict.py shows them:
 
 - fit: the engine may be ``ALLOWED`` times as far from this policy as the noise explains. The scale is that of a Student
   distribution, which outliers do not move.
-- hypotheses: Huber's censored likelihood ratio, token by token no more than 1 nat for or against: a few wild tokens
+- hypotheses: Huber's censored likelihood ratio. Each token counts at most 1 nat for or against, so that a few outliers
   decide nothing. ``DECISIVE`` nats decide.
-- slope: where the engine stands on the way from this policy to another. Parts of a fault (a module counted twice,
-  another scaling) move it where they do not move the fit.
-- floor: the plain base, on both sides, must be explained by the trainer's own noise on the plain base. Up to
-  ``FLOOR_ALLOWED`` times it is; from ``FLOOR_WRONG`` on no rounding explains it.
-- repetition: a disagreement counts when there is a second probe, of other prompts, and ``SHARE`` of all prompts show
-  it, each by itself. Tokens of one prompt depend on each other: an expert router that flips moves all that follow.
+- slope: where the engine stands on the way from this policy to another. Partial faults (one module counted twice,
+  another scaling) move the slope even if they do not move the fit.
+- floor: on the plain base, the trainer's own noise must explain the distance between engine and trainer. Up to
+  ``FLOOR_ALLOWED`` times it does; from ``FLOOR_WRONG`` on no rounding explains it.
+- repetition: a disagreement counts only with a second probe, of other prompts, and if ``SHARE`` of all prompts show it,
+  each by itself. Tokens of one prompt are not independent: an expert router that flips moves all that follow.
 
-Prompts of a kind of their own (beyond a kernel's tile, with images) belong in an examination of their own: a fault that
-only they show is a minority among others.
+Prompts of a special kind (longer than a kernel's tile, with images) need an examination of their own: among other
+prompts, a fault that only they show would be in the minority.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from dataclasses import dataclass, replace
 
 from .hypotheses import Estimate, Noise, weigh
 
-MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, where both sides compute alike
+MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, when both sides compute alike
 
-ALLOWED = 2.0  # times what the noise explains, see the module's text
+ALLOWED = 2.0  # times what the noise explains, see above
 DECISIVE = 12.0  # nats of evidence between two hypotheses: odds of 160,000 to 1
-PART = 0.15  # of the way to another hypothesis, which a sound engine's rounding does not go
-SHARE = 2 / 3  # of the prompts must show what is said of them together
-ERRORS = 4.0  # standard errors that a fit or a slope must be beyond its bound
+PART = 0.15  # of the way to another hypothesis; a sound engine's rounding does not go that far
+SHARE = 2 / 3  # of the prompts must each show what is concluded from all
+ERRORS = 4.0  # standard errors by which a fit or a slope must exceed its bound
 FLOOR_ALLOWED = 1.5  # times the trainer's own shaken noise, between the engine's base and the trainer's
-FLOOR_WRONG = 5.0  # times: what no kernel's own rounding explains; between the two the engine is only noisy
-BUDGET = 6  # probes with other prompts, in one examination, before the question stays open
+FLOOR_WRONG = 5.0  # times: more than any kernel's rounding; between the two bounds the engine is only noisy
+BUDGET = 6  # probes with other prompts in one examination, before the question stays open
 
 OTHER, KEPT, RESET = "other prompts", "the first prompts again", "the first prompts again, caches reset"
 NAMES = {"not-applied": "the plain base", "double-count": "twice the adapter", "stale": "the policy before"}
@@ -50,7 +50,8 @@ NAMES = {"not-applied": "the plain base", "double-count": "twice the adapter", "
 @dataclass(frozen=True)
 class Distance:
     """|engine - trainer| over the probe's tokens, in nats: mean and maximum; kl is the k3 estimate of
-    KL(engine || trainer), the mean of r - 1 - log r with r = p_trainer / p_engine (http://joschu.net/blog/kl-approx.html).
+    KL(engine || trainer), the mean of r - 1 - log r with r = p_trainer / p_engine
+    (http://joschu.net/blog/kl-approx.html).
     """
 
     mean: float
@@ -60,8 +61,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class Floor:
-    """The plain base on both sides, logprobs in nats, one a token. engine: without the adapter. base: the trainer's.
-    shaken: the trainer's again, as in ``Evidence``. lengths: tokens of each prompt; empty: all are one prompt's."""
+    """The plain base on both sides: logprobs in nats, one a token.
+
+    engine: the engine's without the adapter. base: the trainer's. shaken: the trainer's again, as in ``Evidence``.
+    lengths: tokens of each prompt; empty: all belong to one prompt."""
 
     engine: tuple[float, ...]
     base: tuple[float, ...]
@@ -74,18 +77,20 @@ class Floor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One probe: logprobs in nats of the tokens that the engine chose, one a token. Raises ValueError where the columns
-    differ in length or there is no token.
+    """One probe: logprobs in nats of the tokens that the engine chose, one a token. Raises ValueError when the columns
+    differ in length or are empty.
 
-    engine: its own. policy: the trainer's with this policy; in fused mode with the weights as the engine rounds them.
-    base, double, previous: with the plain base, twice the adapter, the policy before (None: not known). shaken: like
-    ``policy``, each layer's output x made x * (1 + u * step), u at random in [-1, 1], step the rounding step of the
-    coarser of the dtypes that trainer and engine compute in (bf16: 2^-8, fp16: 2^-11), and rounded to its dtype.
-    exact: in fused mode the trainer's with base and adapter apart, unrounded; it tells what the rounding moves, and by
-    how much ``double`` and ``previous`` may be off, which nobody rounds.
-    lengths: tokens of each prompt, in order; empty: all are one prompt's.
-    asked: OTHER for prompts that this examination has not asked yet (the first probe, too); KEPT, RESET for the first
-    probe's prompts again, as they are or with the engine's caches reset.
+    engine: the engine's own.
+    policy: the trainer's with this policy; in fused mode with the weights as the engine rounds them.
+    base, double, previous: the trainer's with the plain base, twice the adapter, the policy before (None: unknown).
+    shaken: like ``policy``, but each layer's output x becomes x * (1 + u * step), rounded to its dtype; u is random in
+        [-1, 1], step is the rounding step of the trainer's or the engine's dtype, the coarser (bf16: 2^-8, fp16:
+        2^-11).
+    exact: in fused mode the trainer's with base and adapter apart, unrounded. It shows what the rounding moves, and how
+        far off ``double`` and ``previous`` may be, which are not rounded.
+    lengths: tokens of each prompt, in order; empty: all belong to one prompt.
+    asked: OTHER for prompts that are new in this examination (the first probe too); KEPT, RESET for the first probe's
+        prompts again, without or with a reset of the engine's caches.
     """
 
     engine: tuple[float, ...]
@@ -103,7 +108,7 @@ class Evidence:
 
     @property
     def alternatives(self) -> dict[str, tuple[float, ...]]:
-        """By cause: what the trainer says under each fault that it can compute."""
+        """By cause: the trainer's logprobs under each fault that it can compute."""
         found = {"not-applied": self.base, "double-count": self.double}
         return found if self.previous is None else {**found, "stale": self.previous}
 
@@ -118,7 +123,7 @@ def _same_length(record: Floor | Evidence, names: Sequence[str]) -> None:
 
 
 def _spans(records: Sequence[Floor | Evidence]) -> list[slice]:
-    """Of each prompt, in all the records' tokens one after the other."""
+    """The span of each prompt in the concatenated tokens of all records."""
     found, start = [], 0
     for record in records:
         for length in record.lengths or (len(record.engine),):
@@ -129,11 +134,14 @@ def _spans(records: Sequence[Floor | Evidence]) -> list[slice]:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What speaks for another policy than this one. cause: a key of ``causes.CAUSES``. weight: log likelihood ratio
-    for this policy and against it, nats, censored; negative where the engine is closer to the other. slope: where the
-    engine stands on the way, 0 this policy and 1 the other, with its standard error (NaN where both are the same).
-    mean: mean |logprob difference| engine - hypothesis, nats. reach: the weight that an engine that says exactly what
-    this policy says would give in ``BUDGET`` probes."""
+    """The evidence about one policy that is not this one.
+
+    cause: a key of ``causes.CAUSES``.
+    weight: censored log likelihood ratio in nats, positive for this policy, negative when the engine is closer to the
+        other. reach: the weight that an engine with exactly this policy would give in ``BUDGET`` probes.
+    slope, error: where the engine stands on the way, 0 this policy and 1 the other, and its standard error (NaN when
+    both
+        are the same). mean: mean |logprob difference| engine - hypothesis, nats."""
 
     cause: str
     weight: float
@@ -148,24 +156,25 @@ class Hypothesis:
 
     @property
     def can_be_told(self) -> bool:
-        """Whether asking more could tell it from this policy."""
+        """Whether more probes could tell it from this policy."""
         return self.reach >= DECISIVE
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One examination, of all its probes with different prompts together.
+    """One examination: all its probes with different prompts together.
 
-    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with nothing to ask: it stays open, worth a warning and no more).
+    outcome: ``agrees``, ``disagrees`` or ``unsure`` (with an empty ``ask`` it stays open, which is only worth a
+    warning).
     cause: with ``disagrees`` a key of ``causes.CAUSES``; with ``unsure`` what is suspected, or "".
-    ask: what to ask next (OTHER, KEPT, RESET), "" where nothing would help.
-    distance: to this policy (fused: as rounded). floor: of the plain base. control_base, control_double: mean |logprob
-    difference| in nats to what the trainer says without and with twice the adapter. rounding: in fused mode, by how
-    much (the same mean) the one rounding of the merged weights moves what the trainer says; 0 otherwise.
-    noise: mean |difference| in nats that the trainer's own rounding explains with this policy, times what the plain
-    base shows of this engine. ratio, error: the engine's distance in units of that noise, robust, and its relative
-    standard error. engine_noise: this engine's noise in units of the trainer's own, as the plain base shows (``noise``
-    has it in it). allowed: the ratio that is sound. hypotheses: of the alternatives. probes: with different prompts.
+    ask: what to ask next (OTHER, KEPT, RESET); "" when nothing would help.
+    distance: to this policy (fused: as rounded). floor: the same on the plain base.
+    control_base, control_double: mean |logprob difference| in nats to the trainer without and with twice the adapter.
+    rounding: in fused mode the mean |difference| by which rounding the merged weights moves the trainer; otherwise 0.
+    noise: mean |difference| in nats that rounding explains with this policy: the trainer's own, times ``engine_noise``.
+    ratio, error: the engine's robust distance in units of that noise, and its relative standard error.
+    engine_noise: this engine's noise in units of the trainer's own, measured on the plain base.
+    allowed: the largest sound ratio. hypotheses: the alternatives. probes: those with different prompts.
     """
 
     outcome: str
@@ -200,7 +209,7 @@ class Verdict:
 
     @property
     def bound(self) -> float:
-        """For charts: the mean |logprob difference| at which a sound-shaped distance would no longer be accepted."""
+        """For charts: the mean |logprob difference| at which a distance shaped like the noise reaches ``allowed``."""
         return self.allowed * self.noise
 
     @property
@@ -210,12 +219,12 @@ class Verdict:
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether the plain base and twice the adapter are ruled out. (The policy before may be as good as this.)"""
+        """Whether the plain base and twice the adapter are ruled out. (The policy before may be nearly the same.)"""
         return bool(self.hypotheses) and not {"not-applied", "double-count"} & set(self.near)
 
     @property
     def reservation(self) -> str:
-        """What a match does not tell yet, in words; empty where it tells everything."""
+        """What a match does not rule out yet, in words; empty if nothing."""
         near = [NAMES[cause] for cause in self.near if cause != "stale"]
         return f" (not distinguishable yet from {' and '.join(near)})" if near else ""
 
@@ -244,7 +253,7 @@ class Verdict:
         ways = [(h.cause, h.slope, h.error) for h in self.hypotheses if math.isfinite(h.slope) and h.can_be_told]
         found = []
         for cause, slope, error in ways:
-            if cause == "not-applied":  # the way from the plain base to this policy, as everybody expects it
+            if cause == "not-applied":  # shown as the way from the plain base to this policy
                 found.append(f"slope {1 - slope:.3f} +- {error:.3f} (plain base 0, this policy 1)")
             else:
                 found.append(f"{slope:.3f} +- {error:.3f} of the way to {NAMES[cause]}")
@@ -252,16 +261,17 @@ class Verdict:
 
 
 def judge(evidence: Sequence[Evidence], floor: Floor, allowed: float = ALLOWED) -> Verdict:
-    """The verdict of one examination so far. Ask what ``ask`` says, append it and call again while ``is_unsure``, which
-    ends by itself: after ``BUDGET`` probes of other prompts and one each of KEPT and RESET. A disagreement is only said
-    of what a second probe repeats, or a reset of the caches mends; logprobs that are not finite need no repetition.
-    Raises ValueError where the first probe is not one of OTHER prompts.
+    """The verdict of one examination so far.
+
+    While ``is_unsure``, ask what ``ask`` says, append the probe and call again. That ends: after ``BUDGET`` probes of
+    other prompts and one each of KEPT and RESET. ``disagrees`` needs a second probe that repeats it, or a reset of the
+    caches that mends it; logprobs that are not finite need no repetition. Raises ValueError if the first is not OTHER.
 
     Args:
         evidence: probes in the order they were asked, the first one with ``asked=OTHER``.
-        floor: of this engine's plain base; ask ``judge_floor`` first whether it is sound. It only sets by what factor,
-            0.5 to ``FLOOR_WRONG``, this engine's noise differs from the trainer's own.
-        allowed: times what the noise explains, see the module's text.
+        floor: of this engine's plain base; check it with ``judge_floor`` first. Here it only sets the factor, 0.5 to
+            ``FLOOR_WRONG``, by which this engine's noise differs from the trainer's own.
+        allowed: times what the noise explains, see the module's docstring.
     """
     if not evidence or evidence[0].asked != OTHER:
         raise ValueError("an examination begins with a probe of its own prompts")
@@ -279,11 +289,11 @@ def judge(evidence: Sequence[Evidence], floor: Floor, allowed: float = ALLOWED) 
 
 
 def judge_floor(floor: Floor) -> tuple[str, float]:
-    """Whether the trainer's own noise explains how far the engine's plain base is off.
+    """Whether the trainer's own noise explains how far the engine's plain base is from the trainer's.
 
-    Returns: the outcome, and the ratio of the two scales. ``agrees``: no more than ``FLOOR_ALLOWED``. ``noisy``: more,
-    worth a warning (a cache in fp8, kernels of another accuracy, a small constant fault: nothing here tells which).
-    ``disagrees``: more than ``FLOOR_WRONG``, or not finite. ``unsure``: measure it again with more prompts, and append
+    Returns the outcome, and the ratio of the two scales. ``agrees``: at most ``FLOOR_ALLOWED``. ``noisy``: more, worth
+    a warning (an fp8 cache, kernels of another accuracy, a small constant fault: this cannot tell which).
+    ``disagrees``: more than ``FLOOR_WRONG``, or not finite. ``unsure``: measure again with more prompts, and append
     them.
     """
     if not all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken))):
@@ -302,7 +312,7 @@ def judge_floor(floor: Floor) -> tuple[str, float]:
 
 
 class _Look:
-    """The numbers of some probes together, and what they say by themselves: ``good``, ``bad`` (and why) or ``open``."""
+    """The numbers of some probes together, and what they say alone: ``good``, ``bad`` (with a cause) or ``open``."""
 
     def __init__(self, evidence: Sequence[Evidence], engine: float, allowed: float) -> None:
         self.allowed = allowed
@@ -342,7 +352,7 @@ class _Look:
 
     @property
     def cause(self) -> str:
-        """What is wrong, "" where nothing is or it is not certain."""
+        """What is wrong; "" if nothing is, or if it is not certain."""
         named = self._nearer(-DECISIVE)
         if named:
             return named
@@ -357,8 +367,8 @@ class _Look:
         return ""
 
     def _nearer(self, weight: float) -> str:
-        """The hypothesis that the engine is closest to, if that explains what it says: it stands at the end of the way
-        there, is by half closer to it than to this policy or as close as the noise allows, and most prompts agree."""
+        """The hypothesis that the engine is closest to, if it explains the engine; else "". The slope must be near 1,
+        the distance to it allowed or less than half of that to this policy, and most prompts must favour it."""
         near = {n: e for n, e in self.estimates.items() if e.weight <= weight and e.ratio < self.student.ratio}
         found = min(near, key=lambda name: near[name].ratio, default="")
         if not found:
@@ -398,7 +408,7 @@ def _decide(evidence: Sequence[Evidence], looks: Sequence[_Look], together: _Loo
 
 
 def _engine_factor(floor: Floor) -> float:
-    """By what this engine's noise differs from the trainer's own, as the plain base shows, within what is sound."""
+    """This engine's noise over the trainer's own, measured on the plain base, clipped to 0.5 .. FLOOR_WRONG."""
     finite = all(map(math.isfinite, (*floor.engine, *floor.base, *floor.shaken)))
     return min(max(judge_floor(floor)[1] if finite else 1.0, 0.5), FLOOR_WRONG)
 
@@ -443,7 +453,7 @@ def _verdict(fresh: Sequence[Evidence], floor: Floor, look: _Look | None) -> Ver
 
 
 def distance_between(gaps: Sequence[float]) -> Distance:
-    """Of the gaps logprob trainer - engine, in nats, a token each; NaN where there is none or one is not finite."""
+    """Statistics of the gaps logprob trainer - engine, in nats, one a token; NaN if empty or not all finite."""
     if not gaps or not all(map(math.isfinite, gaps)):
         return Distance(math.nan, math.nan, math.nan)
     kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]

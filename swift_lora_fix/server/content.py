@@ -1,4 +1,4 @@
-"""The digest of an adapter's two files, which both sides compute: SHA-256, of large files by all cores."""
+"""The digest of an adapter's two files, computed on both sides: SHA-256, on all cores for large files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ BLOCK = 8 << 20  # bytes
 
 
 class ContentHash:
-    """SHA-256 of the config, with its length (which keeps the two files apart), and of the SHA-256 of each block of the
-    weights: blocks can be hashed at the same time, and hashed as they come."""
+    """SHA-256 of the config, preceded by its length (which separates the two files), and of the SHA-256 of each block
+    of the weights. So blocks can be hashed in parallel, and as they arrive."""
 
     def __init__(self, config: bytes) -> None:
         self._whole = hashlib.sha256(len(config).to_bytes(8, "big") + config)
         self._block, self._filled = hashlib.sha256(), 0
 
     def update(self, data: bytes) -> None:
-        """The next bytes of the weights, as many as there are."""
+        """Add the next bytes of the weights, any number of them."""
         rest = memoryview(data)
         while rest:
             part, rest = rest[: BLOCK - self._filled], rest[BLOCK - self._filled :]
@@ -36,13 +36,13 @@ class ContentHash:
         return whole.hexdigest()
 
     def of(self, data: bytes | memoryview) -> str:
-        """The digest with ``data`` as the whole weights."""
+        """The digest if ``data`` is all of the weights."""
         view = memoryview(data)
         return self._of_blocks(len(view), lambda start: _digest(view[start : start + BLOCK]))
 
     def copy(self, source: int, write: Callable[[bytes, int], None], size: int) -> str:
-        """``write`` the first ``size`` bytes of the file with descriptor ``source``, in blocks, each with where it
-        starts; the digest of what was written (of a file that has become shorter, another one)."""
+        """Pass the first ``size`` bytes of the file descriptor ``source`` to ``write``, in blocks with their offsets.
+        Returns the digest of what was written. (If the file has become shorter, that is another digest.)"""
 
         def block(start: int) -> bytes:
             data = os.pread(source, min(BLOCK, size - start), start)
@@ -52,7 +52,7 @@ class ContentHash:
         return self._of_blocks(size, block)
 
     def _of_blocks(self, size: int, digest_at: Callable[[int], bytes]) -> str:
-        """``digest_at`` the start of each block, by all cores: reading, writing and hashing let other threads run."""
+        """Call ``digest_at`` with the start of each block, on all cores: reads, writes and hashes release the GIL."""
         starts, whole = range(0, size, BLOCK), self._whole.copy()
         with ThreadPoolExecutor(max_workers=min(max(1, len(starts)), os.cpu_count() or 1)) as pool:
             for digest in pool.map(digest_at, starts):
@@ -61,7 +61,7 @@ class ContentHash:
 
 
 def content_digest(config: bytes, weights: bytes | memoryview) -> str:
-    """Of both files, in hexadecimal."""
+    """The digest of both files, in hexadecimal."""
     return ContentHash(config).of(weights)
 
 

@@ -1,24 +1,25 @@
-"""What a trainer and a rollout server say to each other. Both sides import this module.
+"""The protocol between a trainer and a rollout server. Both sides import this module.
 
-All paths are below `PREFIX`; answers are JSON. What is refused has an HTTP status and ``{"error": class, "message"}``.
+All paths are below `PREFIX`; answers are JSON. A refusal has an HTTP status and ``{"error": class, "message"}``.
 
 - ``GET status/``: `PROTOCOL`, releases, ``boot`` (new at each start of the server), what the engine takes, ``policy``
   (or null) and whether rollouts are ``plain``.
 - ``GET base/``: ``{"sums": {name: [dtype, shape, checksum]}}`` of the model's files; dtype as in ``bfloat16``, names as
   in the files.
-- ``POST stage/``: every worker reads and checks an adapter. JSON ``{"policy", "digest", "folder"}`` for a folder below
-  the server's root; or the safetensors bytes as ``application/octet-stream``, with ``{"policy", "digest", "config"}``
-  in `POLICY_HEADER`; or JSON ``{"policy", "layout"}`` (`Layout`, or the ``key`` of the last one, 410 where it is not):
-  its bytes come over NCCL, as ``receive/`` is asked. `NO_NCCL` where they cannot.
-- ``POST receive/`` ``{"policy"}``: every worker takes part in the broadcast of what was announced, and checks it.
-- ``POST find/`` ``{"policy"}``: what was sent under another version is staged as this one; 410 where it is gone.
-- ``POST pushed/``: after ms-swift's own push of the base. What went wrong in a worker, which ms-swift only logs.
-- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Twice is as good as once. With
-  ``"by_reference": true`` by way of vLLM's own loader. Answers have ``boot``.
-- ``POST abort/`` ``{"policy"}``: what was staged is dropped.
+- ``POST stage/``: every worker reads and checks an adapter. Three forms:
+  JSON ``{"policy", "digest", "folder"}``: a folder below the server's root.
+  ``application/octet-stream``: the safetensors bytes, with ``{"policy", "digest", "config"}`` in `POLICY_HEADER`.
+  JSON ``{"policy", "layout"}``: announces bytes that come over NCCL at ``receive/``; `NO_NCCL` if they cannot. The
+  layout is a `Layout`, or the ``key`` of the last one (410 if that is another).
+- ``POST receive/`` ``{"policy"}``: every worker joins the broadcast of what was announced, and checks it.
+- ``POST find/`` ``{"policy"}``: stage again what was sent under another version; 410 if it is gone.
+- ``POST pushed/``: called after ms-swift's own push of the base. Returns errors of workers, which ms-swift only logs.
+- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Idempotent. With
+  ``"by_reference": true`` through vLLM's own loader. Answers have ``boot``.
+- ``POST abort/`` ``{"policy"}``: drop what was staged.
 - ``POST serve/`` ``{"plain": bool}``: rollouts from the base alone, or with the adapter again.
 
-``POST /infer/`` is ms-swift's; with `POLICY_HEADER` it is refused where another policy than that is served.
+``POST /infer/`` is ms-swift's. With `POLICY_HEADER` it is refused when the server serves another policy.
 """
 
 from __future__ import annotations
@@ -42,23 +43,24 @@ STAGE, COMMIT, ABORT, SERVE = (f"{PREFIX}/{verb}/" for verb in ("stage", "commit
 RECEIVE, FIND, PUSHED = (f"{PREFIX}/{verb}/" for verb in ("receive", "find", "pushed"))
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
-PROBE = "swift-lora-fix-"  # so begins the ``uuid`` of the gate's requests: no multi-turn scheduler plays with those
+PROBE = "swift-lora-fix-"  # prefix of the ``uuid`` of the gate's requests: multi-turn schedulers must not touch them
 
-# The files of an adapter's folder, as PEFT names them; B is PEFT's own, the server scales it by the config.
+# The files of an adapter's folder, as PEFT names them. B is unscaled, as PEFT has it: the server scales it by the
+# config.
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# In the weights' safetensors metadata: the names, as JSON, in the order that the policy's digest is of. Where it is
-# there (a trainer of ours wrote them, with the scaling in B), each vLLM worker proves that digest of what it holds.
+# In the safetensors metadata: the names, as JSON, in the order that the policy's digest is computed in. It is there
+# when a trainer with this package wrote the file, with the scaling in B: then each vLLM worker checks that digest.
 ORDER = "swift_lora_fix_order"
 
 ROOT_VARIABLE, LIMIT_VARIABLE = "SWIFT_LORA_FIX_ROOT", "SWIFT_LORA_FIX_MAX_MIB"  # see Settings
 
-GONE = 410  # the server no longer has, or knows, what it is asked to use again
-NO_NCCL = 501  # HTTP's "not implemented": this server takes no adapter over NCCL, and says why
+GONE = 410  # the server no longer has, or does not know, what it should use again
+NO_NCCL = 501  # HTTP's "not implemented": this server takes no adapter over NCCL; its message says why
 
-METHOD = "swift_lora_fix_command"  # within the server, what its workers are called by
-RPC = "swift_lora_fix_receiver"  # within an engine, what vLLM's workers are called by (``collective_rpc``)
-EXTENSION = "swift_lora_fix.server.rollout.extension.RolloutWorkerExtension"  # in place of ms-swift's
+METHOD = "swift_lora_fix_command"  # inside the server: the method of its workers
+RPC = "swift_lora_fix_receiver"  # inside an engine: the method of vLLM's workers (``collective_rpc``)
+EXTENSION = "swift_lora_fix.server.rollout.extension.RolloutWorkerExtension"  # replaces ms-swift's
 SWIFT_EXTENSION = "WeightSyncWorkerExtension"
 
 _STATUSES = {ProtocolError: 400, AccessError: 403}
@@ -68,8 +70,11 @@ _DIGEST = re.compile(r"[!-~]{1,128}")
 
 @dataclass(frozen=True)
 class Policy:
-    """Which policy: ``version`` only grows within one trainer ``run`` (hexadecimal). digest: over NCCL, and of a file
-    with `ORDER`, the one of engine/staging.py, which is proved; else any text."""
+    """Names one policy. version: grows within one trainer ``run`` (hexadecimal).
+
+    digest: over NCCL, and for a file with `ORDER`, the policy digest (engine/vllm/slots/staging.py), which is checked;
+        otherwise any text.
+    """
 
     version: int
     step: int
@@ -106,8 +111,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Layout:
-    """What one buffer holds. entries: (PEFT key, shape) in the order of the trainer's adapter; dtype: as in
-    ``bfloat16``; config: of the adapter, as in ``adapter_config.json``; over NCCL one that scales nothing."""
+    """The content of one buffer. entries: (PEFT key, shape) in the order of the trainer's adapter; dtype: as in
+    ``bfloat16``; config: as in ``adapter_config.json``. Over NCCL it must be one of scaling 1."""
 
     dtype: str
     entries: tuple[tuple[str, tuple[int, ...]], ...]
@@ -115,7 +120,7 @@ class Layout:
 
     @cached_property
     def key(self) -> str:
-        """Tells it from others, in hexadecimal."""
+        """Identifies this layout, in hexadecimal."""
         return hashlib.sha256(config_bytes(self.as_dict())).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,24 +141,24 @@ class Layout:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of PEFT's as JSON can hold it."""
+    """A PEFT config, with only types that JSON has."""
     return dict(json.loads(json.dumps(config, default=_plain)))
 
 
 def _plain(value: Any) -> Any:
-    """What it has beside JSON's own types: sets and enums."""
+    """Converts what JSON does not have: sets and enums."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return value.value if isinstance(value, enum.Enum) else str(value)
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """What counts as the config's bytes where it travels as JSON and not as a file."""
+    """The config's bytes for its digest, when it travels as JSON and not as a file."""
     return json.dumps(config, sort_keys=True).encode()
 
 
 def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ProtocolError naming ``what`` it was to be."""
+    """Parse a JSON object. Raises ProtocolError; ``what`` names it in the message."""
     try:
         value = json.loads(text)
     except ValueError as error:  # undecodable bytes too
@@ -164,7 +169,7 @@ def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def http_status(error: Exception) -> int | None:
-    """What a refusal with this error is answered with; None where that depends on what was asked for."""
+    """The HTTP status that a refusal with this error gets; None if that depends on the route."""
     status: int | None = getattr(error, "status", None)
     return status or next((s for kind, s in _STATUSES.items() if isinstance(error, kind)), None)
 
@@ -175,13 +180,13 @@ def root_of(environment: Mapping[str, str] | None = None) -> str:
 
 
 def limit_of(environment: Mapping[str, str] | None = None) -> int:
-    """How many bytes an adapter's weights may have. Raises SettingsError."""
+    """The limit on the bytes of an adapter's weights. Raises SettingsError."""
     return Settings.from_environment(environment).max_mib << 20
 
 
 def release_port(communicator: Any) -> None:
-    """Let go the group of a ``PyNcclCommunicator``, with the store that listens where it was made. Of vLLM 0.17's
-    group, Python would close the socket that the store goes on listening on, and the process end with SIGABRT."""
+    """Release the group of a ``PyNcclCommunicator`` and, where it was created, the store that listens for it. With vLLM
+    0.17's group, Python would close the socket under the listening store, and the process would end with SIGABRT."""
     listening = getattr(communicator.group, "socket", None)
     if listening is not None:
         listening.detach()  # the store closes it

@@ -1,1 +1,1 @@
-"""The verbs of the command line, each in a folder: facts.py finds out, view.py says it. plugin.py prints a path."""
+"""The verbs of the command line, a folder each: facts.py finds out, view.py prints. plugin.py prints a path."""

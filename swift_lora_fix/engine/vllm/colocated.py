@@ -1,4 +1,4 @@
-"""The writers of a colocated vLLM engine: base and adapter apart, in vLLM's LoRA layers, or folded into one."""
+"""The writers of a colocated vLLM engine: adapter mode (in vLLM's LoRA layers) and fused mode (in its weights)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .weights.fused import FusedWriter
 
 
 class AdapterModeWriter:
-    """The base once, the adapter at each sync. Raises UnsupportedAdapterError for one that vLLM cannot apply."""
+    """Sends the base once and the adapter at each sync. Raises UnsupportedAdapterError if vLLM cannot apply it."""
 
     mode: ClassVar[Literal["adapter", "fused"]] = "adapter"
     keeps_base = True
@@ -74,10 +74,10 @@ class AdapterModeWriter:
 
 
 class FusedModeWriter:
-    """The engine's weights become those of the base with the adapter folded in."""
+    """Writes the base with the adapter folded in over the engine's weights."""
 
     mode: ClassVar[Literal["adapter", "fused"]] = "fused"
-    keeps_base = False  # where the weights lie is learnt by a push
+    keeps_base = False  # only a push shows where the weights lie
     slots = None
 
     def __init__(
@@ -112,11 +112,11 @@ class FusedModeWriter:
         return _finished(self.engine, self.weights.write(keep_views), self.weights.finish)
 
     def write_by_reference(self) -> WriteReport:
-        """The base goes through vLLM's own loading just before, and its regions are proved again."""
+        """The caller has just pushed the base through vLLM's own loading, which proves the regions again."""
         return self.write()
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """Of the trainer's adapter as it is, in float32."""
+        """Digest of the trainer's adapter itself, unscaled, in float32."""
         return host_digest(self.adapter, held, torch.float32, fold=False)
 
     def what_is_missing(self) -> str | None:
@@ -128,11 +128,11 @@ class FusedModeWriter:
         return self.weights.is_current()
 
     def adapted_parameters(self) -> set[str]:
-        return set()  # the adapter lies in the weights, not beside them
+        return set()  # the adapter is in the weights, not in LoRA layers
 
 
 def _finished(engine: EngineHandle, report: WriteReport, finish: Callable[[], None]) -> WriteReport:
-    """Forget what was computed with the policy before, while the last copies run, then wait for them."""
+    """Reset the caches of the previous policy while the last copies run, then wait for the copies."""
     clock = Clock()
     engine.reset_caches()
     clock.lap("caches")
@@ -143,7 +143,7 @@ def _finished(engine: EngineHandle, report: WriteReport, finish: Callable[[], No
 
 
 class AdapterServing:
-    """vLLM's LoRA layers apply it. Nothing is rounded that the trainer does not round too."""
+    """vLLM's LoRA layers apply the adapter. The engine rounds nothing that the trainer does not round too."""
 
     rounds, copies = False, 1
     stand_ins: Collection[torch.nn.Module] = ()
@@ -169,14 +169,14 @@ class AdapterServing:
 
 
 class FusedServing:
-    """The adapter is folded into the engine's weights, which are rounded once more than the trainer's."""
+    """The adapter is folded into the engine's weights, which are therefore rounded once more than the trainer's."""
 
     copies = 1
 
     def __init__(self, engine: EngineHandle, writer: FusedWriter) -> None:
         self._writer = writer
         self.reset_caches: Callable[[], None] | None = engine.reset_caches
-        # FSDP2 gathers within ``standing_in``; which experts run differs from rank to rank: they would wait for ever
+        # ``standing_in`` all-gathers under FSDP2; ranks route to different experts, so these all-gathers would deadlock
         experts = any(".experts." in module.path for module in writer.modules)
         self.rounds = not (experts and writer.adapter.sharding == "fsdp2")
         wrapped = [module.module for module in writer.modules if module.inner is not None]
@@ -198,14 +198,14 @@ class FusedServing:
         return standing_in(self._writer, merged=False)
 
     def trainer_as_rounded(self) -> contextlib.AbstractContextManager[None]:
-        """The trainer computing with the weights that the engine should hold, one module's at a time."""
+        """The trainer computes with the weights that the engine should hold, merged for one module at a time."""
         return standing_in(self._writer, merged=True)
 
 
 @contextlib.contextmanager
 def standing_in(writer: FusedWriter, merged: bool) -> Iterator[None]:
-    """The trainer's model with plain layers in place of PEFT's: of the base's weights, or of the merged ones, rounded
-    as the engine rounds them. Only ``forward`` of single modules is shadowed; their parameters stay."""
+    """Make the trainer's model compute with plain layers in place of PEFT's: with the base weights, or with the merged
+    ones rounded as in the engine. Only ``forward`` of single modules is shadowed; their parameters stay."""
     wrapped = [module for module in writer.modules if module.inner is not None]
     before = [vars(module.module).get("forward") for module in wrapped]
     for module in wrapped:

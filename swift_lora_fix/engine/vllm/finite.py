@@ -1,4 +1,4 @@
-"""Before the first byte is written: is every value of the adapter finite, also as the engine will hold it?"""
+"""Before the first byte is written: are all values of the adapter finite, also in the engine's dtype?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .kernels.replay import Replayed
 
 
 class FiniteCheck:
-    """One fused check that every value is finite, also once it is scaled and cast to the LoRA dtype."""
+    """Checks in one fused pass that every value is finite, also after scaling and the cast to the LoRA dtype."""
 
     def __init__(
         self, adapter: Adapter, dtype: torch.dtype, device: torch.device, all_ranks: Callable[[bool], bool]
@@ -24,22 +24,22 @@ class FiniteCheck:
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _check(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each entry whether it is fine, false for NaN and for infinity; and whether all are. On the device."""
+        """Whether each entry is finite (false for NaN and infinity), and whether all are. Both on the device."""
         peaks = torch.stack(torch._foreach_norm(adapters.local_parts(self.adapter), float("inf"))).float()
         good = peaks * self.scales <= torch.finfo(self.dtype).max
         return good, good.all()
 
     @torch.no_grad()
     def begin(self, pointers: list[int]) -> None:
-        """Have the device look at the values as they are now, without waiting for it.
+        """Start checking the current values on the device, without waiting for the result.
 
-        pointers: of the parameters; what is not sharded is checked in place while they stay the same.
+        pointers: of the parameters. While they stay the same, an unsharded adapter is checked in place.
         """
         self.scales = self.scales.to(adapters.local_part(self.adapter.parameters[0]).device)
         self._begun = self.replayed.run(pointers) if self.adapter.sharding == "none" else self._check()
 
     def finish(self) -> None:
-        """Raise NonFiniteAdapterError naming the tensors. Sharded: each rank checks its own part, all raise or none."""
+        """Raise NonFiniteAdapterError naming the tensors. Each rank checks its own shard; all ranks raise, or none."""
         assert self._begun is not None, "begin() comes first"
         (good, all_good), self._begun = self._begun, None
         if not self.all_ranks(bool(all_good)):

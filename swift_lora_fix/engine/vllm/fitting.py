@@ -1,4 +1,4 @@
-"""What an adapter needs of vLLM's LoRA layers, looked at before anything is sent: its rank, a layer for each module."""
+"""Checks, before anything is sent, that vLLM's LoRA layers can take the adapter: its rank, a layer for each module."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .handle import EngineHandle
 from .weights.names import Names
 
 PEFT_PREFIX = "base_model.model."
-TOWER_OPTION = "enable_tower_connector_lora"  # of vLLM's LoRAConfig: LoRA on a vision tower and on an aligner
+TOWER_OPTION = "enable_tower_connector_lora"  # of vLLM's LoRAConfig: LoRA in vision towers and connectors
 
 
 def check_fits(adapter: Adapter, engine: EngineHandle) -> None:
-    """Raise UnsupportedAdapterError where the engine has no room for the adapter's rank, or no LoRA layer for some of
-    its modules; it names them, and the mode that serves them."""
+    """Raise UnsupportedAdapterError when the adapter's rank exceeds the engine's, or when modules have no LoRA layer.
+    The message names them, and the mode that serves them."""
     _check_ranks(adapter, engine)
     unserved = _unserved(adapter, engine)
     if unserved:
@@ -36,8 +36,9 @@ def _check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
 
 
 def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
-    """Names differ in front between the trainer's model and vLLM's, never at the end: the ends are compared. Experts of
-    a fused MoE layer have names of their own in vLLM, which says itself whether it takes them."""
+    """Modules without a LoRA layer. The trainer's names differ from vLLM's only at the front, so the ends are compared.
+    Experts of a fused MoE layer are skipped: vLLM names them differently, and rejects them itself if it cannot serve
+    them."""
     manager = engine.manager
     parts = [part for parts in manager.packed_modules.values() for part in parts]
     served = Names((*manager.modules, *parts))
@@ -46,9 +47,9 @@ def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
 
 
 def _tower_advice(modules: list[str], engine: EngineHandle) -> str:
-    """The option is worth a word where vLLM knows it and has it off, and the modules are none of a language model's."""
+    """Suggest the option if vLLM has it, it is off, and all these modules lie outside the language model."""
     config = engine.lora_config
-    known = hasattr(config, TOWER_OPTION)  # older releases of vLLM do not have it
+    known = hasattr(config, TOWER_OPTION)  # older releases of vLLM lack it
     if not known or getattr(config, TOWER_OPTION) or not all(_is_tower(module) for module in modules):
         return ""
     return f"or --vllm_engine_kwargs '{{\"{TOWER_OPTION}\": true}}' where vLLM serves this model's tower, "

@@ -1,4 +1,4 @@
-"""A trainer's colocated vLLM engine, seen through the few things a sync needs. Nothing is cached: vLLM is asked."""
+"""A trainer's colocated vLLM engine: the few things that a sync needs of it. Nothing is cached, vLLM is asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ...errors import CacheResetError, EngineStateError
 from ...install import releases
 from ...trainer import TrainerPort
 
-# One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora), before
-# that it takes the only adapter there is.
+# One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora); older
+# releases take the only adapter that is loaded.
 ADAPTER_ID = releases.FIXED_ADAPTER_ID
 ADAPTER_NAME = "swift_lora"
 ADAPTER_PATH = "swift_dummy_lora_path"
@@ -21,22 +21,22 @@ ADAPTER_PATH = "swift_dummy_lora_path"
 
 @dataclass(frozen=True)
 class EngineHandle:
-    """``llm_engine`` is a ``vllm.LLMEngine`` with the executor in this process (colocate)."""
+    """``llm_engine`` is a ``vllm.LLMEngine`` whose executor runs in this process (colocate)."""
 
     llm_engine: Any
 
     is_shared: ClassVar[bool] = False
 
     def is_of(self, trainer: TrainerPort) -> bool:
-        """Whether the trainer (still) has this engine."""
+        """Whether this is (still) the trainer's engine."""
         return trainer.vllm_engine is self.llm_engine
 
     def make_ready(self) -> bool:
-        """Nothing has to be brought back: what is in this process is there."""
+        """Nothing to restore: this engine is in our process."""
         return False
 
     def generate(self, infer: Callable[[], Any]) -> Any:
-        """Rollouts, by the framework's own way."""
+        """Run ``infer``, the framework's own rollout call."""
         return infer()
 
     @property
@@ -70,7 +70,7 @@ class EngineHandle:
 
     @property
     def cache_block(self) -> int:
-        """Tokens of a block of vLLM's prefix cache. Before the engine has decided on one, 16."""
+        """Tokens per block of vLLM's prefix cache; 16 while the engine has not chosen a size."""
         return int(self.llm_engine.vllm_config.cache_config.block_size or 16)
 
     @property
@@ -78,12 +78,12 @@ class EngineHandle:
         return bool(self.executor.is_sleeping)
 
     def slot_index(self) -> int | None:
-        """Which LoRA slot holds the adapter."""
+        """The LoRA slot that holds the adapter; None if none does."""
         slots = list(self.manager.lora_index_to_id)
         return slots.index(ADAPTER_ID) if ADAPTER_ID in slots else None
 
     def what_is_missing(self) -> str | None:
-        """Name what keeps the adapter from being served, or None when a rollout would use it."""
+        """Why the adapter cannot be served, or None when a rollout would use it."""
         listed = set(self.llm_engine.list_loras())
         if ADAPTER_ID not in listed:
             return f"adapter {ADAPTER_ID} ({ADAPTER_NAME}) is not loaded; loaded are {sorted(listed) or 'none'}"
@@ -93,7 +93,7 @@ class EngineHandle:
         return None
 
     def check_idle(self) -> None:
-        """Raise EngineStateError while requests are running: they would mix two policies."""
+        """Raise EngineStateError while requests are running: a write would mix two policies in them."""
         if self.llm_engine.has_unfinished_requests():
             raise EngineStateError(
                 "The engine still has unfinished requests, so its policy cannot be replaced now: they would be "
@@ -103,8 +103,8 @@ class EngineHandle:
     def reset_caches(self) -> None:
         """Drop what the engine computed with the previous policy: prefix (KV) cache and encoder cache.
 
-        Raises CacheResetError when vLLM answers that a reset was not done (``BlockPool.reset_prefix_cache`` returns
-        False while blocks are in use).
+        Raises CacheResetError when vLLM could not reset one (``BlockPool.reset_prefix_cache`` returns False while
+        blocks are in use).
         """
         for name in ("reset_prefix_cache", "reset_encoder_cache"):
             reset = getattr(self.llm_engine, name, None)
@@ -117,8 +117,8 @@ class EngineHandle:
 
 @dataclass(frozen=True)
 class WorkerHandle(EngineHandle):
-    """The same, seen from within one of vLLM's workers. ``llm_engine`` is the worker: it has ``vllm_config``,
-    ``add_lora``, ``remove_lora`` and ``list_loras`` as well."""
+    """The same, from inside one of vLLM's workers. ``llm_engine`` is the worker, which also has ``vllm_config``,
+    ``add_lora``, ``remove_lora`` and ``list_loras``."""
 
     @property
     def worker(self) -> Any:

@@ -1,6 +1,6 @@
-"""Watching vLLM load: which copies it makes, of which of our tensors, to where in its own.
+"""Records how vLLM loads weights: which of our tensors it copies, and to where in its own.
 
-Both recorders are PyTorch dispatch modes. vLLM does the packing, the slicing and the naming; what it did is replayed.
+Both recorders are PyTorch dispatch modes. vLLM does the packing, slicing and name mapping; we replay its copies.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Locate = Callable[[torch.Tensor], "tuple[str, int] | None"]
 
 @dataclass(frozen=True)
 class Region:
-    """A region (offset, size, stride) of a tensor of the trainer's, and ``destination``, the engine's view it goes to.
+    """A region (offset, size, stride) of a trainer's tensor, and ``destination``, the engine's view that it is copied
+    to.
 
-    offset counts elements from the tensor's first, whose elements lie one after the other (contiguous).
+    offset: in elements from the first of the tensor, which is contiguous.
     """
 
     destination: torch.Tensor
@@ -30,12 +31,12 @@ class Region:
     stride: tuple[int, ...]
 
     def region(self, value: torch.Tensor) -> torch.Tensor:
-        """The region of a whole value (contiguous)."""
+        """This region of ``value``, a whole contiguous tensor."""
         return value.as_strided(self.destination.shape, self.stride, value.storage_offset() + self.offset)
 
 
 class CopyRecorder(TorchDispatchMode):
-    """Records copies out of staging tensors, and the slot rows that are set to a constant."""
+    """Records copies out of the staged tensors, and LoRA slots that vLLM fills with a constant."""
 
     def __init__(self, staged: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -58,7 +59,10 @@ class CopyRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Written:
-    """What a copy put into an engine parameter: from which parameter of the trainer, or its checksum (0-dim int64)."""
+    """What one copy wrote to an engine parameter. Either source and region, if it will be written again, or a checksum.
+
+    source: the trainer's parameter. region: its part that was copied. checksum: of the written bytes, 0-dim int64.
+    """
 
     name: str
     destination: torch.Tensor
@@ -70,16 +74,16 @@ class Written:
 class WriteRecorder(TorchDispatchMode):
     """Records what is written to the parameters of ``model``.
 
-    locate: of a tensor that vLLM loads, the trainer's parameter that it is a part of, and the offset in elements from
-        that one's first; None for any other.
-    changing: the trainer's parameters that will be written again later with other values.
+    locate: maps a tensor that vLLM loads to the trainer's parameter that it is a part of, and its offset there in
+        elements; None for any other tensor.
+    changing: the trainer's parameters that later writes will overwrite with other values.
     """
 
     def __init__(self, model: torch.nn.Module, locate: Locate, changing: Collection[str]) -> None:
         super().__init__()
-        self._pointers: set[int] = set()  # of all storages that were written to
+        self._pointers: set[int] = set()  # all storages written to
         self._covered: dict[int, dict[tuple[int, Any, Any], int]] = {}  # by storage: bytes of each view copied into
-        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: what was made out of a changing weight
+        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: tensors made of a changing weight
         self._locate, self._changing = locate, changing
         self._changing_pointers: dict[int, str] = {}
         self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
@@ -99,15 +103,15 @@ class WriteRecorder(TorchDispatchMode):
         return result
 
     def _cover(self, destination: torch.Tensor, pointer: int, is_copy: bool) -> None:
-        """A copy covers its view. So does padding that is filled; a parameter that is cleared whole is not loaded."""
+        """Count bytes as loaded: copies, and constant padding. Filling a whole parameter does not load it."""
         size = destination.numel() * destination.element_size()
         if is_copy or size < destination.untyped_storage().nbytes():
             view = (destination.storage_offset(), destination.shape, destination.stride())
             self._covered.setdefault(pointer, {})[view] = size
 
     def unwritten(self, model: torch.nn.Module) -> dict[str, float]:
-        """The parameters that were not written whole, and the share of their bytes that was. One that vLLM put into the
-        place of another while it loaded counts as written whole where anything wrote to its storage."""
+        """The parameters that were not fully written, with the share of their bytes that was. A parameter that vLLM
+        created while loading counts as fully written if anything wrote to its storage."""
         found = {}
         for name, parameter in model.named_parameters():
             pointer = parameter.untyped_storage().data_ptr()
@@ -124,7 +128,7 @@ class WriteRecorder(TorchDispatchMode):
         start = destination.data_ptr()
         extent = sum((size - 1) * stride for size, stride in zip(destination.shape, destination.stride())) + 1
         end = start + extent * destination.element_size()
-        # whatever was written there before is no longer what is there
+        # this write replaces whatever overlapping writes put there
         for span in [span for span in written if span[0] < end and start < span[1]]:
             del written[span]
         if value is None:
@@ -135,7 +139,7 @@ class WriteRecorder(TorchDispatchMode):
             if source is not None:
                 self._changing_pointers[pointer] = source
             if source is None or value.shape != destination.shape:
-                return  # nobody can tell what it will hold later
+                return  # its later values are unknown
             region = Region(destination, offset, tuple(value.stride()))
             written[start, end] = Written(self._names[pointer], destination, source, region, None)
         else:
@@ -158,8 +162,8 @@ class WriteRecorder(TorchDispatchMode):
         return None if made is None or made.expired() else source
 
     def derived(self, model: torch.nn.Module) -> Iterator[str]:
-        """Names of the trainer's parameters whose place in the engine is still in use, and so is something made out of
-        it. (Where vLLM put what it made in its place, the place itself is gone.)"""
+        """Names of the changing parameters whose copy in the engine is in use beside a tensor computed from it. (Where
+        vLLM replaced the copy by the computed tensor, the copy itself is no longer in use.)"""
         used = {p.untyped_storage().data_ptr() for p in model.parameters()}
         in_use = {source for pointer, source in self._changing_pointers.items() if pointer in used}
         for made, source in self._made.values():
@@ -167,7 +171,7 @@ class WriteRecorder(TorchDispatchMode):
                 yield source
 
     def frozen(self) -> Iterator[Written]:
-        """What was written and will not change."""
+        """Everything written that will not change."""
         return (written for written in self._all() if written.checksum is not None)
 
     def regions(self) -> dict[str, tuple[Region, ...]]:

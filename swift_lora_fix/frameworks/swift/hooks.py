@@ -1,4 +1,4 @@
-"""The hooks into ms-swift and PEFT. No logic here: each hands over to the session of its trainer."""
+"""The hooks into ms-swift and PEFT. No logic here: each calls the session of its trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwar
 
 def _fast_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     session = sessions.session_of(trainer)
-    # with --async_generate servers are at work, and answer nothing else: they are asked just before the next rollout
+    # with --async_generate the servers are busy now and answer nothing else: they are asked just before the next
+    # rollout
     if session is not None and not session.trainer.is_asynchronous:
         session.invalidate_if_lost()
     result = wrapped(*args, **kwargs)
@@ -45,7 +46,8 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
         port.wait_for_rollouts()  # as ms-swift's own does
     session.synchronize()
     if port.is_asynchronous and port.is_main_rank:
-        # rollouts are made in another thread, while the next step is trained: only now is the policy the trainer's
+        # another thread makes rollouts while the next step is trained, so this is the moment when both have the same
+        # policy
         session.before_rollout(SwiftTrainer(trainer).probe_rollout())
     return None
 

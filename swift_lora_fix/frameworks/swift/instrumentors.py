@@ -1,6 +1,6 @@
 """What is patched for ms-swift: its trainer, PEFT's loading of adapters, its rollout server. Megatron is refused.
 
-Importing this module loads neither torch nor ms-swift: the hooks are imported when they are put in.
+Importing this module loads neither torch nor ms-swift: the hooks are imported when they go in.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ...install import contract, releases
 from ...install.instrumentor import Arming, Instrumentor
 
 PEFT_MODULE = "peft.peft_model"
-SWIFT_PEFT_MODULE = "swift.tuners.peft"  # replaces PeftModel.load_adapter when it is imported: ours goes on top
+SWIFT_PEFT_MODULE = "swift.tuners.peft"  # its import replaces PeftModel.load_adapter: ours wraps that
 
 
 class Peft(Instrumentor):
-    """PEFT's loading of adapters, from the import of ms-swift's own replacement of it on."""
+    """PEFT's loading of adapters, patched once ms-swift has replaced it by its own."""
 
     triggers = (SWIFT_PEFT_MODULE,)
 
     def plan(self) -> ModuleType:
-        """Resolve what is patched and return its module. Raises ContractError where it is not there."""
+        """Resolve the target and return its module. Raises ContractError if it is missing."""
         from . import hooks
 
         self.patch_sets = (hooks.PEFT,)
@@ -40,11 +40,11 @@ class Peft(Instrumentor):
             patch_set.apply(peft)
 
     def step_aside(self, module: ModuleType, error: SwiftLoraFixError) -> None:
-        """Say nothing: the trainer needs this, finds the same, and says it. Other programs do not need it."""
+        """Say nothing. If a trainer runs, it needs this too, and will report the same error. Other programs do not."""
 
 
 class Trainer(Instrumentor):
-    """The trainer's rollouts and weight sync; PEFT's loading of adapters with it, all or nothing."""
+    """The trainer's rollouts and weight sync, together with PEFT's loading of adapters: all or nothing."""
 
     triggers = releases.rollout_modules()
     otherwise = "ms-swift runs unpatched"
@@ -86,7 +86,7 @@ class Trainer(Instrumentor):
             info(f"patched {module.__name__} of ms-swift {releases.installed_swift()}.")
 
     def step_aside(self, module: ModuleType, error: SwiftLoraFixError) -> None:
-        """Leave the whole of ms-swift as it is."""
+        """Leave all of ms-swift as it is."""
         self.uninstrument()
         self.peft.uninstrument()
         self.arming.disarm(f"stepped aside: {error}")
@@ -94,7 +94,7 @@ class Trainer(Instrumentor):
 
 
 class Scoring(Instrumentor):
-    """The trainer's scoring of its rollouts, for numbers alone: without it everything else works."""
+    """The trainer's scoring of its rollouts. It only gives metrics: everything else works without it."""
 
     triggers = releases.scoring_modules()
     otherwise = "the rollouts' own logprobs are not compared with the trainer's"
@@ -112,7 +112,7 @@ class Scoring(Instrumentor):
 
 
 class RolloutServer(Instrumentor):
-    """``swift rollout``. Its engine is patched where a server makes one, so a colocated engine never is."""
+    """``swift rollout``. Its engine is patched when a server creates one, so a colocated engine never is."""
 
     triggers = releases.server_modules()
     otherwise = "ms-swift's rollout server runs as it is"
@@ -125,7 +125,7 @@ class RolloutServer(Instrumentor):
 
     @property
     def is_asked_for_by_name(self) -> bool:
-        """A transport is: whoever names one must not get another one."""
+        """A transport that was asked for must not be replaced by another one, so errors are raised then."""
         return bool(Settings.from_environment().transport)
 
 
@@ -141,7 +141,7 @@ class Megatron(Instrumentor):
         )
 
     def check_absent(self) -> None:
-        """Raise UnsupportedTrainerError in a process that runs one."""
+        """Raise UnsupportedTrainerError in a process that runs a Megatron trainer."""
         for name in self.triggers:
             if name in sys.modules:
                 self.instrument(sys.modules[name])
@@ -162,7 +162,7 @@ def _import_rollout_module() -> ModuleType:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there; something that it imports is not
+                raise  # the module exists; something that it imports does not
     raise contract.not_found(candidates)
 
 

@@ -1,7 +1,7 @@
-"""ms-swift's trainer behind the port: the one file that reads its attributes and calls its methods.
+"""ms-swift's trainer behind the port: the only file that reads its attributes and calls its methods.
 
-Each name that is used here is in the contract (install/releases.py, ``ATTRIBUTES``), which is checked before anything
-is patched, and in the source of every release by the release suite. What a release does not have yet is named there.
+Each name that is used here is in the contract (install/releases.py, ``ATTRIBUTES``). It is checked before anything is
+patched, and the release tests check it in the source of every release. Names that older releases lack are noted there.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SwiftTrainer:
 
     @property
     def offloads_model(self) -> bool:
-        """``enable_offload`` is set for --offload_optimizer alone, too, which leaves the model where it is."""
+        """``enable_offload`` is not enough: --offload_optimizer alone sets it too, and does not offload the model."""
         return bool(self.trainer.enable_offload) and bool(self.trainer.args.offload_model)
 
     @property
@@ -111,12 +111,12 @@ class SwiftTrainer:
 
     @property
     def server_client(self) -> Any:
-        """ms-swift gives a client to the main rank alone."""
+        """ms-swift creates a client on the main rank only."""
         return self.trainer.vllm_client if self.engine_place == "server" and self.is_main_rank else None
 
     @property
     def server_client_to_be(self) -> Any:
-        """The same before ms-swift has prepared its rollouts, and in runs without servers: None then."""
+        """The client before ms-swift has prepared its rollouts; None while there is none, or without servers."""
         return vars(self.trainer).get("vllm_client")
 
     @property
@@ -140,45 +140,46 @@ class SwiftTrainer:
 
     @property
     def longest_prompt(self) -> int | None:
-        """The engine's limit and the template's, whichever is less."""
+        """The smaller of the engine's limit and the template's."""
         colocated = self.engine_place == "colocate"
         engine = self.trainer.engine.max_model_len if colocated else self.trainer.args.vllm_max_model_len
         return min((int(limit) for limit in (engine, self.trainer.template.max_length) if limit), default=None)
 
     @property
     def sees_media(self) -> bool:
-        """Whether its model is a multimodal one."""
+        """Whether its model is multimodal."""
         return bool(self.trainer.template.model_meta.is_multimodal)
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
-        """As ms-swift scores, by its template in training mode, which the forward hook of a multimodal model asks, too.
-        Without sequence parallelism, which parts the sequence among ranks, and in rows, not packed into one."""
+        """Score as ms-swift does: with its template in training mode, which a multimodal model's forward hook reads
+        too. No sequence parallelism, which splits a sequence among ranks, and no packing of rows into one."""
         rows = {"mode": "train", "max_length": None, "padding_free": False, "sequence_parallel_size": 1}
         with self.trainer._disable_sp_context(), holding(self.trainer.template, **rows):
             yield
 
     def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
-        """By ms-swift's template and its ``data_collator``, as the trainer encodes its own rollouts. A multimodal model
-        gets positions and media from them: without, its forward hook makes embeddings that nothing gives places to."""
+        """Encode with ms-swift's template and its ``data_collator``, as the trainer encodes its own rollouts. A
+        multimodal model needs their positions and media: without them its forward hook makes embeddings that have no
+        positions."""
         with self.scoring():
             rows = [self._row(answer) for answer in answers]
             inputs: dict[str, Any] = on_device(self.trainer.template.data_collator(rows), self.device)
-        for name in ("loss_scale", "channel"):  # of training's loss
+        for name in ("loss_scale", "channel"):  # only used in the training loss
             inputs.pop(name, None)
         labels = inputs["labels"]
         base: Any = self.model
         known = inspect.signature(base.get_base_model().forward).parameters
         if "use_cache" in known:
             inputs["use_cache"] = False
-        if "logits_to_keep" in known:  # the first of them is about the first label
+        if "logits_to_keep" in known:  # the first one kept predicts the first label
             inputs["logits_to_keep"] = labels.shape[1] - int((labels != -100).any(0).int().argmax()) + 1
         return inputs
 
     def _row(self, answer: Answer) -> dict[str, Any]:
-        """One answer as the template encodes it, with the engine's own ids. What a multimodal model needs beside them
-        only its template knows; where that writes other ids (a prompt that was cut, say), the ids alone are taken.
-        Raises ValueError where such a request has images, which the ids alone do not tell."""
+        """One answer as the template encodes it, but with the engine's own ids. Only the template knows what else a
+        multimodal model needs. If its ids differ from the engine's (a prompt that was cut, say), the engine's ids alone
+        are used. Raises ValueError if such a request has images, because the ids alone do not contain them."""
         tokens, asked = list(answer.tokens), [*answer.prompt, *answer.tokens]
         alone = {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
         if not self.sees_media or answer.request is None:
@@ -186,7 +187,7 @@ class SwiftTrainer:
         row = self._encode(answer.request, tokens)
         prompt = _end_of(tokens, row["input_ids"]) - len(tokens)
         if prompt < len(answer.prompt) and row["input_ids"][:prompt] == asked[:prompt]:
-            # what the engine was given after that is for the model to go on from (a thinking prefix)
+            # the engine's prompt ends with the start of the answer (a thinking prefix)
             row = self._encode(answer.request, asked[prompt:])
         if list(row["input_ids"][: len(asked)]) == asked:
             row["labels"] = [*alone["labels"], *[-100] * (len(row["input_ids"]) - len(asked))]
@@ -200,7 +201,7 @@ class SwiftTrainer:
         )
 
     def _encode(self, request: Any, response: list[int]) -> dict[str, Any]:
-        """What the template makes of a probe's request and of its answer's ids."""
+        """The template's encoding of a probe's request and its answer's ids."""
         asked = copy.deepcopy(_fields(request))
         messages = [*asked["messages"], {"role": "assistant", "content": response}]
         kept = {name: asked[name] for name in ("images", "chat_template_kwargs") if asked.get(name)}
@@ -210,10 +211,10 @@ class SwiftTrainer:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Around requests of this package's: what ms-swift keeps of requests in its engine is afterwards as it was.
+        """Context for our own requests: restores what ms-swift stores about requests in its engine.
 
-        While a multi-turn rollout has one limit for all of its turns (--completion_length_limit_scope total), the first
-        request sets the length that the whole rollout may have, and ``set_grpo_max_model_len`` tells that it is set.
+        In a multi-turn rollout with one limit for all turns (--completion_length_limit_scope total), the first request
+        sets the length limit of the whole rollout, and ``set_grpo_max_model_len`` records that it is set.
         """
         if self.engine_place != "colocate":
             yield
@@ -224,23 +225,24 @@ class SwiftTrainer:
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Have ms-swift list the names that it pushes once more, now that it knows that the engine has LoRA layers.
+        """Have ms-swift list the parameter names that it pushes again, now that it knows of the LoRA layers.
 
-        Up to 4.1 it does so before, and then leaves every wrapped layer out when it moves in batches
-        (--move_model_batches). Once training begins it is too late: the activation checkpointing of FSDP2 then puts a
+        Up to 4.1 it lists them before, and then omits every wrapped layer when it moves in batches
+        (--move_model_batches). After training has begun it is too late: FSDP2's activation checkpointing then puts a
         prefix into ``named_parameters()`` that the names in ``state_dict()`` lack.
         """
         trainer = self.trainer
         trainer.parameter_groups, groups = trainer.split_batches()
-        # these are compared with names that have lost "modules_to_save.default." already, so such modules were left out
+        # ms-swift compares these with names that lack "modules_to_save.default.", and so left such modules out
         trainer.parameter_groups_no_lora = [
             group and [name.replace("modules_to_save.default.", "") for name in group] for group in groups
         ]
 
     def send_base(self, load: Callable[[Load, Weights], Any], note: Callable[[Weights], None]) -> None:
-        """By ms-swift's own ``_move_full_model_to_vllm``, which knows how its names map to vLLM's on each release. What
-        is wrong in it is what it does around that, and those calls are shadowed on the two objects for its duration:
-        merging the adapter into the base, unmerging it, and sending the adapter as well."""
+        """Send by ms-swift's own ``_move_full_model_to_vllm``, which maps its names to vLLM's on each release. Only
+        what it
+        calls around that is wrong: merging the adapter into the base, unmerging it, and sending the adapter too.
+        Meanwhile these calls are shadowed on the two objects."""
         trainer = self.trainer
         own_load = trainer._load_state_dict_to_vllm
         shadows: dict[str, Callable[..., Any]] = {
@@ -255,14 +257,14 @@ class SwiftTrainer:
                 return own_rename(raw, *args, **kwargs)
 
             shadows["_process_state_dict_for_vllm"] = rename
-        if hasattr(trainer, "_merge_lora_into_state_dict"):  # what FSDP2 does instead of merge_adapter
+        if hasattr(trainer, "_merge_lora_into_state_dict"):  # FSDP2's substitute for merge_adapter
             shadows["_merge_lora_into_state_dict"] = _without_lora
         merges = {"merge_adapter": _do_nothing, "unmerge_adapter": _do_nothing}
         with shadowed(trainer, **shadows), shadowed(trainer.model, **merges):
             trainer._move_full_model_to_vllm()
 
     def probe_rollout(self) -> SwiftRollout:
-        """A call for rollouts that nobody asked for, to ask the engine a probe outside of one."""
+        """A rollout call of our own, to ask the engine a probe when no rollout is being made."""
         trainer = self.trainer
         like: dict[str, Any] = {"messages": []}
         module = rollout_module(type(trainer))
@@ -314,7 +316,7 @@ class SwiftRollout:
         like = next(request for request in self._requests if _images(request) or not with_media)
         images = _images(like)[:1] if with_media else []
         requests = [_request(like, index, text, images) for index, text in enumerate(prompts)]
-        asked = copy.deepcopy(requests)  # ms-swift puts what it has loaded into a request that it encodes
+        asked = copy.deepcopy(requests)  # ms-swift stores loaded media in the request that it encodes
         answers = []
         with self._trainer.undisturbed():
             outputs = self._infer(asked, _probe_config(self._config, new_tokens))
@@ -338,8 +340,8 @@ class SwiftRollout:
 
 
 class SwiftBatch:
-    """What ``_prepare_batch_inputs`` of ms-swift's GRPO trainer made of ``samples``. It has scored each of ``batches``
-    then (``old_per_token_logps``), in the mode that the model is in, at the temperature of the rollouts."""
+    """The result of ``_prepare_batch_inputs`` of ms-swift's GRPO trainer for ``samples``. It has then scored each of
+    ``batches`` (``old_per_token_logps``), in the model's current mode and at the temperature of the rollouts."""
 
     def __init__(self, trainer: Any, samples: Sequence[Any], *, batches: Sequence[Any]) -> None:
         self.trainer, self._samples, self._batches = trainer, samples, batches
@@ -353,7 +355,7 @@ class SwiftBatch:
             return "with sequence parallelism each rank scores the rollouts of others"
         if not trainer.temperature > 0:
             return "they were sampled at temperature 0"
-        if not trainer.vllm_version_ge_0_10_2:  # its logprobs are those before temperature, top_k and the like
+        if not trainer.vllm_version_ge_0_10_2:  # its logprobs are from before temperature, top_k and the like
             return "" if trainer.temperature == 1 else "this vLLM's do not know the temperature"
         altering = [f"{name} {config[name]}" for name, plain in _PLAIN.items() if config.get(name) not in plain]
         return f"sampling altered them ({', '.join(altering)})" if altering else ""
@@ -361,21 +363,21 @@ class SwiftBatch:
     def scored(self, anew: bool) -> list[Scored]:
         parts, start = [], 0
         for batch in self._batches:
-            # from 4.4.0 on what is learnt from a batch lies apart from what the model takes
+            # from 4.4.0 on, a batch keeps the loss's inputs apart from the model's
             values = vars(batch["grpo_batch"]) if "grpo_batch" in batch else batch
             mask = values["completion_mask"]
             samples = self._samples[start : start + len(mask)]
             start += len(mask)
             held = self._score(batch) if anew else values["old_per_token_logps"]
             served: Any = values["rollout_per_token_logps"]
-            if served is None:  # up to 4.3.2 it lays them out for a correction alone
+            if served is None:  # up to 4.3.2, ms-swift only fills it in for an importance correction
                 early = () if "grpo_batch" in batch else samples
                 served = [_flat(sample["rollout_logprobs"]) for sample in early if "rollout_logprobs" in sample]
             parts.append(Scored(served, held, mask))
         return parts
 
     def _score(self, batch: Any) -> torch.Tensor:
-        """With nothing dropped out, and no random number used up."""
+        """Score again without dropout; the random state is restored."""
         trainer, apart = self.trainer, "grpo_batch" in batch
         inputs = (dict(batch["model_inputs"]), batch["grpo_batch"]) if apart else (dict(batch),)
         more = {"origin_data": batch["_origin_data"]} if apart and "_origin_data" in batch else {}
@@ -394,14 +396,14 @@ def rollout_module(trainer_class: type) -> Any:
 
 
 def tag(outputs: Any, step: int | None, digest: str) -> Any:
-    """Write the policy that made them into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
+    """Write the policy that made the rollouts into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
     for output in outputs if isinstance(outputs, list) else ():
         if isinstance(output.rollout_infos, dict):
             output.rollout_infos.update(policy_step=step, policy_digest=digest)
     return outputs
 
 
-# What a request config may hold where the distribution that vLLM samples from is the model's own at its temperature.
+# Request settings with which vLLM samples from the model's own distribution at the temperature.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
     "top_p": (1.0,),
@@ -418,7 +420,7 @@ def _flat(turns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def altered(config: Any, **values: Any) -> Any:
-    """A copy of a request config with these values, as far as its release of ms-swift knows them."""
+    """A copy of a request config with these values; those that this release of ms-swift lacks are skipped."""
     changed = copy.copy(config)
     known = inspect.signature(type(config)).parameters
     for name, value in values.items():
@@ -428,7 +430,7 @@ def altered(config: Any, **values: Any) -> Any:
 
 
 def _fields(request: Any) -> dict[str, Any]:
-    """Of ms-swift's request, which is an object or a row of the data set."""
+    """The fields of an ms-swift request, which is an object or a row of the data set."""
     return request if isinstance(request, dict) else vars(request)
 
 
@@ -438,8 +440,7 @@ def _images(request: Any) -> list[Any]:
 
 
 def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> Any:
-    """A request as the run's own, with ``text`` as its only message: no media but these, no tools, no scheduler's
-    data."""
+    """A request like the run's own, but with only ``text`` and ``images``: no tools, no data of a scheduler."""
     request = copy.copy(like)
     fields = _fields(request)
     fields["messages"] = [{"role": "user", "content": text}]
@@ -466,7 +467,7 @@ def _probe_config(like: Any, new_tokens: int) -> Any:
 
 @contextlib.contextmanager
 def shadowed(target: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
-    """Replace methods of one object; the class and every other object keep theirs."""
+    """Replace methods of one object; the class and all other objects keep theirs."""
     attributes = vars(target)
     taken = [name for name in replacements if name in attributes]
     if taken:
@@ -481,7 +482,7 @@ def shadowed(target: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(target: Any, *names: str, **values: Any) -> Iterator[None]:
-    """Set attributes of an object to ``values``. These and ``names`` are afterwards as they were, or not there."""
+    """Set attributes of an object to ``values``. At the end these and ``names`` are restored, or deleted if new."""
     attributes = vars(target)
     kept = {name: attributes[name] for name in (*names, *values) if name in attributes}
     attributes.update(values)
@@ -494,7 +495,7 @@ def holding(target: Any, *names: str, **values: Any) -> Iterator[None]:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """Its tensors, however deep in mappings and lists, on ``device``."""
+    """``value`` with all tensors on ``device``, in nested mappings and lists too."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -505,7 +506,7 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 
 def _end_of(part: Sequence[int], ids: Sequence[int]) -> int:
-    """Behind its last occurrence. Raises UnsupportedTrainerError if there is none."""
+    """The index just after the last occurrence of ``part``. Raises UnsupportedTrainerError if there is none."""
     for end in range(len(ids), len(part) - 1, -1):
         if list(ids[end - len(part) : end]) == list(part):
             return end

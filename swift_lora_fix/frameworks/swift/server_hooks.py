@@ -1,7 +1,7 @@
-"""The hooks into ms-swift's rollout server. No logic: ``swift_lora_fix.server`` has it.
+"""The hooks into ms-swift's rollout server. No logic here: ``swift_lora_fix.server`` has it.
 
-Its modules are imported by the hooks: FastAPI and vLLM are loaded only where a server runs. The engine's hooks go in
-where a server makes one, so a colocated engine never has them.
+The hooks themselves import its modules, so that FastAPI and vLLM are loaded only in a process with a server. The
+engine's hooks go in when a server creates one, so a colocated engine never has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For the runs of ``swift-lora-fix verify`` only: measures each sync, and gives no reward. Load it after the fix."""
+"""Only for the runs of ``swift-lora-fix verify``: measures each sync, and gives no reward. Load it after the fix."""
 
 import wrapt
 
@@ -20,8 +20,8 @@ def _no_reward():
 
 @wrapt.when_imported("vllm.model_executor.layers.utils")
 def _keep_weights_on_a_cpu(module):
-    """vLLM's CPU backend packs linear weights away once loaded, and no base can be sent to it any more. Here linear
-    layers keep their weights; on a GPU this function is not called."""
+    """vLLM's CPU backend packs linear weights after loading, and then no base can be sent to it. This makes linear
+    layers keep their weights. On a GPU it is not called."""
 
     def keep(layer, remove_weight):
         import torch

@@ -1,8 +1,8 @@
 """Entry point ``vllm.general_plugins``: vLLM calls it in every process that it starts, and in the one that starts them.
 
-A module of its own beside the package, because importing the package arms it, and an installed package that nobody
-asked for must change nothing. Where somebody did ask, that process says so in its environment, and those that vLLM
-starts from it inherit the answer. The names are those of swift_lora_fix/install/instrumentor.py.
+It is a module outside the package, because importing the package arms it, and an installed package that nobody asked
+for must change nothing. A process that did ask says so in its environment, which the processes that vLLM starts
+inherit. The variables are those of swift_lora_fix/install/instrumentor.py.
 """
 
 import importlib
@@ -15,7 +15,7 @@ ASKED_FOR = {
 
 
 def register() -> None:
-    """Import in this process what its parent asked for: importing is what arms it, and nothing else is needed."""
+    """Import what the parent process asked for. Importing arms it; nothing else is needed."""
     for variable, module in ASKED_FOR.items():
         if os.environ.get(variable) == "1":
             importlib.import_module(module)

@@ -1,7 +1,7 @@
-"""What is an adapter of the server's model: names, ranks, shapes, finite values. Nothing here touches an engine.
+"""Checks that an adapter fits the server's model: names, ranks, shapes, finite values. Nothing here touches an engine.
 
-Legend for shapes: r rank, in/out the wrapped layer's features. A is (r, in), B is (out, r). Tensors may be without
-values (``meta``), where only what an adapter says of itself is checked.
+Legend for shapes: r rank, in/out the wrapped layer's features. A is (r, in), B is (out, r). Tensors may be on ``meta``,
+without values, when only their names and shapes are checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLOATS = ("F64", "F32", "BF16", "F16", "F8")
 
 
 def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], max_rank: int) -> None:
-    """Raise StagingError where these are not pairs of A and B of a rank that config and engine agree on."""
+    """Raise StagingError unless these are pairs of A and B, with ranks that config and engine allow."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
@@ -53,7 +53,7 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
 
 
 def order_of(text: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names in the order that a file's metadata tells. Raises StagingError where they are not those of the file."""
+    """The names in the order given by a file's metadata. Raises StagingError if they are not the names in the file."""
     try:
         order = json.loads(text)
     except ValueError:
@@ -65,18 +65,18 @@ def order_of(text: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def scales_nothing(config: Mapping[str, Any]) -> bool:
-    """As a trainer of ours sends it (``engine.loader.plain_config``): the scaling is in B, ``r`` is the largest rank,
-    and vLLM scales nothing, whatever rank a module has (rank_pattern)."""
+    """Whether vLLM scales nothing, whatever rank a module has (rank_pattern). So a trainer with this package sends it
+    (``slots.loader.plain_config``): the scaling is in B, and ``r`` is the largest rank."""
     patterns = config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_rslora")
     return not patterns and isinstance(config.get("r"), int) and config.get("lora_alpha") == config["r"]
 
 
 def check_shapes(tensors: Mapping[str, torch.Tensor], base: Mapping[str, TensorHeader]) -> None:
-    """Raise StagingError where a module is not the base's. What the model's files do not name, vLLM's loader judges."""
+    """Raise StagingError if a module is not the base's. vLLM's loader judges what the model's files do not name."""
     modules = {name[: -len(".weight")] for name in base if name.endswith(".weight")}
     wanted = {found["module"]: name for name in tensors if (found := _NAME.fullmatch(name)) and found["side"] == "A"}
     if not modules.intersection(wanted):
-        return  # named otherwise in the files than in PEFT
+        return  # the files name modules differently than PEFT
     layers, kinds = {_kind(name) for name in modules}, {name.split(".")[-1] for name in modules}
     for module, name in wanted.items():
         if module in modules:
@@ -99,7 +99,7 @@ def _check_shape(module: str, a: torch.Tensor, b: torch.Tensor, weight: TensorHe
 
 
 def cast_checked(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """As vLLM will hold them. Raises NonFiniteAdapterError naming those with NaN or infinity, then or before."""
+    """The tensors as vLLM will hold them. Raises NonFiniteAdapterError naming those that are not finite then."""
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     bad = [name for name, tensor in cast.items() if not is_finite(tensor)]
     if bad:

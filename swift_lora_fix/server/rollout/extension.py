@@ -1,6 +1,6 @@
-"""What vLLM's workers of a rollout server can do beside ms-swift's own: their ``worker_extension_cls`` in its place.
+"""The ``worker_extension_cls`` of a rollout server's vLLM workers: what ms-swift's does, and more.
 
-vLLM looks the class up by its name in each worker's process; nothing is patched there.
+vLLM finds the class by name in each worker's process; nothing is patched there.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ def _swift_extension() -> Any:
         try:
             return getattr(importlib.import_module(module), SWIFT_EXTENSION)
         except (ImportError, AttributeError) as error:
-            problem = problem or error  # of the newest layout, which most releases have
+            problem = problem or error  # keep the first: of the newest layout, which most releases have
     raise ImportError(f"ms-swift {releases.installed_swift()}: no {SWIFT_EXTENSION} could be loaded") from problem
 
 
 class RolloutWorkerExtension(_swift_extension()):  # type: ignore[misc]
-    """ms-swift's extension, and a `Receiver`. ``self`` is vLLM's worker."""
+    """ms-swift's extension, plus a `Receiver`. ``self`` is vLLM's worker."""
 
     communicator: Any  # ms-swift's
     swift_lora_fix_state: Receiver | None = None
-    swift_lora_fix_kept: tuple[Any, ...] = ()  # not freed: NCCL would wait for a trainer that is gone
+    swift_lora_fix_kept: tuple[Any, ...] = ()  # kept alive: freeing one would make NCCL wait for a trainer that is gone
 
     def init_communicator(self, *args: Any, **kwargs: Any) -> None:
-        """A trainer connects: the one before is gone, also where it was killed and did not say so. ms-swift's own
-        stays with that one."""
+        """A new trainer connects, so the last one is gone, even if it was killed and did not close. (ms-swift's own
+        method would keep the old connection.)"""
         self.close_communicator()
         super().init_communicator(*args, **kwargs)
 
     def close_communicator(self) -> None:
-        """And free the port, which the next trainer wants."""
+        """Also release the port, which the next trainer needs."""
         communicator, self.communicator, self.client_rank = self.communicator, None, None
         if communicator is not None:
             release_port(communicator)
             self.swift_lora_fix_kept += (communicator,)
 
     def swift_lora_fix_receiver(self, command: str, **arguments: Any) -> None:
-        """`protocol.RPC`: do one of the `Receiver`'s commands. What fails in one worker fails for all of them."""
+        """`wire.RPC`: run one command of the `Receiver`. If it fails in one worker, it fails for all."""
         if self.swift_lora_fix_state is None:
             self.swift_lora_fix_state = Receiver(self)
         try:

@@ -1,7 +1,7 @@
-"""The only way in to an adapter's bytes: a folder right below the root, opened without following a link, limited.
+"""The only way to an adapter's bytes: a folder directly below the root, opened without following links, limited.
 
-The web server's process copies the bytes once and checks their digest; what its workers then parse is that copy, which
-is sealed, whatever becomes of the file.
+The web server's process copies the bytes once and checks their digest. Its workers parse that copy, which is sealed, so
+later changes of the file do not matter.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..content import ContentHash
 from ..wire import CONFIG, LIMIT_VARIABLE, ROOT_VARIABLE, WEIGHTS
 
 CONFIG_LIMIT = 1 << 20
-_UNSEEN = {errno.ENOENT, errno.EACCES}  # another host's folder, or another user's: its bytes can come over HTTP
+_UNSEEN = {errno.ENOENT, errno.EACCES}  # a folder of another host or user: HTTP can carry the bytes
 _LINKS = {errno.ELOOP, errno.ENOTDIR}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter's bytes that the web server's process holds while its workers stage them (`Spool`).
+    """An adapter's bytes, held by the web server's process while its workers stage them (`Spool`).
 
-    digest: of both, `content_digest`; it was checked. config: the bytes of an ``adapter_config.json``. weights: path of
-    a safetensors file that nobody can change any more, which processes of this host and user can open.
+    digest: of both files, `content_digest`; already checked. config: the bytes of an ``adapter_config.json``. weights:
+        path of a sealed safetensors file, which processes of this host and user can open.
     """
 
     digest: str
@@ -52,7 +52,7 @@ def different_digest(expected: str, found: str, size: int) -> StagingError:
 def opened(folder: str, root: str, limit: int) -> Iterator[tuple[int, int]]:
     """Yield descriptors of the config and the weights in ``folder``.
 
-    Raises AccessError: not right below ``root``, a link, not a regular file. StagingError: not there or not readable
+    Raises AccessError: not directly below ``root``, a link, not a regular file. StagingError: missing or unreadable
     (404), larger than ``limit`` (413).
     """
     name = _name_below(folder, root)
@@ -65,7 +65,7 @@ def opened(folder: str, root: str, limit: int) -> Iterator[tuple[int, int]]:
             return descriptor
 
         inside = enter(name, os.O_DIRECTORY | os.O_NOFOLLOW, enter(root, os.O_DIRECTORY))
-        # not blocking: a pipe that somebody put there is not waited for
+        # non-blocking, so that a pipe put there is not waited for
         config, weights = (enter(file, os.O_NOFOLLOW | os.O_NONBLOCK, inside) for file in (CONFIG, WEIGHTS))
         _check_file(config, os.path.join(folder, CONFIG), min(limit, CONFIG_LIMIT))
         _check_file(weights, os.path.join(folder, WEIGHTS), limit)
@@ -109,7 +109,7 @@ def too_large(what: str, size: int, limit: int) -> StagingError:
 
 
 def _read(descriptor: int, limit: int) -> bytes:
-    """No more than that, though it may grow meanwhile: then it has another digest anyway."""
+    """Read at most ``limit`` bytes. A file that grows meanwhile has another digest anyway."""
     with open(descriptor, "rb", closefd=False) as file:
         return file.read(limit)
 
@@ -123,10 +123,10 @@ def _closing(descriptor: int) -> Iterator[None]:
 
 
 class Spool:
-    """The weights of one adapter, in memory without a name that the processes of this host can open.
+    """The weights of one adapter, in nameless memory that the processes of this host can open.
 
-    They come in parts, or whole from a file, and are hashed meanwhile. The kernel frees them with the last process that
-    has them open.
+    They arrive in parts, or whole from a file, and are hashed on the way. The kernel frees the memory with the last
+    process that has it open.
     """
 
     def __init__(self, config: bytes, limit: int) -> None:
@@ -140,7 +140,7 @@ class Spool:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def write(self, chunk: bytes) -> None:
-        """Raises StagingError (413) before more than the limit is held, SegmentError where there is no memory."""
+        """Raises StagingError (413) before it holds more than the limit, SegmentError when memory runs out."""
         self.size += len(chunk)
         if self.size > self.limit:
             raise too_large("The adapter in the request's body", self.size, self.limit)
@@ -148,9 +148,8 @@ class Spool:
         self._write_at(chunk, self.size - len(chunk))
 
     def copy(self, file: int) -> None:
-        """All of a file, by its descriptor. Raises SegmentError where there is no memory, another OSError where it
-        cannot be read."""
-        self.size = min(os.fstat(file).st_size, self.limit)  # what grows meanwhile has another digest anyway
+        """Copy all of the file. Raises SegmentError when memory runs out, another OSError if it cannot be read."""
+        self.size = min(os.fstat(file).st_size, self.limit)  # a file that grows meanwhile has another digest anyway
         digest = self._hash.copy(file, self._write_at, self.size)
         self._digest = lambda: digest
 
@@ -163,8 +162,7 @@ class Spool:
             raise SegmentError(f"The server has no memory for the adapter's weights ({error.strerror}).") from error
 
     def sealed(self, digest: str) -> Source:
-        """Nothing is added or changed from here on. Raises StagingError where these are not the bytes that were sent
-        as ``digest``."""
+        """Seal the bytes against any change. Raises StagingError if their digest is not ``digest``."""
         found = self._digest()
         if found != digest:
             raise different_digest(digest, found, self.size)
@@ -182,7 +180,7 @@ class Spool:
 
 @contextlib.contextmanager
 def spooled(folder: str, root: str, limit: int) -> Iterator[Spool]:
-    """A folder's files, copied. Raises what `opened` raises, and SegmentError where there is no memory."""
+    """A folder's files, copied. Raises what `opened` raises, and SegmentError when memory runs out."""
     with opened(folder, root, limit) as (config, weights), Spool(_read(config, CONFIG_LIMIT), limit) as spool:
         try:
             spool.copy(weights)
@@ -195,14 +193,14 @@ def spooled(folder: str, root: str, limit: int) -> Iterator[Spool]:
 
 
 def base_shapes(model: str) -> dict[str, TensorHeader]:
-    """What the headers of a model folder's safetensors files say, by name."""
+    """The headers of a model folder's safetensors files, by tensor name."""
     return {name: header for file in _model_files(model) for name, header in read_header(file).items()}
 
 
 def base_sums(model: str, dtype: Any = None) -> dict[str, list[Any]]:
-    """Dtype, shape and checksum of each tensor of a model folder's safetensors files, as the engine holds it.
+    """Dtype, shape and checksum of each tensor in a model folder's safetensors files, as the engine holds it.
 
-    dtype: torch's, of the engine; floats of the files are cast to it first, as vLLM does when it loads them.
+    dtype: the engine's torch dtype. Floats in the files are cast to it first, as vLLM does when it loads them.
     """
     import torch
     from safetensors import safe_open

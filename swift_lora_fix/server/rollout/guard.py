@@ -1,4 +1,4 @@
-"""ms-swift's own routes of a rollout server: which are not called now, and what they change of the policies."""
+"""Guards ms-swift's own routes of a rollout server: which are refused now, and which change what it serves."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .requests import Refused, drain
 from .routes import Policies
 
 _INFER = "/infer"
-# ms-swift's own ways to change what the engine serves: the adapter, and the base
+# ms-swift's own routes that change what the engine serves: the adapter, and the base
 _ADAPTER = {"/update_adapter_flattened_param", "/update_adapter_param"}
 _BASE = {"/update_named_param", "/update_flattened_params", "/process_weights_after_loading"}
 
-# ms-swift's trainer connects for NCCL as it parses its arguments, before any plugin and without a key. With
-# SWIFT_LORA_FIX_TRANSPORT=reload it is told that there is nobody to connect to: a group of its own alone opens no NCCL
-# (vLLM's PyNcclCommunicator).
+# ms-swift's trainer opens NCCL while it parses its arguments, before any plugin is loaded and without a key. With
+# SWIFT_LORA_FIX_TRANSPORT=reload it is told that there is nobody to connect to: a group of one opens no NCCL (vLLM's
+# PyNcclCommunicator).
 _HANDSHAKE: dict[str, dict[str, Any]] = {
     "/get_world_size": {"world_size": 0},
     "/init_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
@@ -52,7 +52,7 @@ class Guard:
         await refused.response()(scope, receive, send)
 
     def _refusal(self, path: str, expected: str | None) -> Refused | None:
-        """Why this route is not called now. ``expected``: the value of `POLICY_HEADER`."""
+        """Why this route is refused now, or None. expected: the value of `POLICY_HEADER`."""
         policies = self.policies
         if policies.is_reload and path in _ADAPTER | _BASE:
             return Refused(
@@ -83,7 +83,7 @@ class Guard:
         return None
 
     def _note(self, path: str) -> None:
-        """Before ms-swift does it: its workers then wait for a trainer that waits for this answer."""
+        """Called before ms-swift's route: afterwards its workers wait for a trainer that waits for this answer."""
         if path in _BASE:
             self.policies.base_is_pushed = True
         elif path in _ADAPTER:

@@ -1,4 +1,4 @@
-"""Whether a rollout server takes policies: decided as it is made, before vLLM's modules or the routes are loaded."""
+"""Decides whether a rollout server takes policies, as it is created, before vLLM's modules or the routes are loaded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ...errors import ContractError, SettingsError
 from ...install import releases
 from ..wire import PREFIX
 
-TAKES_POLICIES = "SWIFT_LORA_FIX_TAKES_POLICIES"  # in the environment, for the server's workers
+TAKES_POLICIES = "SWIFT_LORA_FIX_TAKES_POLICIES"  # in the environment, to tell the server's workers
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def install(server: Any) -> None:
-    """Add the routes to a ``SwiftRolloutDeploy`` that is being made; where that is not possible, leave it as it is.
+    """Add the routes to a ``SwiftRolloutDeploy`` that is being created; if that is impossible, leave it unchanged.
 
-    Where SWIFT_LORA_FIX_TRANSPORT=reload asks for them by name: raises SettingsError where it takes no LoRA,
-    ContractError where its vLLM cannot take adapters from memory.
+    With SWIFT_LORA_FIX_TRANSPORT=reload, which asks for them, raises instead: SettingsError when the server has no LoRA
+    layers, ContractError when its vLLM cannot take adapters from memory.
     """
     is_reload = Settings.from_environment().transport == "reload"
     try:
@@ -31,9 +31,9 @@ def install(server: Any) -> None:
                 "policies need LoRA layers in the rollout server: start `swift rollout` with --vllm_enable_lora true "
                 "(and --vllm_max_lora_rank as large as the adapter's rank)."
             )
-        from ...memory import hooks  # where this vLLM lacks what they hook into, this raises
+        from ...memory import hooks  # raises when this vLLM lacks something that the hooks need
 
-        hooks.install()  # the workers and vLLM's processes inherit what it puts in the environment
+        hooks.install()  # the workers and vLLM's processes inherit the environment that it sets
     except (SettingsError, ContractError) as error:
         if is_reload:
             raise
@@ -51,13 +51,13 @@ def install(server: Any) -> None:
 
 
 def takes_policies() -> bool:
-    """In a server's worker: whether its server does."""
+    """In a server's worker: whether its server takes policies."""
     return os.environ.get(TAKES_POLICIES) == "1"
 
 
 def _keep_port(args: Any, command: Sequence[str]) -> None:
-    """Have a server that restarts be where its trainer looks for it: ms-swift silently takes the next port while
-    connections of the server before linger (``find_free_port`` binds without SO_REUSEADDR, uvicorn with it)."""
+    """Keep a restarted server on the port where its trainer looks for it. While connections of the old server linger,
+    ms-swift silently takes the next port (``find_free_port`` binds without SO_REUSEADDR, uvicorn binds with it)."""
     given = [value for name, value in zip(command, command[1:]) if name == "--port"]
     given += [word.removeprefix("--port=") for word in command if word.startswith("--port=")]
     asked = given[-1] if given else ""

@@ -1,9 +1,9 @@
-"""In each of vLLM's workers: an adapter arrives, over NCCL or from a file, is checked, and goes straight into the LoRA
+"""In each of vLLM's workers: an adapter arrives, over NCCL or from a file, is checked, and is written to the LoRA
 slots.
 
-It arrives in one buffer, laid out as the trainer staged it (engine/staging.py), beside the one that is served: so what
-was served before is there to go back to. From the buffer on it is the sync of a colocated engine (engine/writer.py):
-a write plan learnt from vLLM's loader, proved against it, and read back.
+It arrives in a second buffer, laid out as the trainer staged it (engine/vllm/slots/staging.py), so that the adapter
+that is being served stays available to go back to. The rest is the sync of a colocated engine
+(engine/vllm/slots/writer.py): a write plan learnt from vLLM's loader, proved against it, and read back.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
 
 @dataclass
 class _Held:
-    """A whole adapter, laid out. digest: what the server calls it, None while that is unknown. found: the policy digest
-    of what it holds, in this layout."""
+    """A whole adapter in a staging buffer. digest: the server's name for it, None while unknown. found: the policy
+    digest of what the buffer holds."""
 
     adapter: adapters.Adapter
     staging: Staging
@@ -44,7 +44,7 @@ class _Held:
 
     @classmethod
     def make(cls, layout: Layout, scales: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> _Held:
-        """scales: by PEFT key, of what comes without them in B."""
+        """scales: by PEFT key, the scaling that arriving B tensors do not contain yet."""
         shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
         planned = adapters.of_tensors("default", shapes, layout.config, scales)
         staging = Staging(planned, dtype, device, whole=True)
@@ -53,15 +53,15 @@ class _Held:
 
 
 class Receiver:
-    """Of one worker of vLLM's, ``worker``, which is ms-swift's extension too: its NCCL communicator is used."""
+    """The receiver of one vLLM worker. ``worker`` is also ms-swift's extension, whose NCCL communicator is used."""
 
     def __init__(self, worker: Any) -> None:
         self.worker, self.engine = worker, WorkerHandle(worker)
         self.layout: Layout | None = None
         self.writer: AdapterWriter | None = None
         self.check: FiniteCheck | None = None
-        self.served: _Held | None = None  # what the writer writes
-        self.other: _Held | None = None  # what arrives; after a switch what was served before
+        self.served: _Held | None = None  # the writer reads this buffer
+        self.other: _Held | None = None  # what arrives; after a switch, the policy before
 
     def do(self, command: str, **arguments: Any) -> None:
         commands = {
@@ -76,7 +76,7 @@ class Receiver:
         commands[command](**arguments)
 
     def prepare(self, layout: dict[str, Any]) -> None:
-        """Have room for what is about to come over NCCL. Raises StagingError where it cannot (`NO_NCCL`)."""
+        """Make room for an adapter that will come over NCCL. Raises StagingError (`NO_NCCL`) if it cannot."""
         communicator, dtype = self.worker.communicator, self.engine.lora_dtype
         if communicator is None or getattr(communicator, "disabled", False):
             raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
@@ -89,8 +89,8 @@ class Receiver:
         self.make_room(layout, {})
 
     def make_room(self, layout: dict[str, Any], scales: dict[str, float]) -> None:
-        """For adapters of this layout, in the engine's dtype; what there was of another layout is given up."""
-        asked, device = Layout.from_dict(layout), self.worker.model_runner.device  # 0.17's CPU worker itself has none
+        """For adapters of this layout, in the engine's dtype. Buffers of another layout are dropped."""
+        asked, device = Layout.from_dict(layout), self.worker.model_runner.device  # 0.17's CPU worker has no device
         if asked == self.layout:
             return
         dtype = self.engine.lora_dtype
@@ -103,7 +103,7 @@ class Receiver:
 
     @torch.no_grad()
     def receive(self, digest: str) -> None:
-        """The adapter with this digest arrives. Raises StagingError or NonFiniteAdapterError: it is not served then."""
+        """Receive the adapter with this digest. Raises StagingError or NonFiniteAdapterError; it is not served then."""
         assert self.other is not None, "prepare() comes first"
         self.other.digest = None
         buffer, communicator = self.other.staging.buffer, self.worker.communicator
@@ -113,8 +113,8 @@ class Receiver:
 
     @torch.no_grad()
     def read(self, path: str, digest: str, is_proved: bool) -> None:
-        """The same, from a safetensors file that nobody can change any more. is_proved: ``digest`` is the policy's, of
-        what the engine is to hold; else only what the server calls these values."""
+        """The same, from a sealed safetensors file. is_proved: ``digest`` is the policy digest of what the engine will
+        hold, so it can be checked; otherwise it is only the server's name for these values."""
         assert self.other is not None, "make_room() comes first"
         self.other.digest = None
         staging = self.other.staging
@@ -133,20 +133,20 @@ class Receiver:
         held.digest = digest
 
     def find(self, digest: str) -> None:
-        """Raise StagingError (`GONE`) where this adapter is no longer here."""
+        """Raise StagingError (`GONE`) when this adapter is no longer here."""
         if digest not in [held.digest for held in (self.served, self.other) if held is not None]:
             raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
 
     @torch.no_grad()
     def serve(self, digest: str, by_reference: bool = False) -> None:
-        """Write the adapter with this digest, which is here, into the LoRA slots, and read it back. by_reference: by
-        way of vLLM's own loader."""
+        """Write the adapter with this digest, which must be here, into the LoRA slots, and read it back. by_reference:
+        through vLLM's own loader."""
         assert self.writer is not None and self.served is not None and self.other is not None, "make_room() comes first"
         self.find(digest)
         if self.served.digest != digest:
             self._swap()
         if not self.writer.is_current():
-            self.writer.forget()  # somebody else wrote to the slots
+            self.writer.forget()  # another writer changed the slots
         report = self.writer.write_by_reference() if by_reference else self.writer.write()
         self.writer.finish()
         if report.digest != self.served.found:
@@ -159,12 +159,12 @@ class Receiver:
         self.writer.accept()
 
     def check_served(self) -> None:
-        """Raise EngineStateError where vLLM's loader was given modules that vLLM applies no LoRA in."""
-        if ADAPTER_ID in self.worker.list_loras():  # with data parallelism vLLM drops it while a rank is idle
+        """Raise EngineStateError when vLLM's loader took modules that no LoRA layer applies."""
+        if ADAPTER_ID in self.worker.list_loras():  # with data parallelism vLLM drops it on an idle rank
             loader.check_served(self.engine)
 
     def _swap(self) -> None:
-        """The two buffers change their contents, a part at a time: the write plan is bound to one of them."""
+        """Swap the contents of the two buffers, a part at a time: the write plan is bound to one of them."""
         assert self.served is not None and self.other is not None
         for here, there in zip(self.served.staging.buffer.split(1 << 24), self.other.staging.buffer.split(1 << 24)):
             kept = here.clone()
@@ -184,14 +184,14 @@ def _request_class(worker: Any) -> Any:
     raise EngineStateError("ms-swift's rollout server has no TensorLoRARequest.")
 
 
-# ---- what went wrong, from a worker to the process that has the engine ----------------------------------------------
+# ---- errors, from a worker to the process that has the engine -------------------------------------------------------
 
 
 def raise_together(problem: Exception | None) -> None:
-    """Raise in the last worker of the tensor-parallel group what went wrong in any of them.
+    """Raise, in the last worker of the tensor-parallel group, what went wrong in any of them.
 
-    vLLM's ``MultiprocExecutor.collective_rpc`` stops at the first worker that raises and leaves the answers of those
-    after it to the next call (0.17.1 to 0.32.0); and of engines with data parallelism only errors are passed on.
+    vLLM's ``MultiprocExecutor.collective_rpc`` stops at the first worker that raises. It leaves the answers of the
+    later workers to the next call (0.17.1 to 0.32.0). And with data parallelism, engines pass on nothing but errors.
     """
     from vllm.distributed.parallel_state import get_tp_group
 
@@ -212,7 +212,7 @@ def _tell(problem: Exception) -> str:
 
 
 def told(error: Exception) -> Exception:
-    """The error that a worker met, from what vLLM made of it on its way here."""
+    """The error that a worker raised, recovered from the text that vLLM passed on."""
     found = _TOLD.search(str(error))
     if found is None:
         return error

@@ -1,4 +1,4 @@
-"""What a request to a rollout server has in it, read with limits, and how one is refused."""
+"""Reads requests to a rollout server, with limits, and answers refused ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...errors import ProtocolError
 from ..wire import http_status, parse_object
 from .files import too_large
 
-JSON_LIMIT = 16 << 20  # the layout of an adapter of a large mixture of experts has some megabytes
+JSON_LIMIT = 16 << 20  # the layout of an adapter of a large MoE model takes a few megabytes
 DRAIN_LIMIT = 256 << 20
 
 
 class Refused(Exception):
-    """What a request is answered with when it is not done. ``kind``: name of the error's class."""
+    """The answer to a request that is refused. ``kind``: name of the error's class."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class Refused(Exception):
 
 
 async def body_of(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """Its chunks. Raises StagingError (413) as soon as it is known to be larger."""
+    """The body's chunks. Raises StagingError (413) as soon as the body is known to exceed the limit."""
     announced = request.headers.get("Content-Length", "")
     size = int(announced) if announced.isdecimal() else 0
     if size <= limit:
@@ -72,7 +72,7 @@ def text_of(body: dict[str, Any], name: str) -> str:
 
 
 def flag_of(body: dict[str, Any], name: str) -> bool:
-    """False where it is not there."""
+    """The flag; False if it is missing."""
     value = body.get(name, False)
     if not isinstance(value, bool):
         raise ProtocolError(f"{name} is {value!r}: true or false is expected.")
@@ -80,12 +80,12 @@ def flag_of(body: dict[str, Any], name: str) -> bool:
 
 
 async def drain(request: Request) -> None:
-    """Read what is left of the body, so that the client is through with sending and sees the answer."""
+    """Read the rest of the body, so that the client finishes sending and reads the answer."""
     size = 0
     try:
         async for chunk in request.stream():
             size += len(chunk)
             if size > DRAIN_LIMIT:
                 return
-    except Exception:  # it was read already, or the client is gone
+    except Exception:  # already read, or the client is gone
         return

@@ -1,7 +1,7 @@
-"""In the process of the web server: the routes, who may call them, and that all workers do it or none.
+"""In the web server's process: the routes, who may call them, and that all workers do something or none.
 
-Like most of ms-swift's own routes they hold the event loop from the first word to the workers until the last answer:
-a pipe's answers come in the order of its commands, so nobody else may use it meanwhile.
+Like most of ms-swift's own routes, a call blocks the event loop until all workers have answered: the answers on a
+worker's pipe come in the order of the commands, so no other call may use the pipe meanwhile.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Policies:
 
     def __init__(self, server: Any, is_reload: bool) -> None:
         self.server, self.is_reload = server, is_reload
-        self.is_ours = is_reload  # or a trainer without us may be the one that updates and asks
-        self.base_is_pushed = False  # the engine no longer holds the base of the model's files alone
+        self.is_ours = is_reload  # else the trainer may be one without this package
+        self.base_is_pushed = False  # a trainer wrote over the base of the model's files
         self.arriving: Policy | None = None
         self.root, self.limit = root_of(), limit_of()
         self.boot = secrets.token_hex(8)
@@ -43,7 +43,7 @@ class Policies:
         self._sums: dict[str, list[Any]] | None = None
         self._summing = threading.Lock()
         self._patience = Settings.from_environment().server_deadline
-        self._silent: set[int] = set()  # workers that gave no answer
+        self._silent: set[int] = set()  # workers that did not answer in time
 
     def install(self, app: Any) -> None:
         for path, method, work in (
@@ -74,7 +74,7 @@ class Policies:
         return answer
 
     def is_allowed(self, request: Request) -> bool:
-        """Whether ms-swift's own routes do what this asks: from 4.6.0 on they look at the key."""
+        """Whether ms-swift's own routes will accept this request: they check the key from 4.6.0 on."""
         try:
             self._check_key(request)
         except Refused:
@@ -82,7 +82,7 @@ class Policies:
         return True
 
     def _check_key(self, request: Request) -> None:
-        """As ms-swift 4.6.0 does it, on every release."""
+        """The check of ms-swift 4.6.0, on every release."""
         key = self.server.args.api_key
         given = request.headers.get("Authorization", "")
         if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
@@ -142,7 +142,7 @@ class Policies:
             return self._stage(policy, spool.sealed(digest))
 
     def _stage(self, policy: Policy, source: Source) -> dict[str, Any]:
-        if policy != self.policy:  # else a trainer did not hear of its commit
+        if policy != self.policy:  # equal: the trainer did not hear of its commit
             self._begin(policy)
             self._all("stage", policy, source=source)
             self.staged = policy
@@ -177,21 +177,21 @@ class Policies:
         return {"base_is_pushed": self.base_is_pushed}
 
     def _begin(self, policy: Policy) -> None:
-        """Nothing is staged any more. Raises StagingError (409) for a policy that is older than the one served."""
+        """Drop what was staged. Raises StagingError (409) for a policy that is not newer than the one served."""
         served = self.policy
         if served not in (None, policy) and policy.run == served.run and policy.version <= served.version:
             raise StagingError(f"This server serves {self.policy}, {policy} is not newer: send a newer version.", 409)
         self.is_ours, self.staged, self.arriving = True, None, None
 
     def _all(self, command: str, policy: Policy, **arguments: Any) -> None:
-        """Every worker does it, or this raises what the failing ones said and nothing is staged."""
+        """Have every worker do it. If any fails, nothing is staged and this raises what the failing ones said."""
         failed = _failures(self._ask(command, policy=policy.as_dict(), **arguments))
         if failed:
             self._ask("abort", policy=policy.as_dict())
             raise _refused(failed, 422)
 
     def release(self) -> None:
-        """A trainer without us changes the adapter: nothing is known of it any more."""
+        """A trainer without this package changes the adapter: forget what is known of it."""
         if self.is_ours:
             self._ask("release")
             self.policy = self.staged = self.arriving = None
@@ -217,11 +217,11 @@ class Policies:
         self.policy, self.plain = policy, False
 
     def _go_back(self, policy: Policy) -> str:
-        """Have every worker serve what it served before ``policy``, or all of them nothing; in words which."""
+        """Have every worker serve what it served before ``policy``, or else all nothing. Returns which, in words."""
         before = self.policy and self.policy.as_dict()
         answers = self._ask("restore", policy=policy.as_dict())
         if not _failures(answers) and all(answer["serves"] == before for answer in answers):
-            self._ask("serve", plain=self.plain)  # those that committed left that
+            self._ask("serve", plain=self.plain)  # a commit ended plain mode in some
             return f" Every worker serves {self.policy or 'nothing'}, as before."
         self._ask("drop")
         self.policy = None
@@ -252,14 +252,14 @@ class Policies:
     # ---- the workers ------------------------------------------------------------------------------------------------
 
     def _ask(self, command: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Tell all workers at the same time, and wait for all of them."""
+        """Send a command to all workers at once, and wait for all answers."""
         order = {"type": "call", "method": METHOD, "args": (command,), "kwargs": arguments}
         connections = self.server.connections
         sent = [index not in self._silent and _send(each, order) for index, each in enumerate(connections)]
         return [self._receive(index, each) if sent[index] else _gone(index) for index, each in enumerate(connections)]
 
     def _receive(self, index: int, connection: Any) -> dict[str, Any]:
-        """Its answer. A worker that gives none in time is not asked again: the next answer would be to this."""
+        """A worker's answer. One that is late is not asked again: its next answer would belong to this command."""
         try:
             if connection.poll(self._patience):
                 answer = connection.recv()
@@ -284,7 +284,7 @@ class Policies:
         return getattr(info, "torch_dtype", None) or getattr(self.server.args, "torch_dtype", None)
 
     def _lora_dtype(self) -> Any:
-        """vLLM's ``auto`` is the model's."""
+        """The servers' LoRA dtype. vLLM's ``auto`` means the model's dtype."""
         asked = (getattr(self.server.args, "vllm_engine_kwargs", None) or {}).get("lora_dtype", "auto")
         return self._model_dtype() if asked == "auto" else getattr(torch, str(asked).split(".")[-1], None)
 
@@ -310,6 +310,6 @@ def _failures(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _refused(failed: Sequence[dict[str, Any]], status: int, more: str = "") -> Refused:
-    """The workers' own messages, each once."""
+    """The messages of the failed workers, each once."""
     messages = " ".join(dict.fromkeys(answer["message"] for answer in failed))
     return Refused(failed[0]["status"] or status, failed[0]["error"], messages + more)

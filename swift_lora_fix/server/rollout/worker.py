@@ -1,9 +1,9 @@
-"""In each ``llm_worker``: an adapter is read and checked, kept, and then served; and rollouts tell what they came from.
+"""In each ``llm_worker``: reads and checks an adapter, keeps it, then serves it; and tags rollouts with their policy.
 
 Legend for shapes: r rank, in/out the wrapped layer's features. A is (r, in), B is (out, r).
 
-ms-swift's worker looks a command up as a method of its engine, logs what that raises and answers None: so there is one
-method (`protocol.METHOD`), and it answers with what went wrong.
+ms-swift's worker runs a command as a method of its engine. If that raises, it logs the error and answers None. So there
+is a single method (`wire.METHOD`), which returns errors as its answer.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from .receiver import told
 _STAGER = "swift_lora_fix_stager"
 _UPDATES = {"update_named_param", "update_flattened_params", "process_weights_after_loading"}  # ms-swift's, of the base
 
-# What ms-swift's server asks of an engine for which a batch has nothing (``SwiftRolloutDeploy.infer``), as the gate's
-# four prompts have for the third of three.
+# The request that ms-swift's server sends to an engine for which a batch has none (``SwiftRolloutDeploy.infer``): the
+# gate's four prompts leave the third of three engines without one.
 _PLACEHOLDER = [{"role": "user", "content": "<placeholder>"}]
 
 _building: ContextVar[bool] = ContextVar("building", default=False)
@@ -60,8 +60,8 @@ _building: ContextVar[bool] = ContextVar("building", default=False)
 
 @dataclass(frozen=True)
 class Held:
-    """A policy and the request that makes vLLM serve it. digest: what vLLM's workers, which have its tensors, call it
-    (`Receiver`); None where the request has them."""
+    """A policy, and the request that makes vLLM serve it. digest: under which vLLM's workers keep its tensors
+    (`Receiver`); None when the request has the tensors."""
 
     policy: Policy
     request: Any
@@ -70,7 +70,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Served:
-    """What rollouts come from: a policy, or the plain base."""
+    """What rollouts are generated from: a policy, or the plain base."""
 
     held: Held | None
 
@@ -93,16 +93,16 @@ class Stager:
         self.base = base_shapes(engine.model_dir)
         self.pending: Held | None = None
         self.held: Held | None = None
-        self.arriving: Held | None = None  # the workers wait for its bytes
-        self.before: Held | None = None  # what a restore goes back to
+        self.arriving: Held | None = None  # announced: the workers wait for its bytes
+        self.before: Held | None = None  # served before, for ``restore``
         self.plain = False
-        self.is_ours = Settings.from_environment().transport == "reload"  # or a trainer without us may be the one
-        self.layout = ""  # key of the one that vLLM's workers have room for
-        self.no_room = ""  # key of the last one that they could not take: vLLM's loader does
+        self.is_ours = Settings.from_environment().transport == "reload"  # else the trainer may lack this package
+        self.layout = ""  # key of the layout that vLLM's workers have buffers for
+        self.no_room = ""  # key of the last one that they could not take: it goes through vLLM's loader
         self.failures: list[str] = []  # of ms-swift's own updates, which only logs them
 
     def served(self) -> Served:
-        """Raises EngineStateError where there is nothing to make rollouts from."""
+        """Raises EngineStateError when there is nothing to generate rollouts from."""
         if self.held is None and not self.plain:
             raise EngineStateError("No policy was committed to this server, so no rollout can be made of it.")
         return Served(None if self.plain else self.held)
@@ -110,7 +110,7 @@ class Stager:
     # ---- the commands -----------------------------------------------------------------------------------------------
 
     async def command(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """Do it; what is raised is answered, and which policy is served afterwards."""
+        """Run a command. The answer has its error, if any, and the policy that is served afterwards."""
         commands: dict[str, Callable[..., Awaitable[None]]] = {
             "stage": self.stage,
             "prepare": self.prepare,
@@ -132,7 +132,7 @@ class Stager:
         return {**answer, "serves": self.held and self.held.policy.as_dict()}
 
     def command_now(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """Of the engine that is not asynchronous, where nothing is ever waited for."""
+        """The same for the synchronous engine, where no command ever awaits anything."""
         try:
             self.command(name, **arguments).__await__().send(None)
         except StopIteration as done:
@@ -141,8 +141,7 @@ class Stager:
         raise AssertionError(f"{name} waits for something")
 
     async def stage(self, policy: Mapping[str, Any], source: Source) -> None:
-        """Check an adapter, and have it read by vLLM's workers, or keep it for vLLM's loader. What is served is not
-        touched."""
+        """Check an adapter, then have vLLM's workers read it, or keep it for vLLM's loader. It is not served yet."""
         self._begin()
         asked, request, order = Policy.from_dict(policy), *self._mapped(source)
         names = order or sorted(request.content.tensors)
@@ -158,7 +157,7 @@ class Stager:
             self.pending = Held(asked, request)
 
     async def prepare(self, policy: Mapping[str, Any], layout: Mapping[str, Any] | str) -> None:
-        """Check what an adapter says of itself, and have vLLM's workers make room for it."""
+        """Check the names and shapes of an adapter, and have vLLM's workers make room for it."""
         self._begin()
         if layout != self.layout:
             if isinstance(layout, str):
@@ -168,7 +167,7 @@ class Stager:
         self.arriving = Held(asked, _request_by_id(), asked.digest)
 
     async def receive(self, policy: Mapping[str, Any]) -> None:
-        """The bytes come over NCCL now, and are checked."""
+        """Have the announced bytes received over NCCL, and checked."""
         arriving, self.arriving = self.arriving, None
         if arriving is None or arriving.policy.as_dict() != policy:
             raise EngineStateError(f"This worker awaits {arriving and str(arriving.policy)}, not {policy}.")
@@ -176,7 +175,7 @@ class Stager:
         self.pending = arriving
 
     async def find(self, policy: Mapping[str, Any]) -> None:
-        """Stage an adapter that came before, under another version."""
+        """Stage again an adapter that was sent under another version."""
         self._begin()
         asked = Policy.from_dict(policy)
         self._check_receives()
@@ -184,8 +183,8 @@ class Stager:
         self.pending = Held(asked, _request_by_id(), asked.digest)
 
     async def commit(self, policy: Mapping[str, Any], by_reference: bool = False) -> None:
-        """Have the engine serve what was staged. What fails leaves it with what it had. by_reference: by way of vLLM's
-        own loader, whatever the write plan."""
+        """Have the engine serve what was staged. After an error it serves what it had. by_reference: through vLLM's own
+        loader, even with a write plan."""
         pending, before = self.pending, self.held
         if pending is None or pending.policy.as_dict() != policy:
             raise EngineStateError(f"This worker staged {pending and str(pending.policy)}, not {policy}.")
@@ -199,22 +198,22 @@ class Stager:
         self._set_plain(False)
 
     async def restore(self, policy: Mapping[str, Any]) -> None:
-        """Another worker could not commit ``policy``: back to what was served before."""
+        """Another worker could not commit ``policy``: go back to what was served before."""
         if self.held is not None and self.held.policy.as_dict() == policy:
             await self._put_back(self.before)
 
     async def drop(self) -> None:
-        """Serve nothing: workers would differ."""
+        """Serve nothing, because workers would serve different policies."""
         self.held = self.before = self.pending = self.arriving = None
 
     async def release(self) -> None:
-        """A trainer without us changes the adapter: nothing is known of it any more."""
+        """A trainer without this package changes the adapter: forget what is known of it."""
         await self.drop()
         self._set_plain(False)
         self.is_ours = Settings.from_environment().transport == "reload"
 
     async def pushed(self) -> None:
-        """What went wrong since the last time in updates of ms-swift's own."""
+        """Raise errors of ms-swift's own updates since the last call."""
         failures, self.failures = self.failures, []
         if failures:
             raise EngineStateError(f"{len(failures)} updates over NCCL failed in vLLM, the first: {failures[0]}")
@@ -226,7 +225,7 @@ class Stager:
             self.arriving = None
 
     async def serve(self, plain: bool) -> None:
-        """With the adapter, or without it (``plain``); what was computed before is forgotten."""
+        """Serve with the adapter, or without it (``plain``), and drop the caches."""
         self._check_idle()
         self.is_ours = True
         self._set_plain(plain)
@@ -235,11 +234,11 @@ class Stager:
     # ---- how --------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """What was staged before is no longer wanted."""
+        """Drop what was staged before."""
         self.is_ours, self.pending, self.arriving, self.before = True, None, None, None
 
     def _why_none_receives(self) -> str | None:
-        """Why vLLM's workers have no `Receiver`, or could not keep what it is given; in words."""
+        """Why vLLM's workers have no `Receiver`, or would not keep what it gets, in words; None if they do."""
         parallel = self.engine.engine.vllm_config.parallel_config
         if parallel.worker_extension_cls != EXTENSION:
             return f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}"
@@ -248,7 +247,7 @@ class Stager:
         return None
 
     def _check_receives(self) -> None:
-        """Raise StagingError (`NO_NCCL`) where adapters do not come over NCCL."""
+        """Raise StagingError (`NO_NCCL`) when adapters cannot come over NCCL."""
         why = self._why_none_receives()
         if why is not None:
             raise StagingError(f"This server takes no adapters over NCCL: {why}.", NO_NCCL)
@@ -259,14 +258,15 @@ class Stager:
         before, self.layout = self.layout, ""
         try:
             await self._rpc("prepare", layout=layout.as_dict())
-        except StagingError as refused:  # what there was is left as it is
+        except StagingError as refused:  # refused before the workers changed anything
             self.layout = before if refused.status == NO_NCCL else ""
             raise
         self.layout = layout.key
 
     async def _has_room(self, layout: Layout, content: Any) -> bool:
-        """Whether vLLM's workers take a file of this layout themselves, for which they may have to make room. A file is
-        never given the place of what they serve, which could not be gone back to (over NCCL there is no other way)."""
+        """Whether vLLM's workers can read a file of this layout themselves; makes room if needed. Files never replace
+        the
+        buffers of the policy that is served: there would be no way back. (Over NCCL there is no other choice.)"""
         if layout.key in (self.layout, self.no_room):
             return layout.key != self.no_room
         serves = self.held is not None and self.held.digest is not None
@@ -282,8 +282,8 @@ class Stager:
         return await self._tries(self.layout, "read", path=source.weights, digest=digest, is_proved=is_proved)
 
     async def _tries(self, key: str, command: str, **arguments: Any) -> bool:
-        """Whether vLLM's workers could: where not, vLLM's loader takes files of this layout from now on. What is wrong
-        with the file itself is raised."""
+        """Run the command in vLLM's workers; whether they could. If not, later files of this layout go through vLLM's
+        loader. Errors in the file itself are raised."""
         try:
             await self._rpc(command, **arguments)
         except EngineStateError as error:
@@ -310,15 +310,15 @@ class Stager:
             raise too_large("The adapter", size, self.limit)
 
     async def _rpc(self, command: str, **arguments: Any) -> None:
-        """Have vLLM's workers do one of the `Receiver`'s commands. Raises what went wrong in one of them."""
+        """Run a `Receiver` command in vLLM's workers. Raises the error of a worker that failed."""
         try:
             await _value(self.engine.engine.collective_rpc(RPC, kwargs={"command": command, **arguments}))
         except Exception as error:
             raise told(error) from error
 
     def _mapped(self, source: Source) -> tuple[Any, list[str] | None]:
-        """A request whose tensors are those of the file, and their `ORDER` where it says that. Checked: what the
-        adapter says of itself."""
+        """A request with the file's tensors, and their `ORDER` if the file has it. Names, shapes, config are
+        checked."""
         config = parse_object(source.config, CONFIG)
         try:
             with safetensors.safe_open(source.weights, framework="pt") as file:
@@ -329,7 +329,7 @@ class Stager:
         check_names(tensors, config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
         check_shapes(tensors, self.base)
         request = LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, config, tensors)
-        ledger_of(self.engine.engine).check(request)  # vLLM's own judgement of the config
+        ledger_of(self.engine.engine).check(request)  # vLLM checks the config itself
         return request, None if text is None else order_of(text, tensors)
 
     async def _load(self, held: Held, by_reference: bool = False) -> None:
@@ -337,7 +337,7 @@ class Stager:
             try:
                 await self._rpc("serve", digest=held.digest, by_reference=by_reference)
             except Exception:
-                self.no_room = self.layout  # whoever tries again does so by vLLM's loader
+                self.no_room = self.layout  # the next attempt uses vLLM's loader
                 raise
         elif not await _value(update(self.engine.engine, held.request)):
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
@@ -355,7 +355,7 @@ class Stager:
                 )
 
     async def _put_back(self, before: Held | None, reason: Exception | None = None) -> None:
-        """Raises EngineStateError where not even that is possible; the worker then serves nothing."""
+        """Serve ``before`` again. Raises EngineStateError if that fails too; the worker then serves nothing."""
         self.held = self.before = None
         if before is not None:
             try:
@@ -366,7 +366,7 @@ class Stager:
         self.held = before
 
     def _check_idle(self) -> None:
-        # not asked of the engine: with data parallelism that is a collective call
+        # the engine is not asked: with data parallelism that is a collective call
         if self.engine.engine.output_processor.has_unfinished_requests():
             raise EngineStateError(
                 "The engine still has unfinished requests: they would be finished by another policy than they began "
@@ -374,7 +374,7 @@ class Stager:
             )
 
     def _set_plain(self, plain: bool) -> None:
-        """ms-swift attaches the adapter it finds in the engine, unless it believes that there are none."""
+        """ms-swift attaches the adapter that it finds in the engine, unless ``enable_lora`` is false."""
         self.plain, self.engine.enable_lora = plain, not plain
 
 
@@ -383,7 +383,7 @@ async def _value(value: Any) -> Any:
 
 
 def _request_by_id() -> Any:
-    """For what the workers hold: vLLM looks for nothing under a path while the id is taken."""
+    """For adapters that the workers hold: while the id is loaded, vLLM does not look at the path."""
     return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
 
 
@@ -391,10 +391,10 @@ def _request_by_id() -> Any:
 
 
 def build_engine(build: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
-    """``SwiftRolloutDeploy.get_infer_engine``: the engine starts from the model's files and takes policies."""
+    """Wraps ``SwiftRolloutDeploy.get_infer_engine``: the engine loads the model's files and takes policies."""
     plugins = os.environ.get("VLLM_PLUGINS")
     if plugins is not None and "swift_lora_fix" not in plugins.split(","):
-        os.environ["VLLM_PLUGINS"] = f"{plugins},swift_lora_fix"  # or vLLM's own processes could take no adapter
+        os.environ["VLLM_PLUGINS"] = f"{plugins},swift_lora_fix"  # otherwise vLLM's own processes could take no adapter
         info(f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']}: vLLM loads adapters from memory.")
     token = _building.set(True)
     try:
@@ -409,7 +409,7 @@ def build_engine(build: Callable[..., Any], arguments: Any, *args: Any, **kwargs
 
 
 def _note_failures(stager: Stager, engine: Any) -> None:
-    """ms-swift logs what goes wrong in ``collective_rpc``, which its updates over NCCL come by, and tells nobody."""
+    """Record errors of ms-swift's updates over NCCL: they go through ``collective_rpc``, and are only logged."""
     call = engine.collective_rpc
 
     def note(error: Exception) -> None:
@@ -436,8 +436,8 @@ def _note_failures(stager: Stager, engine: Any) -> None:
 
 
 def engine_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``GRPOVllmEngine`` without random weights, which are for a trainer that sends the base; and with an
-    extension of vLLM's workers that is ms-swift's and ours."""
+    """Arguments of ``GRPOVllmEngine`` without random weights, which would need a trainer that sends the base, and with
+    our extension of vLLM's workers in place of ms-swift's, which it includes."""
     if not _building.get():
         return kwargs
     inner = dict(kwargs.get("engine_kwargs") or {})
@@ -448,15 +448,15 @@ def engine_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def stager_of(engine: Any) -> Stager | None:
-    """None: not an engine of a server that takes policies this way: a colocated one, or one whose trainer is without
-    us."""
+    """The stager of an engine; None for a colocated engine, or while the trainer is one without this package."""
     stager: Stager | None = vars(engine).get(_STAGER)
     return stager if stager is not None and stager.is_ours else None
 
 
 def tag_scheduler(engine: Any) -> None:
-    """What ``get_rollout_engine_type`` made: where that is a scheduler, its rollouts are tagged, too. The gate's
-    requests go past it: they are none of its tasks, and would take its environment's turns. So does a placeholder."""
+    """Tag the rollouts of a multi-turn scheduler (a result of ``get_rollout_engine_type``), too. The gate's requests
+    and
+    placeholders bypass the scheduler: they are not its tasks, and would use up its environment's turns."""
     inner = getattr(engine, "infer_engine", None)
     if inner is None or _STAGER not in vars(inner) or _STAGER in vars(engine):
         return
@@ -482,7 +482,7 @@ def _is_probe(infer_requests: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
 
 
 def tag(stager: Stager, served: Served, outputs: Any) -> Any:
-    """Write what made them into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
+    """Write the policy into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
     if stager.served().held is not served.held:
         raise EngineStateError("The policy was switched while rollouts were made of it; they are not handed out.")
     for output in outputs if isinstance(outputs, list) else ():

@@ -1,4 +1,4 @@
-"""Trainer side: the routes of rollout servers, over HTTP. Every call has a deadline, every error names the server."""
+"""Trainer side: calls the routes of rollout servers. Every call has a deadline, every error names the server."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ...errors import RolloutServerError
 from ..wire import PREFIX
 
 Answer = TypeVar("Answer")
-BUSY = {429, 502, 503, 504}  # asked again, as is a connection that is refused or broken
+BUSY = {429, 502, 503, 504}  # retried, as is a connection that is refused or broken
 CONNECT_SECONDS = 5.0
-SLOW_SECONDS = 30.0  # so often the log says that a server keeps us waiting
+SLOW_SECONDS = 30.0  # after each of these the log says that a server keeps us waiting
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
 
 
 class Servers:
-    """The rollout servers of one trainer, each called at the same time as the others.
+    """The rollout servers of one trainer, called in parallel.
 
-    urls: as ms-swift's client has them. key: of ``--api_key``, or empty. deadline: seconds for one call, its retries
-    and waits included.
+    urls: as ms-swift's client has them. key: of ``--api_key``, or empty. deadline: seconds for one call, with all
+        retries and waits.
     """
 
     def __init__(self, urls: Sequence[str], key: str = "", deadline: float = 300.0) -> None:
         self.urls, self.deadline = tuple(url.rstrip("/") for url in urls), deadline
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._sessions = [requests.Session() for _ in self.urls]  # a connection is kept from call to call
+        self._sessions = [requests.Session() for _ in self.urls]  # connections are kept between calls
 
     def each(self, call: Callable[[int], Answer], only: Sequence[int] | None = None) -> list[Answer]:
-        """``call`` with the index of each server, or of ``only`` some, all at once. Raises RolloutServerError with what
-        each failing one said."""
+        """Run ``call`` with the index of each server, or of those in ``only``, in parallel. Raises RolloutServerError
+        with the message of each that failed."""
         with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
             futures = [pool.submit(call, index) for index in (range(len(self.urls)) if only is None else only)]
         failed = [error for error in (future.exception() for future in futures) if error is not None]
@@ -61,7 +61,7 @@ class Servers:
         patience = _Patience(url, self.deadline if deadline is None else deadline)
         while True:
             try:
-                # a read that takes as long as this is slow, not lost: the server answers when it is through
+                # no shorter read timeout: a slow server is not a lost one, it answers when it is done
                 timeout = (CONNECT_SECONDS, patience.left())
                 response = self._sessions[index].request(method, url, timeout=timeout, **content)
             except (requests.ConnectionError, requests.Timeout) as error:
@@ -80,23 +80,24 @@ class Servers:
 
 
 class Fresh(requests.adapters.HTTPAdapter):
-    """Of a session that asks seldom, one call at a time: each has a connection of its own. One that was idle is closed
-    by the server (uvicorn: after 5 s), maybe just as the next call is on its way. seconds: to answer, once connected,
-    where the call names no timeout; None: as long as it takes."""
+    """For a session that calls rarely, one call at a time: each call opens its own connection. A server closes an idle
+    one (uvicorn: after 5 s), possibly just as the next call is sent.
+
+    seconds: read timeout for calls that set none; None: no limit."""
 
     def __init__(self, seconds: float | None = None) -> None:
         super().__init__()
         self.seconds = seconds
 
     def send(self, request: Any, stream: Any = False, timeout: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self.close()  # those in the pool; calls under way keep theirs
+        self.close()  # pooled ones; calls in progress keep theirs
         if timeout is None and self.seconds is not None:
             timeout = (CONNECT_SECONDS, self.seconds)
         return super().send(request, stream, timeout, *args, **kwargs)
 
 
 class _Patience:
-    """Waits longer each time, until the deadline; says what it is waiting for."""
+    """Waits with growing pauses until the deadline, and logs what it waits for."""
 
     def __init__(self, url: str, deadline: float) -> None:
         self.url, self.deadline = url, deadline
@@ -126,7 +127,7 @@ def _reason(error: Exception) -> str:
 
 
 def _message(response: requests.Response) -> str:
-    """The server's own words, those of ours or FastAPI's."""
+    """The server's own message, in our format or FastAPI's."""
     try:
         said = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Trainer side: ms-swift's NCCL connections, one for each rollout server, and what is sent over them."""
+"""Trainer side: ms-swift's NCCL connections, one per rollout server, and what we send over them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _CONNECTIONS = "swift_lora_fix_connections"
 
 
 class Connections:
-    """Of ms-swift's ``VLLMClient``, which has opened them: ``pynccl_comms``, vLLM's ``PyNcclCommunicator``."""
+    """The connections that ms-swift's ``VLLMClient`` opened: ``pynccl_comms``, vLLM's ``PyNcclCommunicator``."""
 
     @classmethod
     def of(cls, client: Any) -> Connections:
-        """Those of this client, the same ones each time."""
+        """The connections of this client; the same object each time."""
         found: Connections = vars(client).setdefault(_CONNECTIONS, None) or cls(client)
         setattr(client, _CONNECTIONS, found)
         return found
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._lost: list[Any] = []  # not freed: NCCL would wait for a peer that is gone
+        self._lost: list[Any] = []  # kept alive: freeing one would make NCCL wait for a peer that is gone
         self._closed = {index for index in range(client.num_servers) if not _works(client, index)}
         atexit.unregister(client.close_communicator)  # it waits for a server that hangs
         atexit.register(self._say_goodbye)
@@ -47,13 +47,13 @@ class Connections:
         return not self._closed
 
     def close(self, index: int, why: str) -> None:
-        """Never use it again, and say so."""
+        """Do not use this connection any more, and log why."""
         if index not in self._closed:
             self._closed.add(index)
             warning(f"rollout server {self._client.base_urls[index]} gets adapters without NCCL from now on: {why}")
 
     def reopen(self, index: int) -> None:
-        """To a server that restarted, by ms-swift's own way, shown one server."""
+        """Connect again to a server that restarted, by ms-swift's own code, on a copy of the client with one server."""
         client = self._client
         if index in self._closed:
             return
@@ -72,8 +72,8 @@ class Connections:
         info(f"NCCL to rollout server {client.base_urls[index]} is open again.")
 
     def send(self, index: int, buffer: torch.Tensor, ask: Callable[[], Any], deadline: float) -> None:
-        """Broadcast ``buffer`` to the server's workers, which ``ask`` has take part. Raises what ``ask`` raises, or
-        RolloutServerError where NCCL is not through within ``deadline`` seconds."""
+        """Broadcast ``buffer`` to the server's workers; ``ask`` makes them join. Raises what ``ask`` raises, or
+        RolloutServerError when the broadcast takes longer than ``deadline`` seconds."""
         url, communicator = self._client.base_urls[index], self._client.pynccl_comms[index]
         started, broadcast = time.monotonic(), _Broadcast(communicator, buffer)
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -84,22 +84,22 @@ class Connections:
                     break
                 time.sleep(POLL_SECONDS)
             if not broadcast.is_over():
-                self._closed.add(index)  # it waits for a peer still, and so would whatever comes after it
+                self._closed.add(index)  # NCCL still waits for a peer, and so would anything after it
             answer.result()
         broadcast.check(url, deadline)
 
     def _say_goodbye(self) -> None:
-        """As ms-swift does, with a time limit."""
+        """What ms-swift does at exit, but with a time limit."""
         for url, session in zip(self._client.base_urls, self._client.sessions):
             with contextlib.suppress(requests.RequestException):
                 requests.post(f"{url}/close_communicator/", headers=dict(session.headers), timeout=GOODBYE_SECONDS)
 
 
 def drop(client: Any) -> None:
-    """Connections of groups of one, which opened nothing but the port of their store. ms-swift would say good-bye to
-    each server as the process ends, and wait for one that hangs.
+    """Drop connections in groups of one, which opened nothing but the port of their store. At exit ms-swift would call
+    each server, and wait for one that hangs.
 
-    Raises SettingsError where the servers have opened NCCL.
+    Raises SettingsError when the servers did open NCCL.
     """
     for url, communicator in zip(client.base_urls, client.pynccl_comms):
         if communicator.world_size > 1:
@@ -114,13 +114,13 @@ def drop(client: Any) -> None:
 
 
 def _works(client: Any, index: int) -> bool:
-    """Without a NCCL library vLLM's communicator is made all the same, and does nothing."""
+    """Whether it can send. Without an NCCL library vLLM's communicator exists too, and does nothing."""
     made = client.pynccl_comms[index] if index < len(client.pynccl_comms) else None
     return made is not None and made.world_size > 1 and not getattr(made, "disabled", False)
 
 
 class _Broadcast(threading.Thread):
-    """On a stream and in a thread of its own: what never ends, on the device or before, must not hold up others."""
+    """A broadcast on its own stream and thread: one that never ends must not block others, on device or host."""
 
     def __init__(self, communicator: Any, buffer: torch.Tensor) -> None:
         super().__init__(daemon=True, name="swift-lora-fix-broadcast")
@@ -149,7 +149,7 @@ class _Broadcast(threading.Thread):
         return self._error is not None or self._is_done()
 
     def check(self, url: str, deadline: float) -> None:
-        """Raise RolloutServerError where it went wrong, or is not over."""
+        """Raise RolloutServerError when it failed or is not over."""
         if self._error is not None:
             raise RolloutServerError(f"NCCL to rollout server {url} failed: {self._error}") from self._error
         if not self.is_over():

@@ -1,5 +1,4 @@
-"""Trainer side: one policy as it is sent, from one buffer on the trainer's device; a folder is made where one is asked
-for."""
+"""Trainer side: one policy to send. One buffer on the trainer's device holds it; a folder is written if needed."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from .store import Store, Stored
 
 @dataclass
 class Parcel:
-    """A policy, and ``staging``, which holds it (LoRA dtype, scaling in B) until the next one is staged there."""
+    """A policy, and the ``staging`` buffer that holds it (LoRA dtype, scaling in B) until the next policy is staged."""
 
     policy: Policy
     layout: Layout
     staging: Staging
     store: Store
-    is_here: bool = True  # staging still holds it
+    is_here: bool = True  # the staging buffer still holds it
     folder: Stored | None = None
     _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -32,8 +31,8 @@ class Parcel:
         return self.staging.buffer
 
     def stored(self) -> Stored:
-        """As a PEFT folder, made once, whoever asks first. Raises AdapterFileError, or EngineStateError where the
-        values are gone."""
+        """The policy as a PEFT folder, written at the first call. Raises AdapterFileError, or EngineStateError when the
+        buffer holds another policy by now."""
         with self._making:
             if self.folder is None:
                 if not self.is_here:
@@ -42,5 +41,5 @@ class Parcel:
             return self.folder
 
     def again(self, version: int) -> Parcel:
-        """The same adapter as another version."""
+        """The same adapter under another version."""
         return replace(self, policy=replace(self.policy, version=version))

@@ -1,8 +1,8 @@
-"""Trainer side of server mode: what a sync, the gate and a rollout ask of an engine, answered by rollout servers.
+"""Trainer side of server mode: the rollout servers as one engine for a sync, the gate and a rollout.
 
-All or nothing: every server stages and checks the policy, then all switch to it. A server that restarted is found out
-before each rollout, by its boot id and the policy it says it serves, and is sent everything again. Only the main rank
-talks to servers (ms-swift gives only that one a client); the others learn how it went.
+All or nothing: every server stages and checks the policy, then all switch to it. Before each rollout, a server that
+restarted is recognised by its boot id and the policy it says it serves, and is sent everything again. Only the main
+rank talks to servers (ms-swift gives no other rank a client); the other ranks are told the result.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from .nccl import Connections, drop
 from .parcel import Parcel
 from .store import Stored
 
-ABORT_SECONDS = 10.0  # a server that hangs has cost its deadline already
-MISSING = 404  # what a server answers that does not see our folders
+ABORT_SECONDS = 10.0  # short: a server that hangs has used up its deadline already
+MISSING = 404  # the status of a server that cannot see our folders
 
 
 class RemoteEngine:
-    """The rollout servers of one trainer. ``engine`` is ms-swift's ``VLLMClient``, None but on the main rank."""
+    """The rollout servers of one trainer. engine: ms-swift's ``VLLMClient``, on the main rank only, else None."""
 
     is_shared = True
     is_asleep = False
-    cache_block = 128  # vLLM's largest default, of its CPU backend
+    cache_block = 128  # vLLM's largest default, that of its CPU backend
 
     def __init__(self, trainer: TrainerPort) -> None:
         settings = Settings.from_environment()
         self.engine = trainer.server_client
         self.servers: Servers | None = None
-        self.policy: Policy | None = None  # what all of them serve
-        self.seconds: dict[str, float] = {}  # what the last switch took: ``stage`` and ``commit``
+        self.policy: Policy | None = None  # the one that all of them serve
+        self.seconds: dict[str, float] = {}  # of the last switch: ``stage`` and ``commit``
         self._is_plain = self._has_restored = False
-        self._boots: dict[int, str] = {}  # by server
+        self._boots: dict[int, str] = {}  # boot id by server
         self._restore: Callable[[list[int]], None] = lambda lost: None
-        self._inlined: set[int] = set()  # servers that do not see our folders
-        self._told: dict[int, str] = {}  # by server: the layout that it was told last
+        self._inlined: set[int] = set()  # servers that cannot see our folders
+        self._told: dict[int, str] = {}  # by server: key of the layout sent last
         self._only_nccl = settings.transport == "nccl"
         self.nccl: Connections | None = None
         if self.engine is not None:
@@ -55,13 +55,13 @@ class RemoteEngine:
                 drop(self.engine)
             else:
                 self.nccl = Connections.of(self.engine)
-            _mount(self.engine, settings.rollout_deadline)  # it would wait for ever for a rollout
+            _mount(self.engine, settings.rollout_deadline)  # without a deadline it would wait for a rollout for ever
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.check_fit()
 
     @property
     def lora_dtype(self) -> torch.dtype | None:
-        """What the servers hold the adapter in; None where they do not tell."""
+        """The dtype that the servers hold the adapter in; None if they do not say, or differ."""
         told = {status.get("lora_dtype") for status in self.statuses} if self.servers else set()
         dtype = getattr(torch, str(told.pop()).removeprefix("torch."), None) if len(told) == 1 else None
         return dtype if isinstance(dtype, torch.dtype) else None
@@ -71,11 +71,11 @@ class RemoteEngine:
         return min(int(status["max_lora_rank"]) for status in self.statuses)
 
     def is_of(self, trainer: TrainerPort) -> bool:
-        """Whether the trainer still has this client. On other ranks there is none to lose."""
+        """Whether the trainer still has this client. Other ranks have none to lose."""
         return self.engine is None or trainer.server_client is self.engine
 
     def on_restart(self, restore: Callable[[list[int]], None]) -> None:
-        """``restore`` sends the policy to these servers, which lost it; from the main rank alone."""
+        """Set ``restore``, which sends the policy again to servers that lost it. It is called on the main rank."""
         self._restore = restore
 
     def _ask(self) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ class RemoteEngine:
         return self.servers.each(lambda index: self.servers.get(index, "status"))  # type: ignore[union-attr]
 
     def check_fit(self) -> None:
-        """Raise RolloutServerError where one cannot take policies from this trainer."""
+        """Raise RolloutServerError when a server cannot take policies from this trainer."""
         assert self.servers is not None
         self.statuses = self._ask()
         for url, status in zip(self.servers.urls, self.statuses):
@@ -96,7 +96,7 @@ class RemoteEngine:
                 raise RolloutServerError(f"Rollout server {url} has no LoRA layers: add --vllm_enable_lora true there.")
 
     def lost(self) -> list[int]:
-        """Servers that do not serve ``policy``: restarted, or given another one. All must answer."""
+        """Servers that do not serve ``policy``: they restarted, or were given another one. All must answer."""
         if self.servers is None or self.policy is None:
             return []
         statuses = self._ask()
@@ -109,36 +109,36 @@ class RemoteEngine:
 
     @property
     def reaches_all(self) -> bool:
-        """Whether NCCL is open to each of them, over which ms-swift can send a base."""
+        """Whether NCCL is open to every server, so that ms-swift can send a base."""
         return self.nccl is not None and self.nccl.all_are_open()
 
     def check_pushed(self) -> None:
-        """After ms-swift sent the base over NCCL. Raises RolloutServerError where a worker failed (it logs that)."""
+        """Called after ms-swift sent the base over NCCL. Raises RolloutServerError if a worker failed."""
         self._post("pushed", {})
 
     def forget_failures(self) -> None:
-        """Those of other runs."""
+        """Discard failures that earlier runs left behind."""
         with contextlib.suppress(RolloutServerError):
             self.check_pushed()
 
     def restarted(self) -> list[int]:
-        """Servers that are not the processes that they were at the last switch. All must answer."""
+        """Servers that restarted since the last switch. All must answer."""
         boots = [status["boot"] for status in self._ask()] if self._boots else []
         return [index for index, boot in enumerate(boots) if boot != self._boots[index]]
 
     def renew(self, lost: list[int]) -> None:
-        """Open NCCL again to those of ``lost`` that restarted; the gate is due. Raises RolloutServerError for one that
-        cannot take policies."""
+        """Reopen NCCL to those of ``lost`` that restarted, and have the next rollout checked whole again. Raises
+        RolloutServerError for a server that cannot take policies."""
         before, self._has_restored = self._boots, True
-        self.check_fit()  # it may be another server by now
+        self.check_fit()  # it may be a different server now
         for index in lost if self.nccl is not None else ():
             if before[index] != self.statuses[index]["boot"]:
                 self.nccl.reopen(index)  # type: ignore[union-attr]
                 self._boots[index] = self.statuses[index]["boot"]
 
     def switch(self, parcel: Parcel, only: list[int] | None = None, by_reference: bool = False) -> None:
-        """Have all servers (or ``only`` some) serve a policy. by_reference: by way of vLLM's own loader. Raises
-        RolloutServerError with the failing servers' own messages: then all of them serve what they served before,
+        """Have all servers (or those in ``only``) serve a policy. by_reference: through vLLM's own loader. Raises
+        RolloutServerError with the failing servers' own messages; all servers then serve what they served before,
         unless the message says otherwise."""
         assert self.servers is not None
         policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
@@ -149,7 +149,7 @@ class RemoteEngine:
                 self._post("abort", policy, only, ABORT_SECONDS)
             raise
         clock.lap("stage")
-        self.policy = None  # from here on they may differ
+        self.policy = None  # until commit returns, servers may differ
         answers = self._post("commit", {**policy, **({"by_reference": True} if by_reference else {})}, only)
         for index, answer in zip(range(len(self.servers.urls)) if only is None else only, answers):
             self._boots[index] = answer["boot"]
@@ -166,7 +166,7 @@ class RemoteEngine:
         return servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
 
     def _stage(self, index: int, parcel: Parcel) -> None:
-        """Over NCCL where that is open; else by the folder where the server sees that, or in the request's body."""
+        """Send over NCCL if that is open; otherwise by the folder if the server sees it, or in the body."""
         assert self.servers is not None
         policy = {"policy": parcel.policy.as_dict()}
         if self.nccl is not None and self.nccl.is_open(index):
@@ -189,7 +189,7 @@ class RemoteEngine:
         self._hand_over(index, parcel.policy, parcel.stored())
 
     def _announce_to(self, index: int, layout: Layout, policy: dict[str, Any]) -> None:
-        """What is about to come; the whole layout only where the server was not told it before."""
+        """Announce the next bytes. The whole layout is sent only if this server does not have it yet."""
         assert self.servers is not None
         if self._told.get(index) == layout.key:
             try:
@@ -227,7 +227,7 @@ class RemoteEngine:
         servers.post(index, "stage", data=stored.weights, headers=headers)
 
     def _announce(self, policy: Policy | None) -> None:
-        """From now on ms-swift's own rollout requests say which policy they want."""
+        """Make ms-swift's own rollout requests name the policy that they need."""
         for session in self.engine.sessions if self.engine is not None else ():
             session.headers.pop(POLICY_HEADER, None)
             if policy is not None:
@@ -249,12 +249,12 @@ class RemoteEngine:
                 self._announce(self.policy)
 
     def reset_caches(self) -> None:
-        """What they computed is forgotten."""
+        """Make all servers drop their caches."""
         self._post("serve", {"plain": False})
 
     def make_ready(self) -> bool:
-        """Before rollouts: servers that lost the policy get it again; whether any did. Raises RolloutServerError for
-        one that does not come back within the deadline."""
+        """Before rollouts: send the policy again to servers that lost it. Returns whether any did. Raises
+        RolloutServerError for a server that does not come back within the deadline."""
         lost = self.lost()
         if lost:
             self._restore(lost)
@@ -262,8 +262,8 @@ class RemoteEngine:
         return restored
 
     def generate(self, infer: Callable[[], Any]) -> Any:
-        """Rollouts, each of the policy that was asked for. Servers that restart meanwhile are waited for, sent the
-        policy again, and asked once more. Raises PolicyMismatchError for a rollout of another policy."""
+        """Run the rollouts, and check that the right policy made each. If servers restarted meanwhile, wait for them,
+        send the policy again and retry once. Raises PolicyMismatchError for a rollout of another policy."""
         policy, plain = self.policy, self._is_plain
         if policy is None:
             raise EngineStateError(
@@ -271,7 +271,7 @@ class RemoteEngine:
             )
         try:
             outputs = infer()
-        except (RuntimeError, OSError) as error:  # ms-swift's client makes one RuntimeError of all that went wrong
+        except (RuntimeError, OSError) as error:  # ms-swift's client turns every failure into a RuntimeError
             if not self._came_back(error):
                 raise
             outputs = infer()
@@ -287,7 +287,7 @@ class RemoteEngine:
         return outputs
 
     def _came_back(self, error: Exception) -> bool:
-        """Whether servers lost the policy, and have it again now."""
+        """Whether servers had lost the policy and now have it again."""
         warning(f"a rollout failed: {str(error)[:500]}; looking after the rollout servers.")
         try:
             lost = [] if self._is_plain else self.lost()
@@ -300,8 +300,8 @@ class RemoteEngine:
 
 
 def prepare_client(client: Any) -> None:
-    """Have ms-swift's ``VLLMClient``, which knows no key, send that of SWIFT_LORA_FIX_API_KEY, and each call over a
-    connection of its own. Before it asks servers anything; None is no client."""
+    """Before ms-swift's ``VLLMClient`` asks servers anything: make it send the key of SWIFT_LORA_FIX_API_KEY, which it
+    does not know, and use a new connection for each call. None: there is no client."""
     settings = Settings.from_environment()
     if client is None:
         return
@@ -311,14 +311,14 @@ def prepare_client(client: Any) -> None:
 
 
 def _mount(client: Any, seconds: float | None) -> None:
-    """Have its sessions, which a thread each uses, ask by `Fresh`."""
+    """Make its sessions, each used by one thread, send through `Fresh`."""
     for session in client.sessions:
         for scheme in ("http://", "https://"):
             session.mount(scheme, Fresh(seconds))
 
 
 def why_not(trainer: TrainerPort) -> str | None:
-    """Why the trainer's rollout servers take no policies, in words; None where they do. All ranks together."""
+    """Why the trainer's rollout servers cannot take policies, in words; None when they can. All ranks together."""
     settings = Settings.from_environment()
     reason: list[str | None] = [None]
     if trainer.is_main_rank:

@@ -1,4 +1,4 @@
-"""Trainer side: each policy as a PEFT folder below a root that the servers see, too. Whole or not there."""
+"""Trainer side: each policy as a PEFT folder below a root that the servers can read. Complete or not there."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ...errors import SettingsError
 from ..content import content_digest
 from ..wire import CONFIG, ORDER, WEIGHTS, Policy, config_bytes
 
-KEPT = 3  # the newest of a run: a server that comes back late may still be reading one
+KEPT = 3  # newest folders of a run to keep: a server that comes back late may still read one
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A policy's adapter in ``folder``. digest: of the two files' bytes."""
+    """A policy's adapter in ``folder``. digest: of the bytes of both files."""
 
     folder: Path
     digest: str
@@ -40,7 +40,7 @@ class Stored:
 
 
 class Store:
-    """The folders of one run below ``root``, which is made where it is missing, for this user alone."""
+    """The folders of one run below ``root``, which is created if missing, readable by this user only."""
 
     def __init__(self, root: Path, run: str) -> None:
         self.root, self.run = root, run
@@ -56,8 +56,8 @@ class Store:
             )
 
     def write(self, policy: Policy, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Stored:
-        """Write a policy's ``config``, which JSON can hold, and its CPU ``tensors`` by PEFT key, in the order that its
-        digest is of. Raises AdapterFileError where that is not possible; nothing is left of it then."""
+        """Write a policy's ``config`` (JSON types only) and its CPU ``tensors`` by PEFT key, in the order of its policy
+        digest. Raises AdapterFileError and leaves nothing behind when that fails."""
         from safetensors.torch import save_file
 
         self._make_root()
@@ -77,6 +77,6 @@ class Store:
             return Stored(folder, content_digest((folder / CONFIG).read_bytes(), weights))
 
     def clear(self) -> None:
-        """Remove what is left of this run, at its end."""
+        """Remove this run's folders, at its end."""
         while self._folders:
             shutil.rmtree(self._folders.pop(), ignore_errors=True)

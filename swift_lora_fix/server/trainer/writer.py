@@ -1,4 +1,4 @@
-"""Trainer side of server mode: one trainer's adapter to its servers, and its base where they have another one."""
+"""Trainer side of server mode: sends one trainer's adapter to its servers, and its base if theirs is another."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, wh
 
 
 class RemoteWriter:
-    """Sends one trainer's adapter to its servers, again and again."""
+    """Sends one trainer's adapter to its servers, at each sync."""
 
     mode: ClassVar[Literal["adapter", "fused"]] = "adapter"
-    keeps_base = False  # what servers were sent, this object alone knows
-    slots = weights = None  # nobody here sees the servers' memory: they compare what they load
+    keeps_base = False  # only this object knows what the servers were sent
+    slots = weights = None  # we cannot see the servers' memory; they compare what they load
 
     def __init__(self, trainer: TrainerPort, engine: RemoteEngine, adapter: Adapter) -> None:
         self.trainer, self.engine, self.adapter = trainer, engine, adapter
@@ -48,7 +48,7 @@ class RemoteWriter:
         self._layout: Layout | None = None
         self._version = 0
         self._sums: Sums = {}
-        self._has_pushed = False  # the base went over NCCL
+        self._has_pushed = False  # the base was sent over NCCL
         self._run = uuid.uuid4().hex[:16]
         self._check = FiniteCheck(adapter, self._dtype, self.device, self.all_ranks)
         if engine.servers is not None:
@@ -62,29 +62,29 @@ class RemoteWriter:
 
     @property
     def place(self) -> str:
-        """Where the adapter ends up, in words."""
+        """Where the adapter ends up, in words for the log."""
         return f"{len(self.engine.servers.urls) if self.engine.servers else 0} rollout servers"
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks: only the main one sees the servers."""
+        """Whether ``fine`` is true on all ranks. (Only the main one sees the servers.)"""
         return fine if self.ranks == 1 else ranks_agree(fine, self.device)
 
     def is_current(self) -> bool:
-        """Whether each server serves what was sent last. Asks them; True on the other ranks."""
+        """Whether each server serves what was sent last. Asks the servers; always True on other ranks."""
         return not self.engine.lost()
 
     def what_is_missing(self) -> str | None:
-        """Servers refuse rollouts of a policy that they do not serve."""
+        """Nothing to check here: servers refuse rollouts of a policy that they do not serve."""
         return None
 
     def adapted_parameters(self) -> set[str]:
-        return set()  # of the engine's parameters nothing is known here
+        return set()  # the engine's parameters are unknown here
 
     def send_base(self) -> None:
-        """Compare the trainer's base with the model folders that the servers started from, tensor by tensor. Where it
-        differs it is sent, if NCCL is open to all of them.
+        """Compare the trainer's base with the model folders that the servers loaded, tensor by tensor. If it differs,
+        send it, provided that NCCL is open to all of them.
 
-        All ranks together. Raises BaseMismatchError where it differs and cannot be sent.
+        All ranks together. Raises BaseMismatchError when it differs and cannot be sent.
         """
         self._sums = _sums(self.trainer.model, self.adapter, self.device)
         problem = self._on_main(lambda: self._compare(self._sums))
@@ -99,7 +99,7 @@ class RemoteWriter:
             raise failed
 
     def _push_base(self, why: str) -> None:
-        """All ranks together, which gather what is sharded."""
+        """All ranks together, because sharded parameters are all-gathered."""
         if self.engine.servers is not None:
             info(f"the base is sent over NCCL, unmerged. {why}")
             self.engine.forget_failures()
@@ -137,19 +137,19 @@ class RemoteWriter:
         self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
 
     def validate(self) -> None:
-        """Before anything is sent. Raises NonFiniteAdapterError: the servers then keep the previous policy."""
+        """Before anything is sent. Raises NonFiniteAdapterError; the servers then keep the previous policy."""
         self._check.finish()
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """The policy digest of whole CPU values by PEFT key: of the adapter as the servers are to hold it."""
+        """The policy digest of whole CPU values by PEFT key: the adapter as the servers should hold it."""
         return host_digest(self.adapter, held, self._dtype)
 
     def write(self) -> WriteReport:
-        """Have every server serve the trainer's adapter as it is now, or none of them. All ranks together."""
+        """Have every server serve the trainer's current adapter, or none of them. All ranks together."""
         return self._write(False)
 
     def write_by_reference(self) -> WriteReport:
-        """The same, by way of vLLM's own loader in each server."""
+        """The same, through vLLM's own loader in each server."""
         return self._write(True)
 
     def _write(self, by_reference: bool) -> WriteReport:
@@ -167,7 +167,7 @@ class RemoteWriter:
 
     @torch.no_grad()
     def _stage(self) -> tuple[Staging, str]:
-        """The whole adapter as servers are to hold it, on the trainer's device; and the policy digest."""
+        """The whole adapter as the servers should hold it, on the trainer's device, and its policy digest."""
         if self._sent is not None:
             self._sent.is_here = False
         if self._staging is None:
@@ -198,7 +198,7 @@ class RemoteWriter:
         return Layout(str(self._dtype).removeprefix("torch."), entries, config)
 
     def _go_back(self, previous: Parcel) -> None:
-        """Some servers may have switched: all get the previous policy again, as a version of its own."""
+        """Some servers may have switched: send the previous policy to all of them, under a new version."""
         self._version += 1
         again = previous.again(self._version)
         try:
@@ -216,12 +216,12 @@ class RemoteWriter:
         try:
             self.engine.switch(self._sent, lost)
         except RolloutServerError:
-            self.engine.policy = self._sent.policy  # which the others serve, and this one shall
+            self.engine.policy = self._sent.policy  # the others serve it, and this one should
             raise
         info(f"sent the policy of step {self._sent.policy.step} again to {len(lost)} rollout servers.")
 
     def _renew(self, lost: list[int]) -> None:
-        """These servers may have restarted: connect again, and see that they have the trainer's base."""
+        """These servers may have restarted: connect again, and make sure that they have the trainer's base."""
         self.engine.renew(lost)
         if self._has_pushed:
             self._push_again(lost)
@@ -229,7 +229,7 @@ class RemoteWriter:
             self._compare(self._sums)
 
     def _push_again(self, lost: list[int]) -> None:
-        """From the main rank alone, to all servers: ms-swift sends a base to none or all of them."""
+        """Called on the main rank alone. Sends to all servers, because ms-swift can only send a base to all of them."""
         if not self.engine.reaches_all or self.adapter.sharding != "none":
             raise BaseMismatchError(
                 f"{len(lost)} rollout servers restarted and have lost the base that went to them over NCCL, and it "
@@ -240,7 +240,7 @@ class RemoteWriter:
         self.engine.check_pushed()
 
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
-        """Do it on the main rank; every rank gets its error, or None."""
+        """Run it on the main rank. Every rank gets its error, or None."""
         problem: Exception | None = None
         if self.engine.servers is not None:
             try:
@@ -256,7 +256,7 @@ class RemoteWriter:
 
 
 def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:
-    """Dtype, whole shape and checksum of each frozen parameter; gathered one at a time where they are sharded."""
+    """Dtype, whole shape and checksum of each frozen parameter; sharded ones are all-gathered one at a time."""
     found = {}
     for name, parameter in adapters.frozen_parameters(model):
         with adapters.whole([parameter], adapter.sharding, device) as (value,):
@@ -265,16 +265,16 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
 
 
 class RemoteServing:
-    """vLLM's LoRA layers of the rollout servers apply it. Nothing is rounded that the trainer does not round too."""
+    """The servers' vLLM LoRA layers apply the adapter. They round nothing that the trainer does not round too."""
 
     rounds = False
     stand_ins: Collection[torch.nn.Module] = ()
 
     def __init__(self, engine: RemoteEngine, adapter: Adapter) -> None:
         self._servers, self._adapter = engine, adapter
-        # the main rank talks to the servers, and it alone
+        # only the main rank talks to the servers
         self.reset_caches = engine.reset_caches if engine.servers is not None else None
-        # ms-swift's client gives each server its share of the requests, one after the other
+        # ms-swift's client splits the requests among the servers, in contiguous parts
         self.copies = len(engine.servers.urls) if engine.servers is not None else 1
 
     @contextlib.contextmanager

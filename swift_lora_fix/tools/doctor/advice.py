@@ -1,4 +1,4 @@
-"""What works and is not as it should be: sentences, each with what is to be done."""
+"""Things that work but should be different: sentences, each with what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .variables import UNKNOWN_SETTING, Variable, known_settings
 if TYPE_CHECKING:
     from .facts import Engine, Plugin
 
-ENTRY_POINT = "swift_lora_fix"  # our name in vllm.general_plugins
+ENTRY_POINT = "swift_lora_fix"  # the name of our entry point in vllm.general_plugins
 
 
 def about_settings(patches: Patches, variables: Sequence[Variable]) -> Iterator[str]:

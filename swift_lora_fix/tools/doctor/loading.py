@@ -1,6 +1,6 @@
-"""Loads ms-swift, vLLM and torch in a child process: what they print, raise or crash with stays there.
+"""Loads ms-swift, vLLM and torch in a child process, so that what they print, raise or crash with stays there.
 
-It becomes a sentence of the report.
+The report gets a sentence about it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...errors import SwiftLoraFixError
 from ...install import releases
 
 TIMEOUT_SECONDS = 300.0
-# Not by ``-m``: that would put the working folder, a clone of ms-swift perhaps, first on sys.path.
+# Not with ``-m``: that would put the working folder, maybe a clone of ms-swift, first on sys.path.
 _CODE = (
     "import sys; sys.path[:] = sys.argv[1].split(chr(0x1F)); from swift_lora_fix.tools.doctor import loading; "
     "loading.write_answer(sys.argv[2])"
@@ -38,7 +38,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a process that loaded ms-swift and vLLM found; ``problem`` is why the patches do not go in."""
+    """What a process found that loaded ms-swift and vLLM. problem: why the patches do not go in."""
 
     problem: str | None = None
     patches: Patches = Patches()
@@ -49,7 +49,7 @@ class Probe:
 
 
 def probe_in_a_child(environment: Mapping[str, str]) -> Probe:
-    """`probe` with this environment. A process that crashes, hangs or says nothing is a problem, not an error."""
+    """Run `probe` in this environment. A process that crashes, hangs or prints nothing is a problem, not an error."""
     with tempfile.TemporaryDirectory(prefix="swift-lora-fix-") as folder:
         answer, printed = Path(folder, "answer.json"), Path(folder, "printed.txt")
         command = [sys.executable, "-c", _CODE, "\x1f".join(sys.path), str(answer)]
@@ -74,7 +74,7 @@ def probe_in_a_child(environment: Mapping[str, str]) -> Probe:
 
 
 def probe() -> Probe:
-    """Load ms-swift, put the patches in and look at the engine's side. For a process that does nothing else."""
+    """Load ms-swift, put the patches in and examine the engine. For a process that does nothing else."""
     problem = None
     try:
         status = arming.apply()
@@ -87,7 +87,7 @@ def probe() -> Probe:
 
 
 def write_answer(path: str) -> None:
-    """`probe` into a file, because anybody may print."""
+    """Write the result of `probe` to a file, because loaded packages may print anything."""
     Path(path).write_text(json.dumps(asdict(probe())))
 
 
@@ -111,7 +111,7 @@ def _import_failure(error: BaseException) -> str:
 
 
 def _load_inplace() -> bool | None:
-    """Of ms-swift's request class, which a newer release may hold elsewhere."""
+    """Whether ms-swift's request class has the field; newer releases may keep the class in another module."""
     for name in releases.rollout_modules():
         try:
             module = importlib.import_module(name)
@@ -122,7 +122,7 @@ def _load_inplace() -> bool | None:
 
 
 def _device() -> tuple[str | None, int | None, bool | None]:
-    """Name, how many, and whether they compute in bf16. On the CPU PyTorch always does."""
+    """Name, count, and whether they compute in bf16. (On the CPU PyTorch always does.)"""
     try:
         import torch
 

@@ -1,4 +1,4 @@
-"""The environment variables that matter, our settings and some of vLLM's: what is set, and whether it is valid."""
+"""The environment variables that matter, ours and some of vLLM's: what is set, and whether it is valid."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Variable:
 
 
 def variables_of(environment: Mapping[str, str]) -> Iterator[Variable]:
-    """Our settings and vLLM's that matter, set or not, and what looks like a setting of ours and is none."""
+    """Our settings and the relevant ones of vLLM, set or not; and unknown variables that look like our settings."""
     known = known_settings()
     for name in known:
         value = environment.get(name)
@@ -45,7 +45,7 @@ def variables_of(environment: Mapping[str, str]) -> Iterator[Variable]:
 
 
 def problem_of_all(environment: Mapping[str, str]) -> list[str]:
-    """Settings that are valid alone and not together."""
+    """Settings that are valid alone but not together."""
     try:
         Settings.from_environment(environment)
     except SettingsError as error:
@@ -54,7 +54,7 @@ def problem_of_all(environment: Mapping[str, str]) -> list[str]:
 
 
 def known_settings() -> tuple[str, ...]:
-    """What `Settings` asks an environment for."""
+    """The variables that `Settings` reads."""
     asked: dict[str, None] = {}
 
     class Nothing(Mapping[str, str]):

@@ -5,9 +5,9 @@
     precision.py  the adapter's values: usable at all, cast, and what the cast lost
     make.py       the new folder, all of it or nothing, and its provenance
     facts.py      what was made, and the arguments to go on with
-    view.py       that in words
+    view.py       prints that
 
-torch is loaded when everything that can be judged without it has been found right.
+torch is loaded only after everything that can be checked without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether an adapter and a base model belong together: by name, and by the shapes of every target module.
+"""Checks that an adapter and a base model belong together: by name, and by the shapes of every target module.
 
 The shapes come from safetensors headers; no weight is read. Legend: r rank, in/out the wrapped layer's features.
 """
@@ -23,8 +23,8 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Base:
-    """The base that the fork goes on with. name: for ``--model``. changed: it is another one than the source's.
-    notes: what was checked, in words."""
+    """The base that the fork goes on with. name: for ``--model``. changed: it is not the source's. notes: what was
+    checked, in words."""
 
     name: str
     changed: bool
@@ -33,7 +33,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that the adapter changes. a: (r, in) or, of an embedding, (r, vocab); b: (out, r) or (hidden, r)."""
+    """A module that the adapter changes. a: (r, in), b: (out, r); for an embedding (r, vocab) and (hidden, r)."""
 
     module: str
     a: tuple[int, ...]
@@ -41,7 +41,7 @@ class Target:
     embedding: bool
 
     def weight_shape(self, fan_in_fan_out: bool) -> tuple[int, ...] | None:
-        """What the base's weight must be, None where that is not told from 2-D factors (convolutions)."""
+        """The shape that the base's weight must have; None when 2-D factors do not determine it (convolutions)."""
         if len(self.a) != 2 or len(self.b) != 2:
             return None
         shape = (self.b[0], self.a[1])
@@ -52,7 +52,7 @@ def agree(source: Source, header: Mapping[str, TensorHeader], wanted: str | None
     """Check that adapter and base belong together.
 
     Args:
-        source: the adapter. header: of its tensors. wanted: ``--base``, a model id or folder; the source's without it.
+        source: the adapter. header: of its tensors. wanted: ``--base``, a model id or folder; by default the source's.
 
     Raises:
         AdapterFileError: the adapter's own tensors and configuration contradict each other.
@@ -87,7 +87,7 @@ def agree(source: Source, header: Mapping[str, TensorHeader], wanted: str | None
 
 
 def targets_of(header: Mapping[str, TensorHeader], source: Source) -> dict[str, Target]:
-    """The adapter's modules, by name. Raises AdapterFileError where A or B is missing, or their ranks differ."""
+    """The adapter's modules, by name. Raises AdapterFileError when A or B is missing, or their ranks differ."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     embeddings = set()
     for key, tensor in header.items():
@@ -113,7 +113,7 @@ def max_rank(targets: Mapping[str, Target]) -> int:
 
 
 def model_name(path: str) -> str:
-    """The name of a model, of an id or a folder, also one in the caches of Hugging Face and ModelScope."""
+    """The name of a model from its id or folder, also in the caches of Hugging Face and ModelScope."""
     cached = _HUB_CACHE.search(path + "/")
     return (cached[1] if cached else path.rstrip("/").rsplit("/", 1)[-1]).replace("___", ".")
 
@@ -160,7 +160,7 @@ def _compare(place: Path, targets: Mapping[str, Target], source: Source) -> str:
 
 
 def _judge(target: Target, base: Mapping[str, TensorHeader], flipped: bool) -> tuple[bool | None, str]:
-    """True: the shapes agree. False: they do not, and why. None: cannot be told."""
+    """True: the shapes agree. False: they do not, with the reason. None: unknown."""
     expected = target.weight_shape(flipped)
     found = list(_weights(target.module, base))
     if not found:
@@ -185,10 +185,10 @@ def _fits(weight: TensorHeader, expected: tuple[int, ...]) -> bool:
 
 
 def _weights(module: str, base: Mapping[str, TensorHeader]) -> Iterator[TensorHeader | None]:
-    """The base's tensors of a module; None for one that is packed or split in a way that tells no shape.
+    """The base's tensors of a module; None for one that is packed or split, so that its shape is unknown.
 
-    transformers names modules otherwise than the files do (``model.language_model.layers`` for ``model.layers``), so
-    without an exact match the longest end of the name that some tensor has decides.
+    transformers and the files name modules differently (``model.language_model.layers``, ``model.layers``). Without an
+    exact match, the longest end of the name that some tensor has is used.
     """
     if f"{module}.weight" in base:
         yield base[f"{module}.weight"]

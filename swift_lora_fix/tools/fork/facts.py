@@ -1,4 +1,4 @@
-"""A fork that was made: what it is, what was found on the way, and how to go on with it."""
+"""A finished fork: what it is, what was found on the way, and how to go on with it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .base import Base, quantization_of
 from .precision import Cast
 from .source import Source
 
-DEFAULT_LORA_RANK = 8  # ms-swift's; it is the engine's room also for an adapter that comes from --adapters
+DEFAULT_LORA_RANK = 8  # ms-swift's; it also limits the engine's rank for an adapter from --adapters
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 
 
 @dataclass(frozen=True)
 class Fork:
-    """A fork that was made.
+    """A finished fork.
 
-    target, sha256: the new folder and its weights file's digest. source: what it was made from. cast: None when the
-    weights are the source's, byte for byte. arguments: of ``swift rlhf``, to go on. notes: what was found, in words.
+    target, sha256: the new folder and its weights file's digest. source: what it was made from. cast: None if the
+    weights are the source's, byte for byte. arguments: for ``swift rlhf``, to go on. notes: what was found, in words.
     """
 
     target: Path

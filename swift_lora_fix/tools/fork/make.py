@@ -1,4 +1,4 @@
-"""Makes the folder of a fork, all of it or nothing."""
+"""Writes the folder of a fork, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 ADDITIONAL_CONFIG = "additional_config.json"  # ms-swift's own part of the configuration: lora_dtype, LoRA+
-# what ms-swift's --adapters reads; args.json with --load_args, the scoring head of a decision model
+# what ms-swift's --adapters reads; args.json is for --load_args, scoring_head for a decision model
 ADAPTER_FILES = (ADAPTER_CONFIG, ADDITIONAL_CONFIG, "args.json", "scoring_head.safetensors", "scoring_head.json")
 SHARDED_WEIGHTS = ("global_step*", "pytorch_model_fsdp*")  # DeepSpeed and FSDP resume from these
 NEEDED = ("numpy", "torch")
@@ -41,20 +41,20 @@ def fork(
     base: str | None = None,
     with_trainer_state: bool = False,
 ) -> Fork:
-    """Make a folder from which a new run starts with another run's adapter.
+    """Write a folder from which a new run starts with another run's adapter.
 
     Args:
         source: an ms-swift output folder (with or without vN-timestamp subfolders), one of its ``checkpoint-N`` or any
-            PEFT LoRA folder. step: which checkpoint; the latest complete one without it.
+            PEFT LoRA folder. step: which checkpoint; by default the latest complete one.
         target: must not exist or be empty; its parent must exist. Nothing is left there when anything fails.
-        dtype: ``keep`` (the weights file byte for byte), ``fp32``, ``bf16`` or ``fp16``. That of the file: PEFT trains
-            the adapter in fp32 unless ms-swift's ``lora_dtype`` says otherwise, which is set to this dtype then.
-        base: the base model to go on with, an id or a local folder; the source's without it.
+        dtype: of the weights file: ``keep`` (the source's, byte for byte), ``fp32``, ``bf16`` or ``fp16``. PEFT trains
+            the adapter in fp32 unless ms-swift's ``lora_dtype`` is set; that is then changed to this dtype.
+        base: the base model to go on with, an id or a local folder; by default the source's.
         with_trainer_state: copy the whole checkpoint, for ``--resume_from_checkpoint``.
 
     Raises:
         SettingsError: ``dtype`` is none of these.
-        MissingPackageError: numpy or torch is not installed; this package does not bring them along.
+        MissingPackageError: numpy or torch is not installed; this package does not depend on them.
         AdapterFileError: SOURCE is missing, incomplete, corrupt or not finite, or TARGET cannot be written.
         UnsupportedAdapterError: SOURCE is not a LoRA adapter.
         ForkError: TARGET exists; adapter and base do not agree; a value does not fit ``dtype``; every lora_B is zero.
@@ -89,7 +89,7 @@ def fork(
 
 
 def _check_packages() -> None:
-    """They read and write the tensors. Looked for, not loaded."""
+    """Check that the packages that read and write tensors are installed, without loading them."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         are = "is" if len(missing) == 1 else "are"
@@ -133,7 +133,7 @@ def _check_unchanged(source: Source, file: Path) -> None:
 
 
 def _copy_files(source: Source, folder: Path, everything: bool) -> None:
-    """All but the weights."""
+    """Copy all files but the weights."""
     names = [path.name for path in source.folder.iterdir()] if everything else list(ADAPTER_FILES)
     for name in sorted(set(names) - {source.weights.name, SAFETENSORS, PROVENANCE}):
         path = source.folder / name
@@ -144,7 +144,7 @@ def _copy_files(source: Source, folder: Path, everything: bool) -> None:
 
 
 def _write_weights(source: Source, folder: Path, tensors: Mapping[str, torch.Tensor], done: Cast | None) -> str:
-    """The weights, always as safetensors; their digest."""
+    """Write the weights, always as safetensors. Returns their digest."""
     file = folder / SAFETENSORS
     if done is None and source.weights.name == SAFETENSORS:
         shutil.copyfile(source.weights, file)
@@ -157,7 +157,7 @@ def _write_weights(source: Source, folder: Path, tensors: Mapping[str, torch.Ten
 
 
 def _adapt_configuration(folder: Path, base: Base, done: Cast | None) -> Iterator[str]:
-    """What must follow another base or dtype; in words what was changed beyond the obvious."""
+    """Change what must follow another base or dtype. Yields in words what was changed beyond the obvious."""
     if base.changed:
         _update(folder / ADAPTER_CONFIG, base_model_name_or_path=base.name)
         _update(folder / "args.json", model=base.name, model_dir=base.name, quant_method=None, quant_bits=None)

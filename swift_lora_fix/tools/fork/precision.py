@@ -1,4 +1,4 @@
-"""The adapter's values: whether they are usable at all, and what a cast to another dtype loses."""
+"""The adapter's values: whether they are usable, and what a cast to another dtype loses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .source import Source
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # --dtype: torch's and --lora_dtype's name
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # --dtype: the name in torch and in --lora_dtype
 
 
 @dataclass(frozen=True)
 class Cast:
-    """What a cast did. loss: the largest |value - cast value|, in ``tensor`` (None: nothing was lost). zeroed: how many
-    values that were not zero became zero. before, after: torch's dtype names."""
+    """The effect of a cast. loss: the largest |value - cast value|, in ``tensor`` (None: nothing was lost). zeroed: how
+    many nonzero values became zero. before, after: torch's dtype names."""
 
     tensors: int
     before: tuple[str, ...]
@@ -48,14 +48,14 @@ def check_values(source: Source, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def dtypes_of(tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """The floating-point dtypes among them, torch's names."""
+    """The floating-point dtypes among them, by torch's names."""
     return tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}))
 
 
 def cast(tensors: Mapping[str, torch.Tensor], dtype: str) -> tuple[dict[str, torch.Tensor], Cast]:
-    """Round every floating-point tensor to ``dtype`` (torch's name), to nearest even; others stay as they are.
+    """Round every floating-point tensor to ``dtype`` (torch's name), to nearest even. Others stay unchanged.
 
-    Raises ForkError naming a tensor whose values become infinite.
+    Raises ForkError naming a tensor whose values would become infinite.
     """
     import torch
 

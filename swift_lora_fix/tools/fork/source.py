@@ -1,4 +1,4 @@
-"""Which folder a fork starts from: the newest complete checkpoint, and in words why others are passed over."""
+"""Finds the folder that a fork starts from: the newest complete checkpoint, and why others were passed over."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _ARCHIVES = (TORCH_FILE, "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state
 class Source:
     """A complete adapter folder.
 
-    step: of its ``trainer_state.json``; None for a bare adapter. weights, sha256: its weights file. header: what that
-    file holds, empty for a torch file. config: its ``adapter_config.json``; args: ms-swift's ``args.json``, or empty.
-    notes: how it was chosen, and what was passed over.
+    step: in its ``trainer_state.json``; None for a bare adapter. weights, sha256: its weights file. header: of that
+    file, empty for a torch file. config: its ``adapter_config.json``. args: ms-swift's ``args.json``, or empty. notes:
+    how it was chosen, and what was passed over.
     """
 
     folder: Path
@@ -58,13 +58,13 @@ def find(folder: Path, step: int | None = None, with_trainer_state: bool = False
 
     Args:
         folder: an ms-swift output folder, with or without vN-timestamp subfolders, a ``checkpoint-N`` or any PEFT
-            adapter folder. step: of the wanted checkpoint; the latest complete one without it.
+            adapter folder. step: of the wanted checkpoint; by default the latest complete one.
         with_trainer_state: a checkpoint without optimizer state counts as incomplete.
 
     Raises:
-        AdapterFileError: nothing complete was found; says of each folder what it lacks.
+        AdapterFileError: nothing complete was found; says what each folder lacks.
         UnsupportedAdapterError: the adapter is not a LoRA.
-        ForkError: ``step`` is not the step of the adapter folder, or the folder has checkpoints in two places.
+        ForkError: ``step`` is not the adapter folder's step, or the folder has checkpoints in two places.
     """
     if not folder.is_dir():
         raise AdapterFileError(f"SOURCE {folder} does not exist or is no folder.")
@@ -119,7 +119,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path, step: int | None) -> Iterator[Path]:
-    """Its checkpoints, latest first."""
+    """The folder's checkpoints, latest first."""
     found = [(int(match[1]), p) for p in folder.iterdir() if (match := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
     for number, path in sorted(found, reverse=True):
         if step in (None, number):
@@ -127,9 +127,9 @@ def _checkpoints(folder: Path, step: int | None) -> Iterator[Path]:
 
 
 def read(folder: Path, with_trainer_state: bool = False) -> Source:
-    """Read everything but the tensors of one adapter folder.
+    """Read all of one adapter folder but the tensors.
 
-    Raises AdapterFileError when something is missing, half-written or corrupt, UnsupportedAdapterError for no LoRA.
+    Raises AdapterFileError when something is missing, half-written or corrupt; UnsupportedAdapterError for no LoRA.
     """
     weights = weights_file(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -154,7 +154,7 @@ def read(folder: Path, with_trainer_state: bool = False) -> Source:
 
 
 def _check_archives(folder: Path) -> None:
-    """torch writes zip archives, whose directory is at the end: what is half-written has none."""
+    """torch writes zip archives, with the directory at the end: a half-written one has no directory."""
     for pattern in _ARCHIVES:
         for file in sorted(folder.glob(pattern)):
             if not zipfile.is_zipfile(file):

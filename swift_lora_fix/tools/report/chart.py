@@ -1,4 +1,4 @@
-"""The chart of ``swift-lora-fix report``: mismatches above, the time of each sync below."""
+"""The chart of ``swift-lora-fix report``: mismatches above, evidence in the middle, the time of each sync below."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ STAGE_LABELS = {
     REST: "rest of the sync",
     AUDIT: "audit of the slots",
 }
-TALL = 4.0  # times the median: bars above it are cut off, with their time beside them
+TALL = 4.0  # times the median: longer bars are cut off, and the first is labelled
 BARS_AT_MOST = 400
 MARKERS_AT_MOST = 60
 
 
 def draw(report: RunReport, path: Path) -> None:
-    """Save the chart: mismatch against noise and controls (log scale) above, the evidence against other policies below
-    it, and the time of each sync.
+    """Save the chart: mismatch against noise and controls (log scale), the evidence against other policies, and the
+    time of each sync.
 
-    Raises MissingPackageError without matplotlib, ChartError where the file cannot be written.
+    Raises MissingPackageError without matplotlib, ChartError when the file cannot be written.
     """
     ratios = {"height_ratios": (3, 1.6, 2)}
     with charts.chart(path, size=(10, 11), rows=3, sharex=True, gridspec_kw=ratios) as (figure, axes):
@@ -156,7 +156,7 @@ def _bars(
 
 
 def _name_tall(axis: Any, tall: Sequence[tuple[Step, float]]) -> None:
-    """What the bars that are cut off would have reached: the first by name, the rest as a number."""
+    """Label the bars that are cut off: the first with its time, the rest as a count."""
     if tall:
         step, total = tall[0]
         more = f", and {plural(len(tall) - 1, 'more bar')} cut off" if len(tall) > 1 else ""

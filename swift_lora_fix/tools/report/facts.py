@@ -1,11 +1,11 @@
 """What ``swift-lora-fix report`` knows of a run: its syncs, and whether they prove that the engine served the policy.
 
-reading.py  the run's ``logging.jsonl`` -> a frozen `RunReport`
-chart.py    that as a picture
-view.py     that in words
+reading.py  reads the run's ``logging.jsonl`` into a frozen `RunReport`
+chart.py    draws that
+view.py     prints that
 
-Times are in seconds. Mismatches are the mean absolute difference of log-probabilities between engine and trainer, in
-nats a token. Not every step has every number.
+Times are in seconds. Mismatches are mean absolute differences of log-probabilities between engine and trainer, in nats
+a token. Not every step has every number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHART_NAME = "lora_sync.png"
 PREFIX = "lora_sync/"
 STAGES = ("validate", "write", "caches", "wait")  # parts of ``seconds``
 REST = "rest"  # of ``seconds``
-AUDIT = "audit"  # beside ``seconds``, as is the gate, which is rare and would dwarf the rest
+AUDIT = "audit"  # not in ``seconds``; nor is the gate, which is rare and would dwarf the rest
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Step:
 
     @property
     def position(self) -> float:
-        """Where it lies on an axis of steps: an evaluation between its step and the next."""
+        """Its place on an axis of steps: an evaluation lies between its step and the next."""
         return self.step + 0.5 * self.is_evaluation
 
     @property
@@ -53,12 +53,12 @@ class Step:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the engine served something else; a verdict that is not a number is no agreement."""
+        """Whether the engine served something else. NaN, or no verdict, counts as wrong."""
         return self.is_probed and not self.values.get("agrees", math.nan) > 0
 
     @property
     def is_open(self) -> bool:
-        """Whether the probe did not decide it."""
+        """Whether the probe left it undecided."""
         return self.is_probed and 0 < self.values.get("agrees", math.nan) < 1
 
     @property
@@ -75,7 +75,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run's steps in order, evaluations among them. ``words``: what was noticed while reading, a sentence each."""
+    """A run's steps in order, evaluations among them. words: what was noticed while reading, a sentence each."""
 
     folder: Path
     steps: tuple[Step, ...]
@@ -154,7 +154,7 @@ def median_split(steps: Sequence[Step]) -> dict[str, float]:
     return {stage: statistics.median(split[stage] for split in splits) for stage in taken}
 
 
-# ---- how numbers are said, here and in the chart -------------------------------------------------------------------
+# ---- how numbers are written, here and in the chart ----------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""Reads a run: ms-swift's ``logging.jsonl``, where the package's numbers are called ``lora_sync/...``.
+"""Reads a run: ms-swift's ``logging.jsonl``, where this package's numbers are called ``lora_sync/...``.
 
-ms-swift puts ``eval_`` before the names of what happened in an evaluation, and writes a line of its own for it. The
-training step after an evaluation has no sync of its own: the evaluation has given the engine that policy.
+ms-swift writes a separate line for an evaluation, with ``eval_`` before each name. The training step after an
+evaluation has no sync of its own: the evaluation already gave the engine that policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 @dataclass
 class _Reading:
-    """What one file has, so far."""
+    """What one file contained so far."""
 
     steps: list[Step] = field(default_factory=list)  # ascending; an evaluation comes after the step it follows
     lines: int = 0
@@ -35,7 +35,7 @@ class _Reading:
     repeated: int = 0
 
     def add(self, step: Step) -> None:
-        """A resumed run appends to its log and does the steps after its checkpoint again: the last time counts."""
+        """Add a step. A resumed run repeats the steps after its checkpoint, in the same log: the last time counts."""
         while self.steps and self.steps[-1].step > step.step:
             self.steps.pop()
             self.repeated += 1
@@ -47,9 +47,9 @@ class _Reading:
 
 
 def read(folder: Path, progress: Progress = lambda done, total: None) -> RunReport:
-    """Read the run in ``folder``, or the newest one with our lines in its ``vN-...`` folders.
+    """Read the run in ``folder``, or the newest of its ``vN-...`` folders that has lines of ours.
 
-    Raises RunLogError where there is no log, nothing in it, or nothing of ours.
+    Raises RunLogError when there is no log, it is empty, or it has no lines of ours.
     """
     logs = _logs(folder)
     readings: dict[Path, _Reading] = {}
@@ -61,7 +61,7 @@ def read(folder: Path, progress: Progress = lambda done, total: None) -> RunRepo
 
 
 def _logs(folder: Path) -> list[Path]:
-    """The candidates, the one to prefer first."""
+    """The logs to try, the preferred one first."""
     if not folder.exists():
         raise RunLogError(f"{folder} does not exist.")
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def _logs(folder: Path) -> list[Path]:
 
 
 def _age(folder: Path) -> tuple[int, float]:
-    """ms-swift counts up: v0-20260102-030405, v1-..."""
+    """ms-swift counts its folders up: v0-20260102-030405, v1-..."""
     number = re.match(r"v(\d+)(-|$)", folder.name)
     return (int(number[1]) if number else -1, folder.stat().st_mtime)
 
@@ -123,7 +123,7 @@ def _take(line: bytes, reading: _Reading) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """ms-swift writes numbers, some of its releases as text."""
+    """ms-swift writes numbers; some of its releases write them as text."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -153,7 +153,7 @@ def _words(folder: Path, log: Path, logs: Sequence[Path], reading: _Reading) -> 
 
 
 def _nothing(readings: dict[Path, _Reading]) -> str:
-    """Why no log has anything of ours."""
+    """Why no log has any lines of ours."""
     log, reading = next(iter(readings.items()))
     others = f" (nor in {len(readings) - 1} more)" if len(readings) > 1 else ""
     if not any(each.lines for each in readings.values()):

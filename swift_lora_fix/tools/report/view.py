@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Bar:
-    """A progress bar on standard error for what takes longer than a moment."""
+    """A progress bar on standard error, if reading takes longer than a moment."""
 
     def __init__(self) -> None:
         self.since = time.monotonic()

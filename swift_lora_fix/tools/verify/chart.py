@@ -11,7 +11,7 @@ CHART_NAME = "verify.png"
 
 
 def draw(result: Result, path: Path) -> None:
-    """Save the chart. Raises MissingPackageError without matplotlib, ChartError where the file cannot be written."""
+    """Save the chart. Raises MissingPackageError without matplotlib, ChartError when the file cannot be written."""
     with charts.chart(path, size=(8, 4.5)) as (figure, (axis,)):
         for side, colour, marker in ((result.stock, charts.STOCK, "s"), (result.ours, charts.OURS, "o")):
             numbers = list(range(1, len(side.syncs) + 1))

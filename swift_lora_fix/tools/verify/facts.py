@@ -1,4 +1,4 @@
-"""What a verification is asked, what it saw and what follows from it, as frozen records."""
+"""The request of a verification, what it measured and the verdict, as frozen records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...proof.causes import CAUSES
 
 @dataclass(frozen=True)
 class Request:
-    """What to verify. extra: more ms-swift arguments, which win over ours."""
+    """What to verify. extra: more ms-swift arguments, which override ours."""
 
     model: str
     adapter: str
@@ -22,10 +22,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sync:
-    """One sync as the observer saw it. Logprob differences are in nats a token; base_changed counts the trainer's base
-    tensors (of base_tensors) whose bits are no longer those of the start; lora_changed the trainer's LoRA tensors (of
-    lora_tensors) that this sync changed, in dtype or in value. noise: what the policy's own numerics explain;
-    ratio: the mismatch in units of it, robust."""
+    """One sync as the observer saw it. Logprob differences are in nats a token.
+
+    base_changed: how many of the trainer's base_tensors differ from the start.
+    lora_changed: how many of its lora_tensors this sync changed, in dtype or value.
+    noise: what the policy's own numerics explain. ratio: the mismatch in units of that noise, robust."""
 
     step: int
     seconds: float
@@ -47,8 +48,8 @@ class Sync:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs. ending: why it stopped early, in its own last words; empty when it reached its end. floors:
-    of the plain base, as the gate has them, by kind of prompts."""
+    """One of the two runs. ending: why it stopped early, in its own last words; empty if it did not. floors: the gate's
+    floors on the plain base, by kind of prompts."""
 
     name: str
     syncs: tuple[Sync, ...]
@@ -64,7 +65,7 @@ class Result:
 
     @property
     def is_proved(self) -> bool:
-        """Whether our run served the adapter at each sync, and could have been told from one that did not."""
+        """Whether our run served the adapter at each sync, and the probe could have shown otherwise."""
         return not self.ours.ending and all(
             sync.agrees and sync.is_distinguishable and not sync.base_changed and not sync.lora_changed
             for sync in self.ours.syncs

@@ -1,4 +1,4 @@
-"""Whether what the command line names is there. Looked at before ms-swift, which takes half a minute, is started."""
+"""Checks what the command line names, before ms-swift is started, which takes half a minute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "tru
 
 
 def check_model(model: str) -> None:
-    """Raises VerificationError for a path that is no model folder. An id is ms-swift's to find."""
+    """Raises VerificationError for a path that is no model folder. Ids are left to ms-swift."""
     if not os.path.isdir(model):
         if _is_path(model):
             raise VerificationError(f"The model {model} is no local folder. Give a model folder, or a model id.")
@@ -32,7 +32,7 @@ def check_model(model: str) -> None:
 
 
 def resolve(adapter: str, use_hf: bool) -> Path:
-    """The adapter's local folder; an id is downloaded by ms-swift itself, as its ``--adapters`` does."""
+    """The adapter's local folder. For an id, ms-swift itself downloads it, as its ``--adapters`` does."""
     hint = "Give a PEFT adapter folder, or an id of ModelScope (of Hugging Face with --use_hf true)."
     if os.path.isdir(adapter):
         return Path(adapter)
@@ -49,7 +49,7 @@ def resolve(adapter: str, use_hf: bool) -> Path:
 
 
 def _is_path(name: str) -> bool:
-    """Whether it can be no id (OWNER/NAME, perhaps with :SUBFOLDER), so that ms-swift need not be asked."""
+    """Whether it cannot be an id (OWNER/NAME, perhaps with :SUBFOLDER), so that there is no need to ask ms-swift."""
     return name.startswith(("/", ".", "~")) or os.path.exists(name) or (name.count("/") > 1 and ":" not in name)
 
 
@@ -66,9 +66,9 @@ def rank_of(folder: Path) -> int:
 
 
 def prepare(folder: Path, syncs: int) -> Path:
-    """Make the folder for results and the prompts in it; return the prompts' file.
+    """Create the folder for results and the prompts file in it; return that file.
 
-    Raises VerificationError where that cannot be written.
+    Raises VerificationError when they cannot be written.
     """
     prompts = folder / "prompts.jsonl"
     rows = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[i % 4]}]}) for i in range(8 * syncs)]

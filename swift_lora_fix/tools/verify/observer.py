@@ -1,8 +1,9 @@
-"""Inside a run of ``swift-lora-fix verify``: measures each sync from outside, stock's and ours in the same way.
+"""Inside a run of ``swift-lora-fix verify``: measures each sync from outside, in the same way for stock ms-swift and
+us.
 
-At each rollout the agreement gate's probe is answered by the engine and scored by the trainer, and the trainer's base
-is summed up. One JSON line a sync goes to ``$SWIFT_LORA_FIX_VERIFY_FILE``. The floors are measured where the engine
-holds the trainer's own base, in our run, and handed to the stock run in ``$SWIFT_LORA_FIX_VERIFY_FLOORS``.
+After each sync the engine answers the agreement gate's probe, the trainer scores it, and the trainer's base is summed.
+That makes one JSON line a sync in ``$SWIFT_LORA_FIX_VERIFY_FILE``. The floors need an engine with the trainer's own
+base, so our run measures them; the stock run gets them in ``$SWIFT_LORA_FIX_VERIFY_FLOORS``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Observer:
         return result
 
     def look(self, rollout: RolloutPort) -> None:
-        """At the first rollout after a sync."""
+        """Called at each rollout; measures at the first one after a sync."""
         if not self.is_new or not rollout.has_requests:
             return
         self.is_new = False
@@ -96,7 +97,7 @@ class Observer:
 
 
 def install() -> None:
-    """Wrap ms-swift's sync and rollout once their module is loaded; ours, if it is there, is inside of the wrappers."""
+    """Wrap ms-swift's sync and rollout once their module is loaded. Our own wrappers, if any, are inside of these."""
     for name in releases.rollout_modules():
         wrapt.register_post_import_hook(_wrap, name)
 

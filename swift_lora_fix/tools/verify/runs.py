@@ -33,7 +33,7 @@ print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "tru
 
 
 def run(request: Request, folder: Path, progress: Callable[[str, int], None]) -> tuple[Side, Side]:
-    """Ours and stock's run, one after the other; files go to ``folder``. progress(name, syncs so far).
+    """Run ours, then stock's; files go to ``folder``. Calls progress(name, syncs so far).
 
     Raises:
         VerificationError: the model, the adapter's folder or its configuration cannot be had, ``folder`` cannot be
@@ -111,10 +111,10 @@ def _start(
     progress: Callable[[str, int], None],
 ) -> Side:
     records, log = folder / "syncs.jsonl", folder / "log.txt"
-    records.unlink(missing_ok=True)  # an earlier verification's, in the same --out
+    records.unlink(missing_ok=True)  # of an earlier verification with the same --out
     environment = {
         **os.environ,
-        "SWIFT_LORA_FIX_ON_MISMATCH": "warn",  # every sync is to be measured
+        "SWIFT_LORA_FIX_ON_MISMATCH": "warn",  # measure every sync, stop at none
         "SWIFT_LORA_FIX_GATE_EVERY": "0",
         "SWIFT_LORA_FIX_VERIFY_FILE": str(records),
         "MASTER_ADDR": "127.0.0.1",
@@ -177,7 +177,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """Why a run ended: by a signal, or by the last exception of its log."""
+    """Why a run ended: a signal, or the last exception in its log."""
     if code < 0:
         hint = ", out of memory perhaps" if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"

@@ -1,9 +1,9 @@
-"""The Triton kernel of fused mode: cast(W + s*B*A) in one pass over memory, from the trainer's into the engine's.
+"""The Triton kernel of fused mode: cast(W + s*B*A), read from the trainer and written to the engine in one pass.
 
-A GPU's matrix units take bfloat16, not float32: s*B and A are each split into the sum of two bfloat16, which hold 16
-bits of it, and the products are summed in float32. That leaves out less than 1.25 * 2**-16 * |s| * (|B| @ |A|): the
-rest of each factor (at most 2**-17 of it) and the product of the two small parts (2**-18). The sum with W is rounded
-once. Importing this needs Triton.
+A GPU's matrix units multiply bfloat16, not float32. So s*B and A are each split into a sum of two bfloat16, which
+together keep 16 bits, and the products are summed in float32. The error is below 1.25 * 2**-16 * |s| * (|B| @ |A|):
+what the split drops from each factor (at most 2**-17 of it), and the product of the two low parts (2**-18), which is
+not computed. The sum with W is rounded once. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-# The fastest of 30 on an H200. As slow by half where the first block of ranks is part of a loop: Triton then stages
-# loads in shared memory, and fewer tiles run at a time.
+# The fastest of 30 configurations on an H200. It takes half as long again if the first block of ranks is moved into the
+# loop: Triton then stages loads in shared memory, and fewer tiles run at a time.
 ROWS, COLUMNS, RANK, WARPS = 64, 128, 64, 4
 
 
 @triton.jit
 def _product(b, a, row, column, r, rows, columns, rank, b_rows, a_rows, scale, added, SPLIT: tl.constexpr):
-    """added + scale*B@A of one tile and the ranks ``r``."""
+    """added + scale*B@A for one tile and the ranks in ``r``."""
     left = tl.load(b + row * b_rows + r[None, :], mask=(row < rows) & (r[None, :] < rank), other=0.0)
     right = tl.load(
         a + r[:, None].to(tl.int64) * a_rows + column, mask=(r[:, None] < rank) & (column < columns), other=0.0
@@ -76,10 +76,10 @@ def _fold(
 def fold(
     out: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, split: bool = True
 ) -> None:
-    """Write cast(W + scale*B*A) to ``out`` (rows, columns), of any strides.
+    """Write cast(W + scale*B*A) to ``out`` (rows, columns), which may have any strides.
 
-    W is (rows, columns), B (rows, r), A (r, columns), each with rows that lie in one piece. All on one device, of any
-    floating dtype. split: see above; else products of float32, which are slow (and which Triton's interpreter knows).
+    W is (rows, columns), B (rows, r), A (r, columns), each with contiguous rows. All on one device, in any floating
+    dtype. split: multiply in pairs of bfloat16, see above; otherwise in float32, slow, but Triton's interpreter can.
     """
     rank = b.shape[1]
     grid = (triton.cdiv(out.shape[0], ROWS), triton.cdiv(out.shape[1], COLUMNS))

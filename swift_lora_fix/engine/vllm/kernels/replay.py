@@ -1,4 +1,4 @@
-"""Work that is the same at every sync, run as a CUDA graph: one launch instead of hundreds of tensors in Python."""
+"""Runs work that is the same at every sync as a CUDA graph: one launch instead of hundreds of Python calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ....common.log import warning
 
 
 class Replayed:
-    """Runs ``work`` and returns its result; on a CUDA device as a CUDA graph, from the second run with a key on.
+    """Runs ``work`` and returns its result. On a CUDA device, runs with the same key use a CUDA graph from the second
+    on.
 
-    The work must read and write the same memory each time; the key says which (pointers), and a new key starts over.
-    What it returns must be tensors that it makes, or None: a replay writes into the same ones.
+    The work must read and write the same memory each time. The key (pointers) identifies that memory; a new key starts
+    over. The result must be tensors that the work itself makes, or None: each replay overwrites the same tensors.
     """
 
     def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
@@ -24,7 +25,7 @@ class Replayed:
         self.result: Any = None
 
     def run(self, key: list[int]) -> Any:
-        if key != self.key:  # the first run also warms up what a capture must not initialise
+        if key != self.key:  # the first run warms up what a capture must not initialise
             self.key, self.graph, self.result = key, None, None
             return self.work()
         if self.graph is None and self.can_capture:
@@ -41,7 +42,7 @@ class Replayed:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: other threads of the engine or of a data loader may use the device meanwhile
+            # thread_local: other threads, of the engine or a data loader, may use the device during the capture
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.result = self.work()
         except RuntimeError as error:

@@ -1,9 +1,10 @@
-"""The reference path: vLLM loads the adapter with its own code, from copies, under one fixed id.
+"""The reference path: vLLM's own code loads the adapter, from copies, under one fixed id.
 
-Scaling is folded into B here, with PEFT's own number for each module, and vLLM is told 1. So rank and alpha patterns
-and rsLoRA come out right on releases whose ``PEFTHelper`` knows one scaling for the whole adapter. The product is taken
-in fp32 and rounded once to the LoRA dtype. vLLM rounds B first and scales it after (``LoRALayerWeights.optimize``): the
-same bits where the scaling is a power of two, else up to one more rounding away from what the trainer computes with.
+The scaling is folded into B here, with PEFT's own number for each module, and vLLM is told a scaling of 1. So rank and
+alpha patterns and rsLoRA come out right even on releases whose ``PEFTHelper`` has one scaling for the whole adapter.
+The product is computed in fp32 and rounded once to the LoRA dtype. vLLM would round B first and scale it afterwards
+(``LoRALayerWeights.optimize``): the same bits if the scaling is a power of two, otherwise up to one more rounding away
+from what the trainer computes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def stage(
 ) -> dict[str, torch.Tensor]:
     """Copy ``held`` (whole CPU tensors by PEFT key) into new CPU tensors of the LoRA dtype, scaling folded into B.
 
-    Always copies: vLLM keeps, and scales in place, what it is given where device and dtype already match.
+    Always copies: vLLM keeps a tensor that already has its device and dtype, and scales it in place.
     """
     staged = {}
     for entry in adapter.entries:
@@ -38,8 +39,8 @@ def stage(
 def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor], request_class: Any) -> None:
     """Have vLLM replace the adapter by ``staged`` (PEFT keys, (r, in) and (out, r), LoRA dtype, scaling folded in).
 
-    ``request_class`` is ms-swift's ``TensorLoRARequest``. vLLM keeps the tensors. Raises EngineStateError when it does
-    not take them, or has no layer for modules of them.
+    request_class: ms-swift's ``TensorLoRARequest``. vLLM keeps the tensors. Raises EngineStateError when vLLM refuses
+    them, or has no LoRA layer for some of their modules.
     """
     fields: dict[str, Any] = dict(
         lora_name=ADAPTER_NAME,
@@ -59,8 +60,8 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
 
 
 def check_served(engine: EngineHandle) -> None:
-    """Raise EngineStateError naming the modules of the loaded adapter that no layer of the engine applies: vLLM itself
-    looks at the last part of their names alone."""
+    """Raise EngineStateError naming the modules of the loaded adapter that no LoRA layer of the engine applies. vLLM
+    itself checks only the last part of their names."""
     manager = engine.manager
     loaded = manager.list_adapters()[ADAPTER_ID]
     ignored = sorted(name for name in loaded.loras if name not in manager.modules)
@@ -73,7 +74,7 @@ def check_served(engine: EngineHandle) -> None:
 
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:
-    """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (the scaling is already in B)."""
+    """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (B contains the scaling already)."""
     config = dict(adapter.config) if isinstance(adapter.config, Mapping) else dataclasses.asdict(adapter.config)
     config.update(
         r=adapter.max_rank,
@@ -81,7 +82,7 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
         use_rslora=False,
         rank_pattern={},
         alpha_pattern={},
-        # PiSSA, OLoRA and the like change the base: the engine has the trainer's own base, so this is a plain LoRA
+        # PiSSA, OLoRA and the like change the base. The engine has that changed base, so the rest is a plain LoRA
         init_lora_weights=True,
     )
     return config

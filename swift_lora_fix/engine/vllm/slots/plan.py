@@ -1,7 +1,7 @@
-"""The write plan: where each part of each LoRA tensor lands in vLLM's slots, learnt by watching vLLM load one adapter.
+"""The write plan: where each part of each LoRA tensor goes in vLLM's slots, learnt by watching vLLM load one adapter.
 
-Packing (qkv, gate/up), tensor-parallel slices and name mapping come out right because vLLM does them. Nothing here
-knows a layer's name or layout.
+vLLM itself does the packing (qkv, gate/up), the tensor-parallel slicing and the name mapping. Nothing here knows a
+layer's name or layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..watch import CopyRecorder, Region
 
 
 class PlanError(Exception):
-    """vLLM's loading cannot be replayed; the message says which module and why. Handled by falling back."""
+    """vLLM's loading cannot be replayed. The message says which module and why; the caller falls back to the loader."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Copy(Region):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the region is the whole entry as it lies in memory."""
+        """Whether the region is the whole entry, in its own memory layout."""
         whole = torch.empty(self.entry.shape, device="meta")
         return self.destination.shape == whole.shape and self.offset == 0 and self.stride == whole.stride()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """copies: by chunk of the adapter, in its order. slots: whole slot rows, what vLLM zeroes before it writes."""
+    """copies: by chunk of the adapter, in its order. slots: whole slot rows, which vLLM zeroes before it writes."""
 
     copies: tuple[tuple[Chunk, tuple[Copy, ...]], ...]
     slots: tuple[torch.Tensor, ...]
@@ -47,20 +47,20 @@ class Plan:
         return sum(c.destination.numel() * c.destination.element_size() for _, copies in self.copies for c in copies)
 
     def versions(self) -> tuple[int, ...]:
-        """PyTorch's in-place version counters of the slots: they change when anybody writes to one."""
+        """PyTorch's in-place version counters of the slots: any write changes them."""
         return tuple([slot._version for slot in self.slots])
 
 
 def signature(adapter: Adapter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Values to learn and prove a plan with: random, so that no two regions are alike (a fresh lora_B is all zero)."""
+    """Values to learn and prove a plan with: random, so that no two regions are alike (a new lora_B is all zero)."""
     generator = torch.Generator().manual_seed(0)
     return {e.key: torch.randn(e.shape, generator=generator).to(dtype) for e in adapter.entries}
 
 
 def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandle, load: Callable[[], None]) -> Plan:
-    """Run ``load``, which has vLLM load ``staged`` through its own path, and return the copies that it made of it.
+    """Run ``load``, which has vLLM load ``staged`` by its own path, and return the copies that vLLM made.
 
-    Raises PlanError where an entry was not copied, or only after it was transformed into another tensor.
+    Raises PlanError when an entry was not copied, or was transformed into another tensor first.
     """
     with CopyRecorder(staged) as recorder:
         load()
@@ -89,10 +89,10 @@ def learn(adapter: Adapter, staged: dict[str, torch.Tensor], engine: EngineHandl
 def prove(
     plan: Plan, staged_source: dict[str, torch.Tensor], write: Callable[[Chunk, Sequence[Copy], Any], Any]
 ) -> None:
-    """Replay the plan over zeroed slots from ``staged_source`` and compare each region with what vLLM's loader wrote.
+    """Replay the plan from ``staged_source`` over zeroed slots and compare each region with what vLLM's loader wrote.
 
-    ``write(chunk, copies, values)`` writes the copies of one chunk from whole values on the engine's device. Bit for
-    bit: both paths scale in fp32 and round once. Raises PlanError naming the first module that differs.
+    write: ``write(chunk, copies, values)`` writes one chunk's copies from whole values on the engine's device. The
+    comparison is bit for bit, because both paths scale in fp32 and round once. Raises PlanError naming the module.
     """
     for chunk, copies in plan.copies:
         expected = [copy.destination.clone() for copy in copies]

@@ -1,6 +1,6 @@
-"""The buffer that the adapter passes through: scaled and cast there as the engine will hold it, chunk by chunk.
+"""The staging buffer: it holds the adapter, chunk by chunk, scaled and cast as the engine will hold it.
 
-From it the slots are written, by it they are checked: the checksum of what was staged against that of what is read.
+The slots are written from it, and later checked against the checksum of what was staged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .plan import Copy
 class Staging:
     """Holds one chunk at a time, its entries one after the other, in ``dtype`` on ``device``.
 
-    whole: holds all chunks, one after the other: ``buffer`` is then the whole adapter, (elements,).
+    whole: hold all chunks, one after the other. ``buffer`` is then the whole adapter, (elements,).
     """
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype, device: torch.device, whole: bool = False) -> None:
@@ -30,7 +30,7 @@ class Staging:
         self._host: torch.Tensor | None = None
 
     def entries(self, chunk: Chunk) -> list[torch.Tensor]:
-        """A view for each entry of the chunk, of its whole shape."""
+        """One view for each entry of the chunk, in the entry's whole shape."""
         return _laid_out(self._part(chunk), _shapes(chunk))
 
     def _part(self, chunk: Chunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,9 +38,9 @@ class Staging:
         return (self.buffer if buffer is None else buffer)[start : start + _padded(chunk)]
 
     def fill(self, chunk: Chunk, values: Sequence[torch.Tensor], fold: bool = True) -> list[torch.Tensor]:
-        """Stage the chunk's whole ``values``: A cast, B times its scale in fp32 and then cast (``fold``), or both cast.
+        """Stage the chunk's whole ``values`` and return the views that hold them.
 
-        Returns the views that hold them.
+        fold: A is cast, B is multiplied by its scale in fp32 and then cast; otherwise both are only cast.
         """
         views = self.entries(chunk)
         plain = [i for i, entry in enumerate(chunk.entries) if not fold or entry.scale == 1.0]
@@ -55,11 +55,11 @@ class Staging:
         return views
 
     def checksum(self, chunk: Chunk) -> torch.Tensor:
-        """Of what ``fill`` staged of this chunk last."""
+        """Checksum of what the last ``fill`` staged of this chunk."""
         return checksum(self._part(chunk))
 
     def on_host(self) -> dict[str, torch.Tensor]:
-        """The whole adapter by PEFT key: views of one copy of ``buffer`` on the CPU, which the next call writes to."""
+        """The whole adapter by PEFT key, as views of one CPU copy of ``buffer``. The next call overwrites that copy."""
         assert self._starts, "one chunk at a time"
         if self._host is None:
             self._host = torch.empty_like(self.buffer, device="cpu", pin_memory=self.buffer.is_cuda)
@@ -71,13 +71,13 @@ class Staging:
         }
 
     def digest(self) -> str:
-        """The policy digest of all chunks; only where they are all held."""
+        """The policy digest of all chunks. Only with ``whole``."""
         assert self._starts, "one chunk at a time"
         return combine(torch.stack([self.checksum(chunk) for chunk in self.adapter.chunks]).tolist())
 
 
 def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy in foreach calls. One strided tensor would slow a whole call down: those go apart."""
+    """Copy with foreach calls. A single strided tensor would slow down a whole call, so strided ones get their own."""
     pairs = list(zip(destinations, sources))
     for dense in (True, False):
         batch = [pair for pair in pairs if (pair[0].is_contiguous() and pair[1].is_contiguous()) == dense]
@@ -86,18 +86,18 @@ def copy_all(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
 
 
 def regions(copies: Sequence[Copy], chunk: Chunk, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """For each copy the region of its entry, given a view for each entry of the chunk."""
+    """For each copy, the region of its entry's view; ``views`` has one view an entry of the chunk."""
     view_of = {id(entry): view for entry, view in zip(chunk.entries, views)}
     return [copy.region(view_of[id(copy.entry)]) for copy in copies]
 
 
 def covers_entries(copies: Sequence[Copy], chunk: Chunk) -> bool:
-    """Whether the copies are the chunk's entries, each whole and in their order (not so under tensor parallelism)."""
+    """Whether the copies are exactly the chunk's entries, whole and in order (false under tensor parallelism)."""
     return [copy.entry for copy in copies] == list(chunk.entries) and all(copy.is_whole for copy in copies)
 
 
 def checksum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The checksum of ``parts``, one after the other as ``Staging`` lays entries out, as they are read now."""
+    """The checksum of ``parts`` as they are now, laid out one after the other as ``Staging`` lays out entries."""
     end = sum(part.numel() for part in parts)
     buffer = parts[0].new_empty(_round_up(end))
     buffer[end:] = 0
@@ -106,7 +106,7 @@ def checksum_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def host_digest(adapter: Adapter, values: dict[str, torch.Tensor], dtype: torch.dtype, fold: bool = True) -> str:
-    """The policy digest of whole CPU ``values`` by PEFT key: of the trainer's dtype (``fold``), or staged already."""
+    """The policy digest of whole CPU ``values`` by PEFT key. fold: the values are unscaled, so scale B first."""
     staging = Staging(adapter, dtype, torch.device("cpu"))
     checksums = []
     for chunk in adapter.chunks:
@@ -133,5 +133,5 @@ def _padded(chunk: Chunk) -> int:
 
 
 def _round_up(elements: int) -> int:
-    """To whole 64-bit words, whatever the dtype."""
+    """Round up to whole 64-bit words, for any dtype."""
     return -(-elements // 8) * 8

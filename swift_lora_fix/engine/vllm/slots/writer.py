@@ -1,7 +1,7 @@
-"""How the adapter gets into the engine: straight into vLLM's LoRA slots once a plan is proved, else through its loader.
+"""Writes the adapter into the engine: straight into vLLM's LoRA slots once a plan is proved, else through its loader.
 
-The loader (loader.py) is the slow twin: the plan is learnt and proved against it, and whatever the plan does not cover
-goes through it for the rest of the run, after one warning.
+The loader (loader.py) is the reference: the plan is learnt from it and proved against it. What no plan covers goes
+through the loader for the rest of the run, after one warning.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .staging import Staging, checksum_of, copy_all, covers_entries, host_digest
 
 
 class AdapterWriter:
-    """Writes one adapter into one engine's LoRA slots, again and again.
+    """Writes one adapter into one engine's LoRA slots, at each sync.
 
-    device: where the adapter's values are. direct: a plan may be learnt; else vLLM's own loader writes each time.
+    device: where the adapter's values are. direct: learn a plan; otherwise vLLM's own loader writes each time.
     """
 
     def __init__(
@@ -37,58 +37,59 @@ class AdapterWriter:
         self.engine, self.adapter, self.request_class, self.device = engine, adapter, request_class, device
         self.wants_plan = direct
         self.plan: plan.Plan | None = None
-        self.slots_are_intact = False  # nothing happened to the slots since the last write (no sleep, no reload)
+        self.slots_are_intact = False  # no sleep or reload since the last write
         self.written_versions: tuple[int, ...] | None = None
-        # checksums by chunk of what the slots got, now and the time before; None where no plan tells what they hold
+        # by chunk, checksums of what the slots were given, last and the time before; None without a plan
         self.expected: list[int] | None = None
         self.previous: list[int] | None = None
         self._report = WriteReport("none")
-        self._checksums: torch.Tensor | None = None  # on the device: by chunk of the whole entries, of what was written
+        self._checksums: torch.Tensor | None = None  # on the device, a row a chunk: see ``_stage``
         self._staging: Staging | None = None
         self._check = FiniteCheck(adapter, engine.lora_dtype, device, self.all_ranks)
         self._write_replayed = Replayed(self._write_live, device)
         self._read_replayed = Replayed(self._read_slots, device)
 
     def is_current(self) -> bool:
-        """Whether the slots still hold what was written last: nobody wrote to them since, no sleep in between."""
+        """Whether the slots still hold the last write: no later write, no sleep in between. True without a plan."""
         return self.plan is None or (self.slots_are_intact and self.written_versions == self.plan.versions())
 
     @property
     def place(self) -> str:
-        """Where the adapter ends up, in words."""
+        """Where the adapter ends up, in words for the log."""
         return "engine's LoRA slots" if self.plan is not None else "vLLM's loader"
 
     def what_is_missing(self) -> str | None:
-        """Name what keeps the adapter from being served, or None."""
+        """Why the adapter cannot be served, or None."""
         return self.engine.what_is_missing()
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """The policy digest of whole CPU values by PEFT key: of the adapter as the engine is to hold it."""
+        """The policy digest of whole CPU values by PEFT key: the adapter as the engine should hold it."""
         return host_digest(self.adapter, held, self.engine.lora_dtype)
 
     def accept(self) -> None:
-        """The slots were read back and hold what was written, whoever wrote it last."""
+        """The slots were read back and hold what they should, whoever wrote to them last."""
         if self.plan is not None:
             self.slots_are_intact, self.written_versions = True, self.plan.versions()
 
     def forget(self) -> None:
-        """The engine slept: what the slots hold is unknown, unused rank rows included."""
+        """The engine slept: what the slots hold is unknown, including rows beyond the adapter's rank."""
         self.slots_are_intact = False
 
     def begin_validation(self) -> None:
-        """Have the device begin with what ``validate`` asks; the trainer's values stay as they are until then."""
+        """Start the checks of ``validate`` on the device. The trainer's values must not change until ``validate``."""
         self._check.begin(self._pointers())
 
     def validate(self) -> None:
-        """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
+        """Before the first byte is written. Raises NonFiniteAdapterError; the engine then keeps the previous policy."""
         self._check.finish()
 
     def write(self, keep_views: bool = True) -> WriteReport:
-        """Make the engine serve the trainer's adapter as it is now. On a GPU the last copies may still be running when
-        this returns: ``finish`` waits for them.
+        """Make the engine serve the trainer's current adapter. On a GPU the last copies may still run when this
+        returns: ``finish`` waits for them.
 
-        keep_views: views of the live parameters may be kept for the next write; not where the trainer offloads them,
-            which a view would keep from being freed.
+        keep_views: whether views of the live parameters may be kept for the next write. Not if the trainer offloads
+        them:
+            a view would keep their device memory from being freed.
         """
         clock = Clock()
         self._checksums = None
@@ -102,14 +103,14 @@ class AdapterWriter:
         return self._report
 
     def write_by_reference(self) -> WriteReport:
-        """The same once through vLLM's own loader, whatever the plan; later writes go their usual way."""
+        """The same, this once through vLLM's own loader even with a plan. Later writes use the plan again."""
         if self.plan is None:
             return self.write()
         clock = Clock()
         self._report = self._write_through_loader(True, clock)
         if self.engine.slot_index() != self.plan.index:
             self._give_up("vLLM's loader put the adapter into another slot")
-        if self.plan is not None:  # what the loader should have written is what a direct write would have
+        if self.plan is not None:  # expected checksums: of what a direct write would stage
             with torch.no_grad():
                 self._checksums = torch.stack(
                     [self._stage(chunk, copies, values) for chunk, copies, values in self._walk(self.plan)]
@@ -128,7 +129,7 @@ class AdapterWriter:
 
     @torch.no_grad()
     def read_back(self) -> list[int]:
-        """The checksums of what the slots hold now, to be compared with ``expected``. Needs a plan."""
+        """Checksums of what the slots hold now, to compare with ``expected``. Needs a plan."""
         assert self.plan is not None, "only a plan tells where the adapter lies"
         return self._read_replayed.run([id(self.plan)]).tolist()
 
@@ -150,8 +151,8 @@ class AdapterWriter:
         }
 
     def staged(self) -> Iterator[tuple[Sequence[plan.Copy], list[torch.Tensor]]]:
-        """Walk the adapter again as ``(copies, regions)`` by chunk: where it lies, and what should be there, staged
-        from the trainer as it is now; valid until the next step of the walk. All ranks of a sharded trainer together.
+        """Yield ``(copies, regions)`` by chunk: the places in the slots, and what they should hold, staged from the
+        trainer now. Valid until the next chunk. A collective for a sharded trainer.
         """
         assert self.plan is not None
         for chunk, copies, values in self._walk(self.plan):
@@ -190,7 +191,7 @@ class AdapterWriter:
         return checksums
 
     def _stage(self, chunk: Chunk, copies: Sequence[plan.Copy], values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Stage the chunk; its checksum, and that of what belongs into this rank's slots. (2,) int64."""
+        """Stage the chunk. Returns the checksums of its whole entries and of this rank's part of them: (2,) int64."""
         views = self._stage_values(chunk, values)
         assert self._staging is not None
         whole = self._staging.checksum(chunk)
@@ -220,7 +221,7 @@ class AdapterWriter:
         return WriteReport("loader", clock.laps, sum(t.numel() * t.element_size() for t in staged.values()), digest)
 
     def _learn(self) -> None:
-        """Learn a plan from vLLM loading random values, prove it with them; on failure the loader it is, for good."""
+        """Learn a plan by watching vLLM load random values, and prove it. On failure the loader is used for good."""
         dtype = self.engine.lora_dtype
         values = plan.signature(self.adapter, dtype)
         staged = loader.stage(self.adapter, values, dtype, pinned=torch.cuda.is_available())
@@ -236,10 +237,10 @@ class AdapterWriter:
             failure = None
         except plan.PlanError as error:
             failure = str(error)
-        if not self.all_ranks(failure is None):  # ranks that gather together must go the same way
+        if not self.all_ranks(failure is None):  # they all-gather together, so all must take the same path
             self._give_up(failure or "another rank cannot replay vLLM's loading")
             return
-        # vLLM keeps the staged tensors as its copy of the adapter: let that be a policy of this run
+        # vLLM keeps the staged tensors as its copy of the adapter: replace the random values by the real ones
         for key, value in loader.stage(self.adapter, adapters.read_to_host(self.adapter, self.device), dtype).items():
             staged[key].copy_(value)
         self.plan, self.slots_are_intact = learnt, False
@@ -247,7 +248,7 @@ class AdapterWriter:
         info(f"the adapter goes straight into vLLM's LoRA slots: {copies} copies, proved against vLLM's own loader.")
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks that hold parts of this adapter."""
+        """Whether ``fine`` is true on all ranks that hold a part of this adapter."""
         return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
 
     def _give_up(self, why: str) -> None:

@@ -1,7 +1,7 @@
-"""The engine's base weights: the trainer's own frozen ones, unmerged, in the framework's own way of sending a model.
+"""The engine's base weights: the trainer's frozen ones, unmerged, sent the way the framework sends a model.
 
-A watch on the engine's parameters finds what was left out; the same watch tells where in the engine each of the
-trainer's parameters went.
+The engine's parameters are watched during the push. That shows which were not written, and where each of the trainer's
+parameters went.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .names import of_wrapped_layers
 def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing: Collection[str] = ()) -> Pushed:
     """Push the trainer's unmerged base into the engine; the trainer is only read. Returns what both hold from now on.
 
-    changing: names of the trainer's parameters whose place in the engine will get other values later.
+    changing: names of the trainer's parameters that later writes will overwrite in the engine.
 
-    Raises EngineStateError naming the engine's parameters that were not written, or not whole, where the engine was
-    started with random weights (``load_format='dummy'``, ms-swift's default up to 4.1.1); where it read the model's
-    files, which are then still in place there, one warning names them.
+    Some of the engine's parameters may be left unwritten, or written only in part. Raises EngineStateError naming them
+    when the engine started with random weights (``load_format='dummy'``, ms-swift's default up to 4.1.1). When it
+    loaded the model's files, they still hold those values, and one warning names them.
     """
     sources = _Sources(trainer)
     with WriteRecorder(engine.model, sources.locate, frozenset(changing)) as recorder:
@@ -50,9 +50,11 @@ def reload(
     changing: Collection[str],
     value_of: Callable[[str], torch.Tensor],
 ) -> set[str]:
-    """Send the model again, by the same way as the base, with the values of ``value_of`` in place of the trainer's in
-    ``changing``, made one at a time as vLLM takes them. All of it: ms-swift then has vLLM bring every weight into the
-    layout of its kernels, which must not happen twice. Returns the names in ``changing`` that were sent."""
+    """Send the whole model again as the base is sent, but with the values of ``value_of`` for the parameters in
+    ``changing``. Each value is computed when vLLM takes it. Returns the names in ``changing`` that were sent.
+
+    All of the model must go: ms-swift then has vLLM convert every weight to its kernels' layout, and a weight must not
+    be converted twice."""
     sources, sent, rename = _Sources(trainer), set[str](), of_wrapped_layers(engine)
 
     def items(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -75,7 +77,7 @@ def send(trainer: TrainerPort, adapter: Adapter) -> None:
 def _move(
     trainer: TrainerPort, adapter: Adapter, sources: _Sources, replace: Callable[[Mapping[str, torch.Tensor]], Any]
 ) -> None:
-    """``replace`` makes what vLLM loads of each group of weights."""
+    """Send the base. ``replace`` turns each group of weights into what vLLM is to load."""
     check_unmerged(adapter)
 
     def load(own: Load, weights: Weights) -> Any:
@@ -88,9 +90,12 @@ def _move(
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left behind. regions: by name of the trainer's parameter, for those that were to change, where in the
-    engine vLLM put which part of it; a name is missing where vLLM did not copy it as it was. derived: names of those
-    out of whose place vLLM then made another tensor (the absorbed weights of MLA, say)."""
+    """The result of a push.
+
+    regions: for each changing parameter of the trainer, which part of it vLLM put where in the engine. A name is
+        missing when vLLM did not copy the parameter unchanged.
+    derived: names of the changing parameters from whose copy vLLM computed another tensor (MLA's absorbed weights).
+    """
 
     record: BaseRecord
     regions: dict[str, tuple[Region, ...]]
@@ -107,11 +112,12 @@ class Piece:
 
 
 class BaseRecord:
-    """What the engine and the trainer hold of the base after a push: checksums, to be compared with later ones.
+    """Checksums of the base in engine and trainer after a push, to compare with later ones.
 
-    pieces cover the engine's parameters through its own packed layout: vLLM's ``load_weights`` was watched as it put
-    the trainer's tensors where they belong, and each was summed up as it came. Those that vLLM had replaced by the end
-    of the push (a layout for its kernels) are left out: nobody knows what they should hold.
+    pieces: parts of the engine's parameters, in its own packed layout. vLLM's ``load_weights`` was watched as it put
+    the
+        trainer's tensors into place, and each piece was summed as it was written. Parameters that vLLM replaced before
+        the push ended (with a layout for its kernels) are left out: their expected content is unknown.
     """
 
     def __init__(
@@ -134,8 +140,8 @@ class BaseRecord:
 
     @torch.no_grad()
     def engine_differences(self) -> list[str]:
-        """Names of the engine's parameters whose bits are not those that the trainer's base was pushed with, or that
-        are other tensors by now: what was pushed is then no longer what the engine computes with."""
+        """Names of the engine's parameters whose bits differ from the push, or that have been replaced by other
+        tensors, so that the engine no longer computes with what was pushed."""
         if not self.pieces:
             return []
         alive = self._storages()
@@ -185,7 +191,7 @@ def _check_complete(engine: EngineHandle, recorder: WriteRecorder) -> None:
 
 
 class _Sources:
-    """Which of the trainer's parameters a tensor is that the framework sends, or a part of it: told by its memory."""
+    """Finds the trainer's parameter that a tensor from the framework is, or is a part of, by its memory address."""
 
     def __init__(self, trainer: TrainerPort) -> None:
         self._model = trainer.model
@@ -194,12 +200,12 @@ class _Sources:
         self._spans: list[tuple[int, str, torch.Tensor]] = []
 
     def note(self, raw: Mapping[str, torch.Tensor]) -> None:
-        """The framework is about to rename these; under FSDP2 they are whole copies that nothing else names."""
+        """Called before the framework renames these. Under FSDP2 they are gathered copies, which have no other name."""
         self._names = {value.data_ptr(): clean_name(name) for name, value in raw.items()}
 
     @contextlib.contextmanager
     def of(self, state_dict: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """While vLLM loads these."""
+        """Context in which vLLM loads ``state_dict``."""
         for name, parameter in self._model.named_parameters():
             if not hasattr(parameter, "to_local") and parameter.numel():
                 self._names[parameter.data_ptr()] = clean_name(name)
@@ -221,7 +227,7 @@ class _Sources:
         return self._names.get(value.data_ptr())
 
     def locate(self, part: torch.Tensor) -> tuple[str, int] | None:
-        """The parameter that ``part`` is a part of, and the offset in elements from its first."""
+        """The parameter that ``part`` lies in, and its offset there in elements."""
         index = bisect_right(self._starts, part.data_ptr()) - 1
         if index < 0:
             return None
@@ -232,7 +238,7 @@ class _Sources:
 
 
 class _Streamed:
-    """The little of a dict that ms-swift and vLLM ask of weights, made as they are taken."""
+    """Weights computed as they are taken: the one dict method that ms-swift and vLLM call on them."""
 
     def __init__(self, make: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> None:
         self.items = make

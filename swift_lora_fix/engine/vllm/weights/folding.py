@@ -1,7 +1,7 @@
-"""Which merged weights a kernel writes: W + s*B*A of a linear LoRA, from the trainer's memory into the engine's.
+"""Decides which merged weights the kernel writes: W + s*B*A of a linear LoRA, from the trainer to the engine.
 
-The kernel (fold_kernel.py) is proved against float64 for every kind of tensor it is to write, on this device, before
-it is trusted with one; what it is not trusted with, PyTorch computes in float32 (merging.py).
+The kernel (kernels/fold_kernel.py) must first prove itself against float64, on this device, for every kind of tensor.
+Whatever it fails, PyTorch computes in float32 (policy/merging.py).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ....policy.merging import Factors
 from ..watch import Region
 
 Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
-PROOF_ROWS = 1024  # compared at a time: the proof's memory stays below that of a layer
-# of what two parts of bfloat16 leave out of a product (fold_kernel.py), with room for the sum in float32
+PROOF_ROWS = 1024  # compared at a time, so that the proof needs less memory than a layer
+# what the split into two bfloat16 drops from a product (fold_kernel.py), with room for the float32 sum
 LEFT_OUT = 2.0**-15
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoffs of what an engine may hold
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoffs of the dtypes an engine may hold
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the kernel is compiled and launched for."""
+    """What the kernel is compiled and launched for; each kind is proved once."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: torch.Size
@@ -35,7 +35,7 @@ class Kind:
 
 
 def block(factors: Factors, region: Region) -> Factors | None:
-    """The factors of a region of W, or None where the region is no block of whole rows' parts."""
+    """The factors of a region of W; None when the region is not a rectangular block of W."""
     columns = factors.w.shape[1]
     shape = region.destination.shape
     if len(shape) != 2 or region.stride != (columns, 1) or not factors.w.is_contiguous():
@@ -48,7 +48,7 @@ def block(factors: Factors, region: Region) -> Factors | None:
 
 
 class Folding:
-    """Writes regions by the kernel where that is proved. ``fold`` is the kernel; None: there is none on this device."""
+    """Writes regions with the kernel where it is proved. fold: the kernel, None if this device has none."""
 
     def __init__(self, fold: Fold | None) -> None:
         self._fold = fold
@@ -56,7 +56,7 @@ class Folding:
 
     @torch.no_grad()
     def accepts(self, factors: Factors, region: Region) -> bool:
-        """Whether the kernel may write this region, which holds W now and again afterwards."""
+        """Whether the kernel may write this region. The region must hold W; it holds W again afterwards."""
         part = block(factors, region)
         if self._fold is None or part is None or not _fits(part, region.destination):
             return False
@@ -64,7 +64,7 @@ class Folding:
         if kind not in self._proved:
             try:
                 problem = self._prove(part, region.destination)
-            except Exception as error:  # Triton raises many kinds, memory may be short: there is the other way
+            except Exception as error:  # Triton raises many kinds, memory may be short: then PyTorch
                 problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             finally:
                 region.destination.copy_(part.w)
@@ -74,13 +74,13 @@ class Folding:
         return self._proved[kind]
 
     def write(self, factors: Factors, region: Region, destination: torch.Tensor) -> None:
-        """Write W + s*B*A of an accepted region to ``destination``, of its shape and dtype."""
+        """Write W + s*B*A of an accepted region to ``destination``, which has its shape and dtype."""
         part = block(factors, region)
         assert part is not None and self._fold is not None
         self._fold(destination, part.w, part.b, part.a, part.scale)
 
     def _prove(self, part: Factors, destination: torch.Tensor) -> str | None:
-        """Fold a random adapter as large as W in; None, or how the outcome is off."""
+        """Fold in a random adapter about as large as W. Returns how the result is off, or None."""
         generator = torch.Generator(part.w.device).manual_seed(0)
         size = float(part.w.abs().max()) or 1.0
         a = torch.randn(part.a.shape, generator=generator, device=part.a.device)
@@ -101,7 +101,7 @@ class Folding:
 
 
 def of(device: torch.device) -> Folding:
-    """With the kernel on a CUDA device that has Triton."""
+    """Uses the kernel on a CUDA device with Triton."""
     if device.type != "cuda":
         return Folding(None)
     try:

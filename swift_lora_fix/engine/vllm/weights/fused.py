@@ -1,9 +1,9 @@
-"""Fused mode: the engine's own weights become those of the trainer with the adapter folded in, W + s*B*A.
+"""Fused mode: the engine's own weights become the trainer's with the adapter folded in, W + s*B*A.
 
-The formula, and its bound, are in merging.py. Where each weight lies in the engine is known from the base push, whose
-copies were watched: what vLLM put there from the trainer's W is there written again from W + s*B*A. What vLLM did not
-copy as it was (a layout of its own for some kernel) goes through ms-swift's and vLLM's own way of loading weights
-instead, one tensor at a time, at each sync.
+The formula and its error bound are in policy/merging.py. The base push was watched, so it is known where in the engine
+each weight lies: there W is overwritten by W + s*B*A. A weight that vLLM did not copy unchanged (a layout for some
+kernel) has no known region. Then all weights go through ms-swift's and vLLM's own weight loading at each sync, one
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Placed:
 
 
 class FusedWriter:
-    """Writes the trainer's merged weights into one engine, again and again. ``device`` is the trainer's.
+    """Writes the trainer's merged weights into one engine, at each sync. ``device`` is the trainer's.
 
-    reload: sends the named parameters of the trainer with other values, see ``base.reload``.
+    reload: sends the model with other values for the named parameters, see ``base.reload``.
     regions: where each of the trainer's parameters lies in the engine; None when the weights go through
         ``load_weights``, so that their regions are unknown.
     """
@@ -79,7 +79,7 @@ class FusedWriter:
         self.engine, self.adapter, self.modules, self.device = engine, adapter, tuple(modules), device
         self.changing = frozenset(source for module in modules for source in module.sources)
         self.regions: dict[str, tuple[Region, ...]] | None = None
-        self._audited: list[int] | None = None  # checksums of what a whole audit found right
+        self._audited: list[int] | None = None  # checksums at ``note_audited``
         self._reload = reload
         self._intact = False
         self._report = WriteReport("none")
@@ -94,47 +94,47 @@ class FusedWriter:
 
     @property
     def place(self) -> str:
-        """Where the adapter ends up, in words."""
+        """Where the adapter ends up, in words for the log."""
         if self.regions is None:
             return "vLLM's load_weights, folded in"
         return f"engine's weights, folded in at {sum(map(len, self.regions.values()))} proved places"
 
     def dtype_of(self, source: str) -> torch.dtype:
-        """What the engine holds of it is rounded to."""
+        """The dtype that the engine holds this parameter in."""
         return self.regions[source][0].destination.dtype if self.regions else self._dtype
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether it is fine on all ranks that hold parts of this adapter."""
+        """Whether ``fine`` is true on all ranks that hold a part of this adapter."""
         return fine if self.adapter.sharding == "none" else ranks_agree(fine, self.device)
 
     def is_current(self) -> bool:
-        """Whether nothing is known to have happened to the engine's weights since the last write."""
+        """Whether nothing is known to have changed the engine's weights since the last write."""
         return self._intact
 
     def forget(self) -> None:
-        """The engine slept: what it holds is unknown."""
+        """The engine slept: what it holds is unknown now."""
         self._intact = False
 
     def accept(self) -> None:
-        """What the engine holds was looked at and is what was written."""
+        """The engine's weights were compared and are what was written."""
         self._intact = True
 
     @property
     def is_known(self) -> bool:
-        """Whether it is known where the weights lie in the engine."""
+        """Whether the weights' regions in the engine are known."""
         return self.regions is not None
 
     def note_audited(self) -> None:
-        """All weights were compared with the trainer's: from now on the engine alone tells whether they changed."""
+        """The sync's audit has just run: remember checksums of the engine's weights as they are now."""
         self._audited = self._engine_checksums()
 
     @property
     def is_audited(self) -> bool:
-        """Whether all of what was written last was compared with the trainer's."""
+        """Whether ``note_audited`` was called since the last write."""
         return self._audited is not None
 
     def engine_changed(self) -> bool:
-        """Whether the engine's weights are no longer what the last whole audit found; the trainer is not asked."""
+        """Whether the engine's weights differ from those at ``note_audited``. Does not read the trainer."""
         return self._audited is not None and self._audited != self._engine_checksums()
 
     @torch.no_grad()
@@ -144,10 +144,10 @@ class FusedWriter:
         return torch.stack(sums).tolist()
 
     def accept_base(self, pushed: Pushed) -> None:
-        """The engine holds the trainer's plain base: learn where each of its weights lies, and prove it by that.
+        """Called while the engine holds the trainer's plain base: learn where each weight lies, and prove it.
 
-        Raises UnsupportedAdapterError where vLLM made other tensors out of a weight that the adapter changes: those
-        would stay the plain base's.
+        Raises UnsupportedAdapterError when vLLM computed other tensors from a weight that the adapter changes: they
+        would stay those of the plain base.
         """
         if not self.all_ranks(not pushed.derived):
             names = ", ".join(sorted(pushed.derived)[:2]) or "weights of another rank"
@@ -180,12 +180,12 @@ class FusedWriter:
 
     @torch.no_grad()
     def _misplaced(self, pushed: Pushed) -> str | None:
-        """Every rank walks to the end, whatever it finds: sharded ones gather at each module."""
+        """Why a region does not hold its weight, or None. No rank stops early: each module is all-gathered."""
         found: list[str] = []
         alive = {p.untyped_storage().data_ptr() for p in self.engine.model.parameters()}
         for module in self.modules:
             with self.whole(module) as whole:
-                # ms-swift sends what modules_to_save and biases hold now; of a LoRA layer, W
+                # ms-swift sends current values of modules_to_save and biases, but the base weight W of a LoRA layer
                 sent = _values(module, whole, merged=not module.is_lora)
                 for source in module.sources:
                     for region in pushed.regions[source]:
@@ -204,15 +204,15 @@ class FusedWriter:
         return factors is not None and all(self._folding.accepts(factors, region) for region in regions)
 
     def begin_validation(self) -> None:
-        """Have the device begin with what ``validate`` asks; the trainer's values stay as they are until then."""
+        """Start the checks of ``validate`` on the device. The trainer's values must not change until ``validate``."""
         self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
 
     def validate(self) -> None:
-        """Before the first byte is written. Raises NonFiniteAdapterError: the engine then keeps the previous policy."""
+        """Before the first byte is written. Raises NonFiniteAdapterError; the engine then keeps the previous policy."""
         self._check.finish()
 
     def write(self, keep_views: bool = True) -> WriteReport:
-        """Make the engine hold the merged weights of the trainer as it is now; ``finish`` waits for the device."""
+        """Write the trainer's current merged weights into the engine. ``finish`` waits for the device."""
         clock = Clock()
         self._intact, self._audited = False, None
         if self.adapter.sharding == "none":
@@ -241,12 +241,12 @@ class FusedWriter:
             torch.cuda.current_stream(self.device).synchronize()
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:
-        """The policy digest of whole CPU values by PEFT key: of the trainer's adapter as it is, in float32."""
+        """The policy digest of whole CPU values by PEFT key: of the trainer's adapter itself, unscaled, in float32."""
         return host_digest(self.adapter, held, torch.float32, fold=False)
 
     def placed(self, part: int = 0, parts: int = 1) -> Iterator[Placed]:
-        """Walk the engine's places and what should be in them, computed from the trainer as it is now: all of them, or
-        those of each ``parts``-th module from ``part`` on. All ranks of a sharded trainer together."""
+        """Yield each region and what it should hold, computed from the trainer now: of all modules, or of every
+        ``parts``-th from ``part`` on. A collective for a sharded trainer."""
         assert self.regions is not None, "only a plan tells where the weights lie"
         for module in self.modules[part::parts]:
             with self.whole(module) as whole:
@@ -257,8 +257,8 @@ class FusedWriter:
                     yield Placed(source, region, rounded, region.region(plain[source]), values)
 
     def expected(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of each weight that the adapter changes ``(value, rounded, plain)``, whole, from the trainer alone: value in
-        float32. All ranks of a sharded trainer together."""
+        """``(value, rounded, plain)`` of each whole weight that the adapter changes, from the trainer alone; value is
+        float32. A collective for a sharded trainer."""
         for module in self.modules:
             with self.whole(module) as whole:
                 plain = module.plain_values(whole)
@@ -267,7 +267,7 @@ class FusedWriter:
 
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
-        """The engine with the model that has no adapter, exactly; afterwards with the trainer's policy again."""
+        """Inside, the engine holds exactly the model without the adapter; afterwards the trainer's policy again."""
         self._intact = False
         try:
             self.write_plain()
@@ -278,13 +278,13 @@ class FusedWriter:
         self._intact = True
 
     def write_plain(self) -> None:
-        """Make the engine hold the model that has no adapter, exactly."""
+        """Make the engine hold exactly the model without the adapter."""
         self._write_all(merged=False)
         self._wait()
 
     @torch.no_grad()
     def _write_all(self, merged: bool) -> int:
-        """Write every changing weight, with the adapter or without; returns the bytes."""
+        """Write every changing weight, with the adapter or without. Returns the bytes written."""
         if self.regions is None:
             return self._write_through_load_weights(merged)
         replayed = merged and self.adapter.sharding == "none"
@@ -296,7 +296,7 @@ class FusedWriter:
         return sum(_bytes(region.destination) for regions in self.regions.values() for region in regions)
 
     def _write_folded(self) -> None:
-        """Reads memory of the trainer's that stays and makes no tensor, so that it can be replayed."""
+        """Reads only the trainer's own parameters and allocates no tensor, so that a CUDA graph can replay it."""
         for module in self._folded.values():
             self._write_module(module, merged=True)
 
@@ -308,7 +308,7 @@ class FusedWriter:
     def _parts(
         self, module: MergedModule, whole: Values, merged: bool
     ) -> Iterator[tuple[str, Region, Callable[[torch.Tensor], Any]]]:
-        """The module's regions, and what writes each to a tensor of its shape and dtype."""
+        """For each region of the module: its source, the region, and a function that writes it to a given tensor."""
         assert self.regions is not None
         factors = module.factors(whole) if merged and id(module) in self._folded else None
         values = cache(partial(_values, module, whole, merged))
@@ -338,7 +338,7 @@ class FusedWriter:
 
     @contextlib.contextmanager
     def whole(self, module: MergedModule) -> Iterator[dict[str, torch.Tensor]]:
-        """Whole values of the module's parameters, by their names in it; valid inside only."""
+        """Whole values of the module's parameters, by their names in it. Valid only inside."""
         with adapters.whole([*module.parameters.values()], self.adapter.sharding, self.device) as values:
             yield {name: value.detach() for name, value in zip(module.parameters, values)}
 

@@ -1,9 +1,9 @@
-"""Names under which vLLM loads the weights of layers that it has wrapped for LoRA.
+"""The names under which vLLM loads the weights of layers that it has wrapped for LoRA.
 
-vLLM keeps such a layer's own weights under ``base_layer``, and wraps a packed layer (``qkv_proj``) whole, also where
-only some of its parts have a LoRA. Up to 0.27 its loading wants ``base_layer`` in the names of all of them; from 0.28
-on the wrapper has a ``load_weights`` of its own (vLLM 39935), and it must not be there. A framework knows the trainer's
-LoRA layers alone, and then loading dies of a KeyError for the other parts, and for wrapped embeddings.
+vLLM keeps such a layer's own weights under ``base_layer``. It wraps a packed layer (``qkv_proj``) whole, even when only
+some of its parts have a LoRA. Up to 0.27, loading wants ``base_layer`` in the names of all these parts. From 0.28 on
+the wrapper has its own ``load_weights`` (vLLM 39935), and ``base_layer`` must not be in the name. A framework knows
+only the trainer's LoRA layers, so for the other parts, and for wrapped embeddings, its names end in a KeyError.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from ..handle import EngineHandle
 
 WRAPPED = "base_layer"
-# Names differ between the trainer's model and vLLM's in front (model., language_model.), never at the end.
+# The trainer's names differ from vLLM's only at the front (model., language_model.), so the last parts are compared.
 TAIL = 4
 
 
 class Names:
-    """Paths of modules, to be asked by another model's path of the same module."""
+    """A set of module paths. ``in`` also finds the path that another model has for the same module."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         parts = [path.split(".") for path in paths]
@@ -38,7 +38,7 @@ class Names:
 
 
 def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
-    """What gives each weight of a wrapped layer the name that this engine loads it by."""
+    """Returns a function that renames weights of wrapped layers to the names that this engine loads."""
     layers = dict(_wrapped(engine.model))
     wrapped = Names(layers)
     forwards = any(hasattr(type(layer), "load_weights") for layer in layers.values())
@@ -57,7 +57,7 @@ def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tens
 
 
 def _wrapped(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Paths of the wrapped layers and of their packed parts, each with the layer."""
+    """Paths of the wrapped layers and of their packed parts, each with its layer."""
     packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})  # not every model packs
     for path, module in model.named_modules():
         if isinstance(getattr(module, WRAPPED, None), torch.nn.Module):
