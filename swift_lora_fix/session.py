@@ -156,7 +156,7 @@ class Session:
         settings, first = Settings.from_environment(), self.phase is not Phase.EXAMINED
         together, later = self.examiner.are_together(first), self.examiner.looks_later
         repairs = settings.on_mismatch == "repair" and together and self._repaired_step != self.served_step
-        if missing is not None and not (repairs and not later and self.served_step is not None):
+        if missing is not None and not (repairs and self.served_step is not None):
             raise EngineStateError(
                 f"The rollout would not use the trainer's LoRA adapter: {missing}. Nothing was generated. "
                 "Sync first (trainer._move_model_to_vllm()), and keep other adapters out of this engine."

@@ -529,3 +529,28 @@ def test_the_mode_is_measured_whether_the_gate_judges_now_or_later(gated: Sessio
     assert (gated.pending is not None) is parked and len(watched) == 1
     gated.after_rollout()
     assert gated.examination.verdict is not None and len(watched) == 1
+
+
+def test_with_the_trainers_model_away_a_lost_adapter_is_repaired_after_the_rollouts(
+    session: Session, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made without it, and made again."""
+    session.trainer.learner.parks_policy = True  # type: ignore[attr-defined]
+    engine.loaded.clear()
+    with pytest.raises(errors.EngineStateError, match="is not loaded"):
+        roll_out(session)
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "repair")
+    roll_out(session)
+    assert session.pending is not None and session.pending.finding is not None
+    assert session.pending.finding.cause == "not-loaded"
+    assert session.after_rollout(), "again, after a sync"
+    assert session.phase is Phase.UNBOUND and session.trainer.learner.must_sync  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("audited, cause", [("slots-changed", "double-count"), ("misplaced", "misplaced")])
+def test_an_audit_that_only_knows_of_a_change_takes_its_name_from_the_answers(
+    gated: Session, audited: str, cause: str
+) -> None:
+    gated.examiner.gate = FakeGate(judged("disagrees", cause="double-count"))  # type: ignore[assignment]
+    found = gated.examiner.judge(examiner.Served(1, 2, None), (), Finding(audited, "audit", "2 tensors"))
+    assert found is not None and found.cause == cause and found.test == "audit and the agreement gate"

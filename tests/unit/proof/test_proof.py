@@ -304,6 +304,7 @@ class Rollout:
     def __init__(self, off: float = 0.0, plain_off: float = 0.0) -> None:
         self.off, self.plain_off, self.cached, self.is_plain = off, plain_off, "", False
         self.asked: list[str] = []
+        self.resets = 0
 
     def ask(self, prompts: Any, new_tokens: int, with_media: bool = False) -> list[Answer]:
         torch.rand(3)
@@ -346,7 +347,7 @@ def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
         rollout.is_plain = False
 
     def reset() -> None:
-        rollout.cached = ""
+        rollout.cached, rollout.resets = "", rollout.resets + 1
 
     serving: Any = SimpleNamespace(
         copies=1, rounds=False, reset_caches=reset, engine_without_adapter=plain, stand_ins=(),
@@ -370,6 +371,9 @@ def test_the_gate_leaves_the_random_state_as_it_was(monkeypatch: pytest.MonkeyPa
     assert judged.verdicts[probe.SHORT].agrees and judged.finding is None, judged
     again = made.ask(rollout, bool)
     assert not again[0].plain and len(again[0].probes) == 1, "the floor is measured once"
+    before = rollout.resets
+    made.judge(again, rollout)
+    assert rollout.resets == before + 1, "what the probe left in the caches is gone"
 
 
 @pytest.mark.parametrize(
