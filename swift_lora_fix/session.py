@@ -166,6 +166,8 @@ class Session:
         if finding is not None and later and repairs:
             asked = self.pending.asked if self.pending is not None else ()
             self.pending = Pending(asked, finding)  # a repair needs the trainer's model on its device
+            if finding.cause == "not-finite" and self.writer.slots is not None:
+                self.writer.slots.clear()  # NaN would stay in the KV cache's memory, where a repair does not reach
         elif finding is not None and self._act(finding, settings, repairs, "Nothing was generated."):
             self.repair()
             finding, _ = self.examiner.look(self._served(), rollout, None, first)

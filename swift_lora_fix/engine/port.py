@@ -62,6 +62,12 @@ class SlotsPort(HeldPort, Protocol):
     def read_back(self) -> list[int]:
         """Checksums of what the slots hold now, to compare with ``expected``."""
 
+    def are_finite(self) -> bool:
+        """Whether the slots hold neither NaN nor infinity."""
+
+    def clear(self) -> None:
+        """Fill the slots with zeros: rollouts then come from the plain base."""
+
     def staged(self) -> Iterator[tuple[Sequence[Any], Sequence[torch.Tensor]]]:
         """``(copies, regions)`` by chunk: the adapter's places, and what they should hold. Valid until the next one."""
 

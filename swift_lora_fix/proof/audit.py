@@ -41,7 +41,8 @@ def adapter(slots: SlotsPort, trainer_is_here: bool = True, ranks_are_here: bool
     if held == slots.previous:
         return Finding("stale", ADAPTER, "the slots hold, bit for bit, what the sync before the last one wrote")
     if not trainer_is_here or (slots.adapter.sharding != "none" and not ranks_are_here):
-        return Finding("slots-changed", ADAPTER, f"{_differing(held, slots.expected)} parts of the adapter differ")
+        cause = "slots-changed" if slots.are_finite() else "not-finite"
+        return Finding(cause, ADAPTER, f"{_differing(held, slots.expected)} parts of the adapter differ")
     return _by_tensor(slots)
 
 

@@ -554,3 +554,17 @@ def test_an_audit_that_only_knows_of_a_change_takes_its_name_from_the_answers(
     gated.examiner.gate = FakeGate(judged("disagrees", cause="double-count"))  # type: ignore[assignment]
     found = gated.examiner.judge(examiner.Served(1, 2, None), (), Finding(audited, "audit", "2 tensors"))
     assert found is not None and found.cause == cause and found.test == "audit and the agreement gate"
+
+
+def test_nan_in_the_slots_is_cleared_before_rollouts_that_a_repair_throws_away(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts would leave it in the memory of the KV cache, where attention meets it after the repair."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "repair")
+    session.trainer.learner.parks_policy = True  # type: ignore[attr-defined]
+    slot: torch.Tensor = session.slot  # type: ignore[attr-defined]
+    slot[3] = float("nan")
+    roll_out(session)
+    assert session.pending is not None and session.pending.finding is not None
+    assert session.pending.finding.cause == "not-finite" and not slot.any()
+    assert session.after_rollout()

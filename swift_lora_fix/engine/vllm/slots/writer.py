@@ -133,6 +133,19 @@ class AdapterWriter:
         assert self.plan is not None, "only a plan tells where the adapter lies"
         return self._read_replayed.run([id(self.plan)]).tolist()
 
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether the slots hold neither NaN nor infinity. Needs a plan."""
+        assert self.plan is not None, "only a plan tells where the adapter lies"
+        return all(bool(torch.isfinite(slot).all()) for slot in self.plan.slots)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Fill the slots with zeros. Needs a plan."""
+        assert self.plan is not None, "only a plan tells where the adapter lies"
+        for slot in self.plan.slots:
+            slot.zero_()
+
     def adapted_parameters(self) -> set[str]:
         """Names of the engine's base parameters whose layers hold a part of the adapter; empty without a plan."""
         if self.plan is None:
