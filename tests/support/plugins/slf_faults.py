@@ -141,18 +141,12 @@ def scaling_changed(trainer):
 
 
 def cache_not_reset(trainer):
-    """From now on: the reset after this step's gate, and that of the next sync. The gate of the next step sees it, as
-    the policy is turned around until then: cached keys and values of one small step before stay within the noise."""
-    engine, real, left = trainer.engine.engine, trainer.engine.engine.reset_prefix_cache, [2]
-
-    def reset(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            return real(*args, **kwargs)
-        return None
-
-    engine.reset_prefix_cache = reset
-    trainer._slf_jump = True
+    """From now on until the next sync is done: the resets around this step's gate, and that of the next sync. The gate of
+    the next step sees it, as the policy is turned around until then: cached keys and values of one small step before stay
+    within the noise."""
+    engine = trainer.engine.engine
+    trainer._slf_reset = engine.reset_prefix_cache
+    engine.reset_prefix_cache = lambda *args, **kwargs: None
 
 
 def _jump(trainer):
@@ -205,6 +199,7 @@ def _rollouts(trainer, infer, requests, config):
 
     outputs = infer(requests[:1], config)
     if session.session_of(trainer).after_rollout():
+        trainer._move_model_to_vllm(skip_async_check=True)
         outputs = infer(requests[:1], config)
         session.session_of(trainer).after_rollout()
     return outputs
@@ -230,9 +225,12 @@ def _install(module):
     @wrapt.patch_function_wrapper(mixin, "_move_model_to_vllm")
     def sync(wrapped, trainer, args, kwargs):
         before = [buffer.clone() for buffer in _all_slots(trainer)]
-        if vars(trainer).pop("_slf_jump", False):
+        reset = vars(trainer).pop("_slf_reset", None)
+        if reset is not None:
             _jump(trainer)
         result = wrapped(*args, **kwargs)
+        if reset is not None:
+            trainer.engine.engine.reset_prefix_cache = reset
         step = trainer.state.global_step
         if getattr(trainer, "_slf_step", None) != step and 1 <= step <= len(FAULTS):
             trainer._slf_step, trainer._slf_previous_slots = step, before
