@@ -30,7 +30,7 @@ from ..trainer import Answer, RolloutPort, TrainerPort
 from . import probe
 from .causes import Finding
 from .noise import shaken
-from .verdict import ALLOWED, KEPT, OTHER, RESET, Evidence, Floor, Verdict, judge, judge_floor
+from .verdict import ALLOWED, BUDGET, KEPT, OTHER, RESET, Evidence, Floor, Verdict, judge, judge_floor
 
 GATE = "agreement gate"
 MEDIA_ALLOWED = 2 * ALLOWED  # what an image's numerics move is one draw for all the tokens said about it
@@ -44,12 +44,19 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Asked:
     """What the engine answered to one kind of prompts. probes: what each was (OTHER, KEPT, RESET), and its answers.
-    plain: without the adapter, asked while the floor is not known. failed: why it could not be asked, else ""."""
+    plain: without the adapter, asked while the floor is not known. turn: how many looks were before this one. failed:
+    why it could not be asked, else ""."""
 
     kind: str
     probes: tuple[tuple[str, Answers], ...] = ()
     plain: tuple[Answers, ...] = ()
+    turn: int = 0
     failed: str = ""
+
+    def variant(self, number: int) -> int:
+        """Of the prompts of the probe of this number. The first are the same at every look, so that stale caches show;
+        the others are new ones, of which no cache knows."""
+        return self.turn * BUDGET + number if number else 0
 
 
 @dataclass
@@ -81,6 +88,7 @@ class Gate:
         self.trainer, self.adapter, self.serving = trainer, adapter, serving
         self.cache_block, self.together = cache_block, together
         self.floors: dict[str, list[Floor]] = {}  # of each kind, one of each engine
+        self._turns = 0
         self._before: dict[str, list[tuple[Answers, tuple[float, ...]]]] = {}  # the last first probe and its scores
 
     def ask(self, rollout: RolloutPort, together: Callable[[bool], bool], ahead: bool = False) -> list[Asked]:
@@ -100,6 +108,7 @@ class Gate:
                     found.append(_attempt(partial(self._ask_kind, rollout, kind, ahead), together))
                 except _ProbeError as error:
                     found.append(Asked(kind, failed=str(error)))
+        self._turns += 1
         return found
 
     def judge(self, asked: Sequence[Asked], rollout: RolloutPort | None = None) -> Judgement:
@@ -135,11 +144,12 @@ class Gate:
             plain = tuple(self._ask_plain(rollout, kind, variant) for variant in range(FLOOR_PROBES))
         probes = [(OTHER, self._ask(rollout, kind, 0))]
         if ahead:
-            probes += [(OTHER, self._ask(rollout, kind, 1)), (KEPT, self._ask(rollout, kind, 0))]
+            other = Asked(kind, turn=self._turns).variant(1)
+            probes += [(OTHER, self._ask(rollout, kind, other)), (KEPT, self._ask(rollout, kind, 0))]
             if self.serving.reset_caches is not None:
                 self.serving.reset_caches()
                 probes.append((RESET, self._ask(rollout, kind, 0)))
-        return Asked(kind, tuple(probes), plain)
+        return Asked(kind, tuple(probes), plain, self._turns)
 
     def _ask(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
         texts = probe.prompts(self.trainer, self.cache_block, variant, kind)
@@ -277,13 +287,13 @@ class _Supply:
     """Answers to judge by: what was asked ahead, then what can still be asked."""
 
     def __init__(self, gate: Gate, asked: Asked, rollout: RolloutPort | None) -> None:
-        self.gate, self.kind, self.rollout = gate, asked.kind, rollout
+        self.gate, self.asked, self.rollout = gate, asked, rollout
         self.left = list(asked.probes)
-        self.variant = 0
+        self.others = 0
 
     def next(self, what: str) -> Answers | None:
-        if what == OTHER:
-            self.variant += 1
+        variant = self.asked.variant(self.others) if what == OTHER else 0
+        self.others += what == OTHER
         for number, (kind, answers) in enumerate(self.left):
             if kind == what:
                 del self.left[number]
@@ -294,7 +304,7 @@ class _Supply:
         if what == RESET:
             assert reset is not None
             reset()
-        return self.gate._ask(self.rollout, self.kind, self.variant - 1 if what == OTHER else 0)
+        return self.gate._ask(self.rollout, self.asked.kind, variant)
 
 
 class _ProbeError(Exception):

@@ -141,9 +141,9 @@ def scaling_changed(trainer):
 
 
 def cache_not_reset(trainer):
-    """From now on until the next sync is done: the resets around this step's gate, and that of the next sync. The gate of
-    the next step sees it, as the policy is turned around until then: cached keys and values of one small step before stay
-    within the noise."""
+    """From now on until the next sync is done: the resets around this step's gate, and that of the next sync. The gate
+    of the next step sees it, as the policy is turned around until then: cached keys and values of one small step before
+    stay within the noise."""
     engine = trainer.engine.engine
     trainer._slf_reset = engine.reset_prefix_cache
     engine.reset_prefix_cache = lambda *args, **kwargs: None

@@ -412,6 +412,18 @@ def test_what_a_reset_of_the_caches_mends_is_a_stale_cache(ahead: bool, monkeypa
     assert judged.finding is not None and judged.finding.cause == "stale-cache", judged
 
 
+def test_only_the_first_prompts_are_asked_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout(0.005, 0.005)
+    made = made_gate(monkeypatch, rollout)
+    made.judge(made.ask(rollout, bool))
+    asked = []
+    for _ in range(2):
+        rollout.asked.clear()
+        made.ask(rollout, bool, ahead=True)
+        asked.append(set(rollout.asked))
+    assert asked[0] & asked[1] == {f"{number} a" for number in range(4)} and len(asked[0]) == len(asked[1]) == 8
+
+
 def _stale_for_the_first_prompts(rollout: Rollout) -> Any:
     own = rollout._answer
 
