@@ -167,23 +167,10 @@ class Trainer:
 
     def shaken(self, prompts: Tokens, answers: Tokens, autocast: bool = True) -> list[float]:
         """With each layer's output moved by a rounding step of bf16, at random: what numerics alone may change."""
-        import torch
+        from swift_lora_fix.proof.noise import shaken
 
-        generator = torch.Generator().manual_seed(7)
-
-        def shake(module: Any, inputs: Any, output: Any) -> Any:
-            if not torch.is_tensor(output) or not output.is_floating_point():
-                return None
-            step = (torch.rand(output.shape, generator=generator) * 2 - 1) * 2.0**-8
-            return (output.float() * (1 + step)).to(output.dtype)
-
-        leaves = [m for m in self.model.modules() if not list(m.children()) and not isinstance(m, torch.nn.Identity)]
-        handles = [leaf.register_forward_hook(shake) for leaf in leaves]
-        try:
+        with shaken(self.model):
             return self.score(prompts, answers, autocast=autocast)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def exact(self, prompts: Tokens, answers: Tokens) -> list[float]:
         """In float32: what both approximate."""

@@ -223,10 +223,11 @@ class Examiner:
         """How far the rollouts' own logprobs are from the trainer's, as metrics. All ranks together. Where that is not
         like with like, one line says why."""
         trainer, seen = self.trainer, self.examination
-        reason, anew = scored.why_not, batch.drops_out(trainer.model)
+        reason = scored.why_not
         if not reason and (trainer.is_asynchronous or served.step != trainer.step):
             reason = "they were made by an earlier policy"
-        if not reason and anew and not self.all_ranks(seen.verdict is not None and seen.batch is None):
+        anew = not reason and batch.drops_out(trainer.model)
+        if anew and not self.all_ranks(seen.verdict is not None and seen.batch is None):
             return  # the trainer's own dropout is in what it scored; without it they are scored where the gate asks
         kind = reason or "rows"  # whose numbers differ from step to step
         if not reason:

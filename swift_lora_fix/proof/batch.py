@@ -14,9 +14,7 @@ import torch
 
 from ..common.ranks import gathered
 from ..trainer import Scored
-from .verdict import Distance
-
-_HIGHEST = 50.0  # nats; larger gaps are cut before exp()
+from .verdict import LARGEST_GAP, Distance
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def _sums_of(gaps: torch.Tensor) -> torch.Tensor:
     fine = gaps.isfinite()
     clean = gaps.where(fine, torch.zeros_like(gaps))
     sizes = clean.abs()
-    kl = clean.clamp(max=_HIGHEST).expm1() - clean
+    kl = clean.clamp(max=LARGEST_GAP).expm1() - clean
     tokens, broken = torch.full_like(sizes[0], gaps.numel()), (~fine).sum().to(sizes)
     return torch.stack([tokens, sizes.sum(), sizes.max(), kl.sum(), broken])
 

@@ -53,11 +53,6 @@ class Asked:
     turn: int = 0
     failed: str = ""
 
-    def variant(self, number: int) -> int:
-        """Of the prompts of the probe of this number. The first are the same at every look, so that stale caches show;
-        the others are new ones, of which no cache knows."""
-        return self.turn * BUDGET + number if number else 0
-
 
 @dataclass
 class Judgement:
@@ -118,9 +113,10 @@ class Gate:
         try:
             with probe.same_random_state(self.trainer.device):
                 for one in asked:
+                    if one.failed:
+                        found.failed[one.kind] = one.failed
+                        continue
                     try:
-                        if one.failed:
-                            raise _ProbeError(one.failed)
                         self._judge(one, rollout, found)
                     except _ProbeError as error:
                         found.failed[one.kind] = str(error)
@@ -144,8 +140,7 @@ class Gate:
             plain = tuple(self._ask_plain(rollout, kind, variant) for variant in range(FLOOR_PROBES))
         probes = [(OTHER, self._ask(rollout, kind, 0))]
         if ahead:
-            other = Asked(kind, turn=self._turns).variant(1)
-            probes += [(OTHER, self._ask(rollout, kind, other)), (KEPT, self._ask(rollout, kind, 0))]
+            probes += [(OTHER, self._ask(rollout, kind, _variant(self._turns, 1))), (KEPT, self._ask(rollout, kind, 0))]
             if self.serving.reset_caches is not None:
                 self.serving.reset_caches()
                 probes.append((RESET, self._ask(rollout, kind, 0)))
@@ -292,7 +287,7 @@ class _Supply:
         self.others = 0
 
     def next(self, what: str) -> Answers | None:
-        variant = self.asked.variant(self.others) if what == OTHER else 0
+        variant = _variant(self.asked.turn, self.others) if what == OTHER else 0
         self.others += what == OTHER
         for number, (kind, answers) in enumerate(self.left):
             if kind == what:
@@ -305,6 +300,12 @@ class _Supply:
             assert reset is not None
             reset()
         return self.gate._ask(self.rollout, self.asked.kind, variant)
+
+
+def _variant(turn: int, number: int) -> int:
+    """Of the prompts of a look's probe of this number. The first are the same at every look, so that stale caches show;
+    the others are new ones, of which no cache knows."""
+    return turn * BUDGET + number if number else 0
 
 
 class _ProbeError(Exception):

@@ -34,6 +34,7 @@ from .hypotheses import Estimate, Noise, weigh
 
 MINIMUM_FLOOR = 1e-5  # nats; float32's own rounding of a logprob, when both sides compute alike
 
+LARGEST_GAP = 50.0  # nats; larger ones are cut before exp()
 ALLOWED = 2.0  # times what the noise explains, see above
 DECISIVE = 12.0  # nats of evidence between two hypotheses: odds of 160,000 to 1
 PART = 0.15  # of the way to another hypothesis; a sound engine's rounding does not go that far
@@ -206,11 +207,6 @@ class Verdict:
     def is_unsure(self) -> bool:
         """Whether asking ``ask`` could decide it."""
         return self.outcome == "unsure" and bool(self.ask)
-
-    @property
-    def bound(self) -> float:
-        """For charts: the mean |logprob difference| at which a distance shaped like the noise reaches ``allowed``."""
-        return self.allowed * self.noise
 
     @property
     def near(self) -> tuple[str, ...]:
@@ -456,6 +452,6 @@ def distance_between(gaps: Sequence[float]) -> Distance:
     """Statistics of the gaps logprob trainer - engine, in nats, one a token; NaN if empty or not all finite."""
     if not gaps or not all(map(math.isfinite, gaps)):
         return Distance(math.nan, math.nan, math.nan)
-    kl = [math.exp(min(gap, 50.0)) - 1 - gap for gap in gaps]
+    kl = [math.exp(min(gap, LARGEST_GAP)) - 1 - gap for gap in gaps]
     sizes = [abs(gap) for gap in gaps]
     return Distance(sum(sizes) / len(sizes), max(sizes), sum(kl) / len(kl))
