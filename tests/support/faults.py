@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.driver import Run
 
 FAULTS = {  # of plugins/slf_faults.py, one a step from step 1 on, and the cause that is to be named
-    "double_count_in_the_slots": "double-count",
+    "double_count_in_place": "double-count",
     "double_count_in_the_base": "double-count",
     "removed": "not-loaded",
     "zeroed": "not-applied",

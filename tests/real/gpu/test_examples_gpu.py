@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "moe_fused_offloaded": ("qwen3-moe", {**MOE, **OFFLOADS, **FUSED}),
     "moe_adapter": ("qwen3-moe", {**MOE, **SLEEPS, **ADAPTER}),
 }
-FAULTS = {"policy_twice": "double-count", "policy_missing": "not-applied", "policy_stale": "stale"}  # from step 3 on
+FAULTS = {"double_count_in_place": "double-count", "zeroed": "not-applied", "stale": "stale"}  # from step 3 on
 CHANGED = ("slots-changed", "weights-changed")  # what an audit says where the answers leave open what is served
 CLEAN = 3
 

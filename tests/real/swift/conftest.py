@@ -227,6 +227,12 @@ def _faults_offloaded(runs: Runs, name: str) -> Run:
     return run
 
 
+def _faults_fused(runs: Runs, name: str) -> Run:
+    run = _faults(runs, name)
+    run.arguments.update(vllm_enable_lora="false")
+    return run
+
+
 def _offloaded(runs: Runs, name: str) -> Run:
     """The flags of ms-swift's own examples: the trainer's model is away while rollouts are made, so the gate asks then
     and judges afterwards. In step 2 somebody empties the engine's LoRA slots: the rollouts are made again. There is
@@ -301,6 +307,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "ddp_stock": ((), _ddp(False)),
     "fused_auto": ((), _auto),
     "faults_offloaded": (("train_fixed",), _faults_offloaded),
+    "faults_fused": (("train_fixed",), _faults_fused),
     "offloaded": (("train_fixed",), _offloaded),
     "media": ((), _media),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),

@@ -16,36 +16,55 @@ from tests.support.faults import CLEAN_MINIMUM, CLEAN_SYNCS, FAULTS, messages, n
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(not os.environ.get("SLF_SOAK"), reason="on request: SLF_SOAK=1"),
-    pytest.mark.needs("faults_offloaded", "train_fixed"),
 ]
 
-# With the trainer's model away nobody looks at its values while rollouts are made: an audit then only says that the
-# engine's are not those of the sync, and the answers tell the rest.
-OFFLOADED = {
-    **FAULTS,
-    "one_module_doubled": "slots-changed",
-    "one_layer_from_another": "slots-changed",
-    "trainer_base_by_one_ulp": "",
+# The cause that is named for each fault, by run.
+CAUSES: dict[str, dict[str, str]] = {
+    # With the trainer's model away nobody looks at its values while rollouts are made: an audit then only says that the
+    # engine's are not those of the sync, and the answers tell the rest.
+    "faults_offloaded": {
+        **FAULTS,
+        "one_module_doubled": "slots-changed",
+        "one_layer_from_another": "slots-changed",
+        "trainer_base_by_one_ulp": "",
+    },
+    # There are no slots, so nothing can be removed; the weights are compared with those of the trainer.
+    "faults_fused": {**FAULTS, "removed": ""},
 }
+each_run = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.needs(name, "train_fixed")) for name in CAUSES]
+)
+each_fault = pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        pytest.param(name, fault, marks=pytest.mark.needs(name, "train_fixed"))
+        for name, causes in CAUSES.items()
+        for fault in causes
+    ],
+)
 
 
-def test_every_fault_was_made(run: Run) -> None:
+@each_run
+def test_every_fault_was_made(run: Run, name: str) -> None:
     made = [record["fault"] for record in records(run) if record["fault"] in FAULTS]
     assert made == list(FAULTS) and run.returncode == 0, run.log[-3000:]
 
 
-@pytest.mark.parametrize("fault", OFFLOADED)
-def test_a_fault_is_caught_and_named_after_the_rollout(run: Run, fault: str) -> None:
-    assert named(run, fault) == ([OFFLOADED[fault]] if OFFLOADED[fault] else [])
+@each_fault
+def test_a_fault_is_caught_and_named(run: Run, name: str, fault: str) -> None:
+    cause = CAUSES[name][fault]
+    assert named(run, fault) == ([cause] if cause else [])
 
 
-def test_each_is_repaired_before_its_rollouts_are_trained_on(run: Run) -> None:
+@each_run
+def test_each_is_repaired_before_its_rollouts_are_trained_on(run: Run, name: str) -> None:
     assert run.log.count("repaired: the engine serves the trainer's policy again") == len(list(messages(run)))
 
 
-def test_many_clean_syncs_raise_no_alarm(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+@each_run
+def test_many_clean_syncs_raise_no_alarm(run: Run, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
-        print(f"\n{len(verdicts(run))} of {CLEAN_SYNCS} clean syncs, each judged after its rollout")
+        print(f"\n{name}: {len(verdicts(run))} of {CLEAN_SYNCS} clean syncs")
     assert len(verdicts(run)) >= CLEAN_MINIMUM
     for *_, ratio, is_distinguishable in verdicts(run):
         assert ratio < ALLOWED and is_distinguishable

@@ -30,13 +30,33 @@ def _slots(trainer, side):
             yield name, list(buffers)
 
 
+def _all_slots(trainer):
+    return [buffer for side in "ab" for _, buffers in _slots(trainer, side) for buffer in buffers]
+
+
 def _layer_b(trainer):
     return [buffer for _, buffers in _slots(trainer, "b") for buffer in buffers]
 
 
-def double_count_in_the_slots(trainer):
+def _folded(trainer):
+    """In fused mode where each weight lies in the engine, and what it should hold, each valid until the next; with
+    LoRA slots there is none."""
+    from swift_lora_fix import session
+
+    weights = session.session_of(trainer).writer.weights
+    return iter(()) if weights is None else weights.placed(0, 1)
+
+
+def _held(trainer):
+    """Where the policy lies: the slots, or the weights that it is folded into."""
+    return _all_slots(trainer) + [placed.destination for placed in _folded(trainer)]
+
+
+def double_count_in_place(trainer):
     for buffer in _layer_b(trainer):
         buffer.mul_(2)
+    for placed in _folded(trainer):
+        placed.destination.copy_(2 * placed.rounded.float() - placed.plain.float())
 
 
 def double_count_in_the_base(trainer):
@@ -46,6 +66,8 @@ def double_count_in_the_base(trainer):
     model.merge_adapter()
     merged = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
     model.unmerge_adapter()
+    if not _all_slots(trainer):  # nothing but the base is there to hold it twice
+        merged = {name: 2 * value - base[name] for name, value in merged.items()}
     _push(trainer, merged, base)
 
 
@@ -80,39 +102,43 @@ def _push(trainer, values, base):
 
 
 def removed(trainer):
+    """Of an engine without LoRA slots nothing can be removed."""
     for adapter in list(trainer.engine.engine.list_loras()):
         trainer.engine.engine.remove_lora(adapter)
 
 
 def zeroed(trainer):
-    for side in "ab":
-        for _, buffers in _slots(trainer, side):
-            for buffer in buffers:
-                buffer.zero_()
+    for buffer in _all_slots(trainer):
+        buffer.zero_()
+    for placed in _folded(trainer):
+        placed.destination.copy_(placed.plain)
 
 
 def stale(trainer):
-    for buffer, before in zip(_all_slots(trainer), trainer._slf_previous_slots):
-        buffer.copy_(before)
-
-
-def _all_slots(trainer):
-    return [buffer for side in "ab" for _, buffers in _slots(trainer, side) for buffer in buffers]
+    for tensor, before in zip(_held(trainer), trainer._slf_previous, strict=True):
+        tensor.copy_(before)
 
 
 def one_module_doubled(trainer):
-    _layer_b(trainer)[-1].mul_(2)
+    for buffer in _layer_b(trainer)[-1:]:
+        buffer.mul_(2)
+    for placed in _folded(trainer):
+        if "layers.1" in placed.source and "down_proj" in placed.source:
+            placed.destination.copy_(2 * placed.rounded.float() - placed.plain.float())
 
 
 def one_layer_from_another(trainer):
     for side in "ab":
         layers = [buffers for name, buffers in _slots(trainer, side) if name.endswith("down_proj")]
-        for target, source in zip(layers[0], layers[1]):
+        for target, source in zip(*layers[:2]):
             target.copy_(source)
+    layers = [placed.destination for placed in _folded(trainer) if "down_proj" in placed.source]
+    if layers:
+        layers[0].copy_(layers[1])
 
 
 def not_a_number(trainer):
-    _layer_b(trainer)[0].view(-1)[0] = float("nan")
+    (_layer_b(trainer) or _held(trainer))[0].view(-1)[0] = float("nan")
 
 
 def _one_ulp(parameter):
@@ -123,7 +149,8 @@ def _one_ulp(parameter):
 
 
 def base_by_one_ulp(trainer):
-    names = [n for n, p in trainer.engine.inner_model.named_parameters() if "down_proj" in n and p.dim() == 2]
+    part = "down_proj" if _all_slots(trainer) else "embed_tokens"  # of a weight that no adapter is folded into
+    names = [n for n, p in trainer.engine.inner_model.named_parameters() if part in n and p.dim() == 2]
     _one_ulp(dict(trainer.engine.inner_model.named_parameters())[names[0]])
 
 
@@ -158,44 +185,6 @@ def _jump(trainer):
 
 def none(trainer):
     pass
-
-
-# The same three faults wherever the policy lies: in LoRA slots, or folded into the engine's weights.
-
-
-def _folded(trainer):
-    """In fused mode where each weight lies in the engine, and what it should hold, each valid until the next; else
-    None."""
-    from swift_lora_fix import session
-
-    weights = session.session_of(trainer).writer.weights
-    return None if weights is None else weights.placed(0, 1)
-
-
-def _held(trainer):
-    folded = _folded(trainer)
-    return _all_slots(trainer) if folded is None else [placed.destination for placed in folded]
-
-
-def policy_twice(trainer):
-    folded = _folded(trainer)
-    if folded is None:
-        double_count_in_the_slots(trainer)
-    for placed in folded or ():
-        placed.destination.copy_(2 * placed.rounded.float() - placed.plain.float())
-
-
-def policy_missing(trainer):
-    folded = _folded(trainer)
-    if folded is None:
-        zeroed(trainer)
-    for placed in folded or ():
-        placed.destination.copy_(placed.plain)
-
-
-def policy_stale(trainer):
-    for tensor, before in zip(_held(trainer), trainer._slf_previous, strict=True):
-        tensor.copy_(before)
 
 
 def _perturb(trainer, torch, generator):
@@ -262,7 +251,6 @@ def _install(module):
 
     @wrapt.patch_function_wrapper(mixin, "_move_model_to_vllm")
     def sync(wrapped, trainer, args, kwargs):
-        before = [buffer.clone() for buffer in _all_slots(trainer)]
         reset = vars(trainer).pop("_slf_reset", None)
         if reset is not None:
             _jump(trainer)
@@ -271,8 +259,9 @@ def _install(module):
             trainer.engine.engine.reset_prefix_cache = reset
         step = trainer.state.global_step
         if getattr(trainer, "_slf_step", None) != step and 1 <= step <= len(FAULTS):
-            trainer._slf_step, trainer._slf_previous_slots = step, before
-            held = [tensor.clone() for tensor in _held(trainer)] if "policy_stale" in FAULTS else []
+            trainer._slf_step = step
+            # as the sync left them, before a fault; a sleeping engine could not be asked before the next sync
+            held = [tensor.clone() for tensor in _held(trainer)] if "stale" in FAULTS[step - 1 : step + 1] else []
             globals()[FAULTS[step - 1]](trainer)
             trainer._slf_previous = held
             _record(step=step, fault=FAULTS[step - 1])
