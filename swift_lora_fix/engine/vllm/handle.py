@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from ...errors import CacheResetError, EngineStateError
 from ...install import releases
 from ...trainer import TrainerPort
+from .prefix_cache import sparing_reset
 
 # One fixed id on every release. ms-swift from 4.2 on looks for exactly this one (VLLM_LORA_INT_ID, swift_lora); older
 # releases take the only adapter that is loaded.
@@ -106,9 +108,13 @@ class EngineHandle:
         Raises CacheResetError when vLLM could not reset one (``BlockPool.reset_prefix_cache`` returns False while
         blocks are in use).
         """
-        for name in ("reset_prefix_cache", "reset_encoder_cache"):
+        for name, sparing in (("reset_prefix_cache", sparing_reset), ("reset_encoder_cache", contextlib.nullcontext)):
             reset = getattr(self.llm_engine, name, None)
-            if reset is not None and reset() is False:
+            if reset is None:
+                continue
+            with sparing(self.llm_engine):
+                done = reset()
+            if done is False:
                 raise CacheResetError(
                     f"vLLM's {name}() reported that it was not done, so rollouts could reuse values computed with the "
                     "previous policy. Usually a request is still running or a KV connector holds blocks."

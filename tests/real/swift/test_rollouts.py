@@ -44,6 +44,7 @@ def test_from_scratch(run: Run, floor: dict) -> None:
     assert_agrees(run, floor)
     assert_trainer_only_read(run)
     assert "LoRA weights from scratch" in run.log and "every lora_B is zero" in run.log
+    assert "visits all blocks of its pool" not in run.log, "vLLM keeps its prefix cache as prefix_cache.py knows it"
 
 
 @pytest.mark.needs("resume_fixed", "train_fixed")
