@@ -102,7 +102,8 @@ def _push(trainer, values, base):
 
 
 def removed(trainer):
-    """Of an engine without LoRA slots nothing can be removed."""
+    if not _all_slots(trainer):
+        return  # an engine without LoRA layers has none
     for adapter in list(trainer.engine.engine.list_loras()):
         trainer.engine.engine.remove_lora(adapter)
 
