@@ -146,7 +146,7 @@ TUNERS = PatchSet(
         Patch(
             "Swift.from_pretrained",
             _from_pretrained,
-            why="stock's errors name no folder: a bare AssertionError without an adapter, safetensors' for a corrupt one",
+            why="stock's errors name no folder: a bare AssertionError, or safetensors' own for a corrupt file",
             goes_when="ms-swift's own error names the folder and what it lacks",
         ),
     ),
