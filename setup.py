@@ -29,8 +29,9 @@ def for_the_index(readme: str, repository: str) -> str:
 def addresses(repository: str) -> dict[str, str]:
     """Project URLs; those of the package itself only where it has an address."""
     upstream = {"Upstream issue": "https://github.com/modelscope/ms-swift/issues/8233"}
-    pages = {"Source": "", "Documentation": "/tree/main/docs", "Changelog": "/blob/main/CHANGELOG.md", "Issues": "/issues"}
-    return {**({name: repository + page for name, page in pages.items()} if repository else {}), **upstream}
+    pages = {"Source": "", "Documentation": "tree/main/docs", "Changelog": "blob/main/CHANGELOG.md", "Issues": "issues"}
+    own = {name: f"{repository}/{page}".rstrip("/") for name, page in pages.items()} if repository else {}
+    return {**own, **upstream}
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"swift_lora_fix", "swift_lora_fix_vllm.py", f"swift_lora_fix-{swift_lora_fix.__version__}.dist-info"}
+    info = f"swift_lora_fix-{swift_lora_fix.__version__}.dist-info"
+    assert tops == {"swift_lora_fix", "swift_lora_fix_vllm.py", info}
     for name in ("py.typed", "plugin/swift_lora_fix_plugin.py", "plugin/verify/swift_lora_fix_verify.py"):
         assert f"swift_lora_fix/{name}" in names
 
@@ -132,7 +133,8 @@ def test_installed_alone_it_says_what_is_missing(installed: Path, tmp_path: Path
     assert run(installed / "python", "-m", "swift_lora_fix", "--version", cwd=tmp_path).startswith("swift-lora-fix ")
     report = json.loads(run(script, "doctor", "--json", cwd=tmp_path, expect=2))
     missing = ["ms-swift", "vllm", "torch", "peft", "transformers", "trl"]
-    assert report["problems"] == [f"{name} is not installed in this environment: pip install {name}" for name in missing]
+    told = [f"{name} is not installed in this environment: pip install {name}" for name in missing]
+    assert report["problems"] == told
     assert "pip install ms-swift" in run(script, "doctor", cwd=tmp_path, expect=2)
     (tmp_path / "adapter").mkdir()
     assert "numpy and torch are not" in run(script, "fork", tmp_path / "adapter", tmp_path / "new", expect=2)
@@ -151,7 +153,7 @@ def test_a_consumers_mypy_sees_the_types(installed: Path, tmp_path: Path) -> Non
         "reveal_type(swift_lora_fix.status().applied)\nreveal_type(errors.RolloutServerError().status)\n"
         "swift_lora_fix.apply(mode=1)\n"
     )
-    checker = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed / "python", "--no-incremental"]
-    said = run(*checker, consumer, cwd=tmp_path, expect=1)
+    checker = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable"]
+    said = run(*checker, installed / "python", consumer, cwd=tmp_path, expect=1)
     assert 'consumer.py:3: note: Revealed type is "bool"' in said and "consumer.py:4: note: " in said, said
     assert 'consumer.py:5: error: Argument "mode" to "apply"' in said and "Found 1 error in 1 file" in said, said
