@@ -3,7 +3,7 @@
 A page has ``<!-- table: package.module.function() -->``, the table, ``<!-- end of table -->``. The function takes no
 argument and returns Markdown. Those that only the docs need are in this file; run as a module it rewrites the pages.
 
-Chinese pages have their own words, so their tables are not rewritten: their first columns are compared (KEYS).
+A Chinese page has its own words. Where its table is not made here, a test compares the first column with the English.
 """
 
 from __future__ import annotations
@@ -34,6 +34,57 @@ def table(*rows: Iterable[str]) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     cells.insert(1, ["---"] * len(cells[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+CHINESE = {
+    "ms-swift": "ms-swift",
+    "From scratch": "从头训练",
+    "Start from `--adapters`": "从 `--adapters` 开始",
+    "After `--resume_from_checkpoint`": "`--resume_from_checkpoint` 之后",
+    "The trainer's own weights": "训练模型自身的权重",
+    "With an option": "使用某个选项时",
+    "Right": "正确",
+    "The first batch comes from the base model, without the LoRA": "第一个批次来自没有 LoRA 的基座模型",
+    "Every batch after the first has the LoRA counted twice: malformed text": (
+        "从第二个批次起 LoRA 被重复计入：文本错乱"
+    ),
+    "Crashes in the first optimizer step": "在第一个优化器步崩溃",
+    "Base weights drift a little at every sync": "每次权重同步，基座权重都会漂移一点",
+    "The first sync casts the LoRA to bf16, and data-parallel ranks stop agreeing on its gradients; base weights drift "
+    "a little at every sync": (
+        "第一次同步把 LoRA 转成 bf16，数据并行各 rank 的梯度不再一致；每次权重同步，基座权重都会漂移一点"
+    ),
+    "`--sleep_level 2`: no base model after the first batch; `--move_model_batches`: every batch is garbage": (
+        "`--sleep_level 2`：第一个批次之后没有基座模型；`--move_model_batches`：每个批次都是乱码"
+    ),
+    "`--sleep_level 2`: every batch from the base model, except after a resume; `--move_model_batches`: every batch is "
+    "garbage": "`--sleep_level 2`：除断点续训外，每个批次都来自基座模型；`--move_model_batches`：每个批次都是乱码",
+    "`--move_model_batches`: every batch is garbage": "`--move_model_batches`：每个批次都是乱码",
+    "vLLM": "vLLM",
+    "Run on": "运行设备",
+    "With ms-swift": "搭配的 ms-swift",
+    "Adapters from memory": "内存中的 adapter",
+    "Not tried": "未测试",
+}
+
+
+def affected_in_chinese() -> str:
+    return _in_chinese(releases.markdown_table())
+
+
+def vllm_in_chinese() -> str:
+    return _in_chinese(releases.vllm_markdown_table())
+
+
+def _in_chinese(english: str) -> str:
+    """Cell by cell; a cell with a letter that CHINESE lacks is an error, so that nothing new stays untranslated."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in english.splitlines()]
+    translated = []
+    for number, row in enumerate(rows):
+        names = row[:1] if number else []  # a release; of vLLM's table only the last column has words
+        rest = [CHINESE.get(cell, cell) for cell in row[len(names) :]]
+        translated.append([*(name.replace(" to ", " 至 ") for name in names), *rest])
+    return "\n".join(f"| {' | '.join(row)} |" for row in translated)
 
 
 def settings() -> str:

@@ -148,6 +148,24 @@ class Run:
         }
 
 
+@dataclass
+class Example(Run):
+    """A script of ``examples/`` in small: it starts the run, our arguments for a CPU come after its own."""
+
+    script: str = ""
+
+    def command(self) -> list[str]:
+        words = super().command()
+        plugins = [word for word in words[: words.index("--rlhf_type")] if word.endswith(".py")][1:]
+        self.environment.update(
+            MODEL=str(self.model),
+            DATASET=str(self.model.parent / "prompts.jsonl"),
+            EXTRA_PLUGINS=" ".join(word for word in plugins if word != str(FIX)),
+            PATH=os.pathsep.join([str(self.python.parent), os.environ["PATH"]]),
+        )
+        return ["bash", str(REPOSITORY / "examples" / self.script), *words[words.index("--rlhf_type") :]]
+
+
 def swift_folder(python: Path) -> Path:
     """Where ms-swift is installed for this Python."""
     code = "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])"
