@@ -1,4 +1,4 @@
-"""What README and docs say is what the code does (tables, links, anchors, commands); and both languages say the same."""
+"""What README and docs say is what the code does: tables, links, anchors, commands; and both languages say the same."""
 
 from __future__ import annotations
 
