@@ -67,29 +67,42 @@ REAL_SHAPES = {
     "qwen2-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
 }
 REAL_KV_HEADS = {"qwen2-1.5b": 2, "qwen2-7b": 4}
+SMALL_MOE = dict(  # Qwen3-30B-A3B with fewer layers and experts
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_hidden_layers=8,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=32,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+)
 
 
 def make_real_shape(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Save a bf16 model of the shape ``name`` with random weights, made on the GPU where there is one."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers as hf
 
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer(folder)
-    config = Qwen2Config(
+    is_moe = name == "qwen3-moe"
+    shape = SMALL_MOE if is_moe else {**REAL_SHAPES[name], "num_key_value_heads": REAL_KV_HEADS[name]}
+    config = (hf.Qwen3MoeConfig if is_moe else hf.Qwen2Config)(
         vocab_size=152064,
-        num_key_value_heads=REAL_KV_HEADS[name],
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=2,
         pad_token_id=0,
-        **REAL_SHAPES[name],
+        **shape,
     )
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config)
+        model = (hf.Qwen3MoeForCausalLM if is_moe else hf.Qwen2ForCausalLM)(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     return folder
@@ -206,7 +219,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    if args.architecture in REAL_SHAPES:
+    if args.architecture in (*REAL_SHAPES, "qwen3-moe"):
         make_real_shape(args.architecture, args.folder, seed=args.seed)
     elif args.architecture in ("qwen2_vl", "qwen2_5_vl"):
         make_vision_model(args.folder, architecture=args.architecture, seed=args.seed, dtype=args.dtype)

@@ -170,3 +170,25 @@ def test_offloaded_and_asleep(tmp_path: Path, enable_lora: str) -> None:
         assert line["lora_sync/agrees"] == 1 and line["lora_sync/long_ratio"] < ALLOWED
     assert made.log.count("engine and trainer agree at step") == COMMON["max_steps"]
     assert "chain of custody" in made.log and metrics[-1]["lora_sync/distinguishable"] == 1
+
+
+@pytest.mark.parametrize("enable_lora", ["true", "false"])
+def test_a_rollout_needs_no_more_memory_than_stock(tmp_path: Path, enable_lora: str) -> None:
+    """Of the device, as it is with offload and sleep: in a step's first rollout, which syncs, and in those after it."""
+    model = Path(os.environ["SLF_GPU_MODEL"])
+    flags = {"offload_model": "true", "offload_optimizer": "true", "sleep_level": 1, "vllm_enable_lora": enable_lora}
+    used: dict[bool, dict[bool, int]] = {}
+    for fixed in (False, True):
+        folder = tmp_path / ("ours" if fixed else "stock")
+        arguments = {**COMMON, **flags, **LONG, **EVALUATING, **EAGER}
+        made = Run(folder.name, this_python(), model, folder, fixed, arguments=arguments, gpu=True, probe=False)
+        made.last_plugins = (PLUGINS / "slf_memory.py",)
+        made.environment = {"SLF_MEMORY_FILE": str(folder / "memory.jsonl"), "SWIFT_LORA_FIX_GATE_EVERY": "1"}
+        made.start()
+        assert made.returncode == 0, made.log[-3000:]
+        calls = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()][1:]
+        used[fixed] = {syncs: max(c["mib"] for c in calls if c["syncs"] is syncs) for syncs in (True, False)}
+        print(f"{folder.name}: {calls}")
+    print({("ours" if fixed else "stock"): most for fixed, most in used.items()})
+    for syncs in (True, False):
+        assert used[True][syncs] <= used[False][syncs] + 256, (syncs, used)

@@ -160,6 +160,44 @@ def none(trainer):
     pass
 
 
+# The same three faults wherever the policy lies: in LoRA slots, or folded into the engine's weights.
+
+
+def _folded(trainer):
+    """In fused mode where each weight lies in the engine, and what it should hold, each valid until the next; else
+    None."""
+    from swift_lora_fix import session
+
+    weights = session.session_of(trainer).writer.weights
+    return None if weights is None else weights.placed(0, 1)
+
+
+def _held(trainer):
+    folded = _folded(trainer)
+    return _all_slots(trainer) if folded is None else [placed.destination for placed in folded]
+
+
+def policy_twice(trainer):
+    folded = _folded(trainer)
+    if folded is None:
+        double_count_in_the_slots(trainer)
+    for placed in folded or ():
+        placed.destination.copy_(2 * placed.rounded.float() - placed.plain.float())
+
+
+def policy_missing(trainer):
+    folded = _folded(trainer)
+    if folded is None:
+        zeroed(trainer)
+    for placed in folded or ():
+        placed.destination.copy_(placed.plain)
+
+
+def policy_stale(trainer):
+    for tensor, before in zip(_held(trainer), trainer._slf_previous, strict=True):
+        tensor.copy_(before)
+
+
 def _perturb(trainer, torch, generator):
     with torch.no_grad():
         for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
@@ -234,7 +272,9 @@ def _install(module):
         step = trainer.state.global_step
         if getattr(trainer, "_slf_step", None) != step and 1 <= step <= len(FAULTS):
             trainer._slf_step, trainer._slf_previous_slots = step, before
+            held = [tensor.clone() for tensor in _held(trainer)] if "policy_stale" in FAULTS else []
             globals()[FAULTS[step - 1]](trainer)
+            trainer._slf_previous = held
             _record(step=step, fault=FAULTS[step - 1])
         return result
 
