@@ -20,6 +20,7 @@ exec swift rlhf \
     --vllm_enable_lora false \
     --vllm_gpu_memory_utilization 0.7 \
     --sleep_level 1 \
+    --move_model_batches 10 \
     --offload_model true \
     --offload_optimizer true \
     --num_generations 8 \

@@ -13,6 +13,7 @@ exec swift rlhf \
     --reward_funcs "${REWARD:-accuracy}" \
     --quant_method bnb \
     --quant_bits 4 \
+    --bnb_4bit_quant_type nf4 \
     --bnb_4bit_compute_dtype bfloat16 \
     --lora_rank 16 \
     --target_modules all-linear \
@@ -21,6 +22,7 @@ exec swift rlhf \
     --vllm_mode colocate \
     --vllm_enable_lora true \
     --vllm_gpu_memory_utilization 0.4 \
+    --sleep_level 1 \
     --num_generations 8 \
     --per_device_train_batch_size 8 \
     --max_completion_length 1024 \

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from swift_lora_fix.tools.plugin import PLUGIN_FILE
+from tests.real.gpu.test_examples_gpu import CASES
 from tests.unit.test_docs import flags_of_swift
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,13 @@ def test_a_script_gives_arguments_that_there_are(script: str, tmp_path: Path) ->
         ports = {words[words.index("--port") + 1] for words in servers}
         first = trainer.index("--vllm_server_port")
         assert ports == set(trainer[first + 1 : first + 3])
+
+
+@pytest.mark.parametrize("script, case", [("grpo_fused_offload.sh", "fused_offloaded"), ("grpo_qlora.sh", "qlora")])
+def test_a_script_has_the_flags_that_the_gpu_tests_run(script: str, case: str, tmp_path: Path) -> None:
+    (words,) = started(script, tmp_path)
+    _, flags = CASES[case]
+    assert {name: words[words.index(f"--{name}") + 1] for name in flags} == {k: str(v) for k, v in flags.items()}
 
 
 def test_the_page_names_them_all() -> None:
