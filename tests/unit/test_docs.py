@@ -163,6 +163,12 @@ def test_python_blocks_compile_and_name_what_is_there(page: str) -> None:
                 assert all(hasattr(module, name.name) for name in node.names), code
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs')}" in navigation, "a page that nobody finds"
+
+
 # ---- what is quoted ------------------------------------------------------------------------------------------------
 
 
