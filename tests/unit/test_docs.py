@@ -39,7 +39,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 def commands(text: str) -> Iterator[list[str]]:
     """The command lines of blocks without a language, as words."""
     for kind, code in blocks(text):
-        for line in filter(None, code.splitlines() if not kind else ()):
+        for line in filter(None, code.replace("\\\n", " ").splitlines() if not kind else ()):
             yield shlex.split(line.replace("[", "").replace("]", ""), comments=True)
 
 
