@@ -37,9 +37,11 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The command lines of blocks without a language, as words."""
+    """The command lines of blocks without a language, as words. A log, which begins with "[", or a drawing is none."""
     for kind, code in blocks(text):
-        for line in filter(None, code.replace("\\\n", " ").splitlines() if not kind else ()):
+        if kind or code.startswith((" ", "[")):
+            continue
+        for line in filter(None, code.replace("\\\n", " ").splitlines()):
             yield shlex.split(line.replace("[", "").replace("]", ""), comments=True)
 
 
