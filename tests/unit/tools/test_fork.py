@@ -589,7 +589,7 @@ def test_what_is_printed_is_what_was_done(
     assert f"Forked {one} (step 10)\n    to {target}, SHA-256 {sha256_of(target / WEIGHTS)}\n" in printed
     promise = "Go on with your swift rlhf command and these arguments:"
     assert f"{promise}\n    --model {base} --adapters {target}\n" in printed
-    readme = Path(__file__).parents[3] / "README.md"
-    assert f"{promise} --model BASE --adapters TARGET" in " ".join(readme.read_text().split())
+    page = Path(__file__).parents[3] / "docs" / "forks.md"
+    assert f"{promise} --model BASE --adapters TARGET" in " ".join(page.read_text().split())
     assert cli.main(["fork", str(one), str(target)]) == 2
     assert f"swift-lora-fix: TARGET {target} is not empty" in capsys.readouterr().err
