@@ -154,16 +154,23 @@ class Example(Run):
 
     script: str = ""
 
-    def command(self) -> list[str]:
-        words = super().command()
-        plugins = [word for word in words[: words.index("--rlhf_type")] if word.endswith(".py")][1:]
+    def __post_init__(self) -> None:
+        plugins = [word for word in self._words()[0] if word.endswith(".py") and word != str(FIX)]
         self.environment.update(
             MODEL=str(self.model),
             DATASET=str(self.model.parent / "prompts.jsonl"),
-            EXTRA_PLUGINS=" ".join(word for word in plugins if word != str(FIX)),
+            EXTRA_PLUGINS=" ".join(plugins),
             PATH=os.pathsep.join([str(self.python.parent), os.environ["PATH"]]),
         )
-        return ["bash", str(REPOSITORY / "examples" / self.script), *words[words.index("--rlhf_type") :]]
+
+    def command(self) -> list[str]:
+        return ["bash", str(REPOSITORY / "examples" / self.script), *self._words()[1]]
+
+    def _words(self) -> tuple[list[str], list[str]]:
+        """A run's own command in two: plugins, and the arguments after them."""
+        words = super().command()[2:]
+        first = words.index("--rlhf_type")
+        return words[:first], words[first:]
 
 
 def swift_folder(python: Path) -> Path:
