@@ -31,4 +31,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except SwiftLoraFixError as error:
         print(f"swift-lora-fix: {error}", file=sys.stderr)
+        print(f"swift-lora-fix: what it means and what to do: {error.place}", file=sys.stderr)
         return 2

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 
 class SwiftLoraFixError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    place: where the docs say what it means and what to do. A traceback shows it below the message (as a note, from
+    Python 3.11 on); ``str()`` is the message alone, because messages are quoted in other messages.
+    """
+
+    place: ClassVar[str] = "docs/errors.md"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:  # one of another module has its parent's place
+            cls.place = f"{SwiftLoraFixError.place}#{cls.__name__.lower()}"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__notes__ = [f"What it means and what to do: {self.place}"]
 
 
 class SettingsError(SwiftLoraFixError, ValueError):

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from ..errors import AdapterFileError
 
@@ -76,6 +76,46 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
             return {name: TensorHeader(tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} cannot be read, it is corrupt or half-written: {error}") from error
+
+
+def has_nonzero(file: Path, wanted: Callable[[str], bool]) -> bool:
+    """Whether any wanted tensor of a safetensors file, chosen by name, has a byte that is not zero, in any dtype.
+
+    Raises AdapterFileError as `read_header` does.
+    """
+    read_header(file)  # checks the file
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(size))
+        for name, tensor in header.items():
+            if name != "__metadata__" and wanted(name):
+                first, last = tensor["data_offsets"]
+                stream.seek(8 + size + first)
+                if any(stream.read(last - first)):
+                    return True
+    return False
+
+
+def check_start(folder: Path) -> None:
+    """Check that a run can start from this folder, before anything is loaded from it. No tensor is read.
+
+    A folder that does not exist is left to ms-swift (it may be a hub's id), and so are its own tuners, which have a
+    folder each or ``swift_type`` in their configuration.
+
+    Raises AdapterFileError naming the folder or file: no adapter in it, no weights, or weights that cannot be read.
+    """
+    if not folder.is_dir():
+        return
+    config = folder / ADAPTER_CONFIG
+    if config.is_file():
+        if "swift_type" not in read_json(config) and (weights := weights_file(folder)).name == SAFETENSORS:
+            read_header(weights)
+    elif not any(folder.glob(f"*/{ADAPTER_CONFIG}")):
+        raise AdapterFileError(
+            f"The run is to start from {folder} (--resume_from_checkpoint, --adapters or --ref_adapters), but "
+            f"{folder} has no {ADAPTER_CONFIG}, so there is no adapter in it. It holds "
+            f"{sorted(path.name for path in folder.iterdir())[:12]}. Name the checkpoint-N of a LoRA run."
+        )
 
 
 def sha256_of(file: Path) -> str:

@@ -148,6 +148,31 @@ class Run:
         }
 
 
+@dataclass
+class Example(Run):
+    """A script of ``examples/`` in small: it starts the run, our arguments for a CPU come after its own."""
+
+    script: str = ""
+
+    def __post_init__(self) -> None:
+        plugins = [word for word in self._words()[0] if word.endswith(".py") and word != str(FIX)]
+        self.environment.update(
+            MODEL=str(self.model),
+            DATASET=str(self.model.parent / "prompts.jsonl"),
+            EXTRA_PLUGINS=" ".join(plugins),
+            PATH=os.pathsep.join([str(self.python.parent), os.environ["PATH"]]),
+        )
+
+    def command(self) -> list[str]:
+        return ["bash", str(REPOSITORY / "examples" / self.script), *self._words()[1]]
+
+    def _words(self) -> tuple[list[str], list[str]]:
+        """A run's own command in two: plugins, and the arguments after them."""
+        words = super().command()[2:]
+        first = words.index("--rlhf_type")
+        return words[:first], words[first:]
+
+
 def swift_folder(python: Path) -> Path:
     """Where ms-swift is installed for this Python."""
     code = "import importlib.util as u; print(u.find_spec('swift').submodule_search_locations[0])"

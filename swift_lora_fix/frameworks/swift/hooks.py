@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Callable
 
 from ... import session as sessions
 from ...install.registry import Patch, PatchSet
 from ...policy import origin
+from ...policy.files import check_start
 from ...server.trainer.remote import prepare_client
 from .port import SwiftBatch, SwiftRollout, SwiftTrainer, tag
 
@@ -86,6 +88,15 @@ def _adapter_and_folder(model_id: Any, adapter_name: str, *args: Any, **kwargs: 
     return adapter_name, model_id
 
 
+def _from_pretrained(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    check_start(_start_folder(*args, **kwargs))
+    return wrapped(*args, **kwargs)
+
+
+def _start_folder(model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Path:
+    return Path(model_id)
+
+
 ROLLOUT = PatchSet(
     "ms-swift rollout",
     (
@@ -125,6 +136,18 @@ PEFT = PatchSet(
             _load_adapter,
             why="nothing else tells at the first sync which file the trainer's adapter was read from",
             goes_when="ms-swift or PEFT keeps the folder an adapter was loaded from",
+        ),
+    ),
+)
+
+TUNERS = PatchSet(
+    "ms-swift tuners",
+    (
+        Patch(
+            "Swift.from_pretrained",
+            _from_pretrained,
+            why="stock's errors name no folder: a bare AssertionError, or safetensors' own for a corrupt file",
+            goes_when="ms-swift's own error names the folder and what it lacks",
         ),
     ),
 )

@@ -19,6 +19,8 @@ from ...install.instrumentor import Arming, Instrumentor
 PEFT_MODULE = "peft.peft_model"
 SWIFT_PEFT_MODULE = "swift.tuners.peft"  # its import replaces PeftModel.load_adapter: ours wraps that
 
+SWIFT_TUNERS_MODULE = "swift.tuners.base"
+
 
 class Peft(Instrumentor):
     """PEFT's loading of adapters, patched once ms-swift has replaced it by its own."""
@@ -91,6 +93,23 @@ class Trainer(Instrumentor):
         self.peft.uninstrument()
         self.arming.disarm(f"stepped aside: {error}")
         super().step_aside(module, error)
+
+
+class Tuners(Instrumentor):
+    """The folder that a run starts from, checked before ms-swift loads it. Everything else works without it."""
+
+    triggers = (SWIFT_TUNERS_MODULE,)
+    otherwise = "a folder without a usable adapter ends in ms-swift's own error"
+
+    def instrument(self, module: ModuleType) -> None:
+        from . import hooks
+
+        self.patch_sets = (hooks.TUNERS,)
+        hooks.TUNERS.apply(module)
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        return False
 
 
 class Scoring(Instrumentor):

@@ -21,10 +21,13 @@ VERDICTS = {
     "advice": ("yellow", "works, and there is something to do"),
     "broken": ("red", "cannot work as it is"),
 }
+MORE = "Everything that was found: swift-lora-fix doctor --verbose (tables) or --json (for machines)."
+TO_DO_AT_MOST = 2
 Row = tuple[str, str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="everything that was found, in tables")
     parser.add_argument("--json", action="store_true", help="for machines; keys: swift_lora_fix/tools/doctor/facts.py")
 
 
@@ -36,16 +39,45 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         json.dump(report.as_dict(), sys.stdout, indent=1)
         print()
-    else:
+    elif args.verbose:
         show(report, Console(highlight=False, soft_wrap=False))
+    else:
+        show_briefly(report, Console(highlight=False, soft_wrap=True))
     return report.exit_code
 
 
+def show_briefly(report: Report, console: Console) -> None:
+    """The verdict and what to do, in at most five lines: not wrapped, the terminal does that."""
+    _print_verdict(report, console)
+    for line in (_found(report), *(_to_do(report) or _how_to_use_it(report)), MORE):
+        console.print(line, markup=False)
+
+
+def _found(report: Report) -> str:
+    names = {"ms-swift": "ms-swift", "vLLM": "vllm", "torch": "torch", "PEFT": "peft"}
+    versions = [f"{shown} {_version(report, name, report.versions[name])}" for shown, name in names.items()]
+    return ", ".join(versions) + (f", on {report.engine.device}" if report.engine.device else "")
+
+
+def _to_do(report: Report) -> list[str]:
+    """The first `TO_DO_AT_MOST` things to do, problems first, and how many more there are."""
+    sentences = (*report.problems, *report.advice)
+    lines = [f"{number}. {' '.join(words.split())}" for number, words in enumerate(sentences[:TO_DO_AT_MOST], 1)]
+    left = len(sentences) - len(lines)
+    return [*lines[:-1], f"{lines[-1]} (And {left} more.)"] if left else lines
+
+
+def _how_to_use_it(report: Report) -> list[str]:
+    mended = [defect.title for defect in report.defects if defect.mended]
+    found = f"Stock has {len(report.defects)} known defects here; mended in the colocated engine: {'; '.join(mended)}."
+    return [found, 'Use it: swift rlhf ... --external_plugins "$(swift-lora-fix plugin)"']
+
+
 def show(report: Report, console: Console) -> None:
+    """Everything, in tables."""
     from rich.text import Text
 
-    colour, words = VERDICTS[report.verdict]
-    console.print(Text(f"swift-lora-fix doctor: {words}", style=f"bold {colour}"))
+    _print_verdict(report, console)
     console.print(_facts(report))
     if report.defects:
         console.print(_defects(report))
@@ -53,6 +85,13 @@ def show(report: Report, console: Console) -> None:
         if sentences:
             console.print(Text(title, style=f"bold {style}"))
             console.print(_numbered(sentences))
+
+
+def _print_verdict(report: Report, console: Console) -> None:
+    from rich.text import Text
+
+    colour, words = VERDICTS[report.verdict]
+    console.print(Text(f"swift-lora-fix doctor: {words}", style=f"bold {colour}"))
 
 
 def _facts(report: Report) -> RenderableType:

@@ -19,13 +19,17 @@ from ...policy.files import (
     TensorHeader,
     check_fork,
     checkpoint_step,
+    has_nonzero,
     read_header,
     read_json,
     sha256_of,
     weights_file,
 )
+from ...policy.kinds import is_b
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ART_STEP = re.compile(r"\d{4,}")  # ART keeps its steps as checkpoints/0000, checkpoints/0686
+_ART_STEPS = "checkpoints"
 _RUN = re.compile(r"v(\d+)-(\d{8}-\d{6})")  # ms-swift's --add_version
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*", "rank*-of-*-optimizer.pt")
 _ARCHIVES = (TORCH_FILE, "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -58,7 +62,8 @@ def find(folder: Path, step: int | None = None, with_trainer_state: bool = False
 
     Args:
         folder: an ms-swift output folder, with or without vN-timestamp subfolders, a ``checkpoint-N`` or any PEFT
-            adapter folder. step: of the wanted checkpoint; by default the latest complete one.
+            adapter folder; or ART's: a model's folder, its ``checkpoints`` or a step in it.
+        step: of the wanted checkpoint; by default the latest complete one.
         with_trainer_state: a checkpoint without optimizer state counts as incomplete.
 
     Raises:
@@ -96,6 +101,10 @@ def _latest(folder: Path, step: int | None, with_trainer_state: bool) -> Source:
         if runs and not candidates:
             skipped.append(f"passed over {place}: it has no {wanted}")
         for candidate in candidates:
+            if _is_art_step(candidate) and _is_empty(candidate):
+                words = "every lora_B in it is zero, the empty adapter that ART's register() makes"
+                skipped.append(f"passed over {candidate}: {words}")
+                continue
             try:
                 source = read(candidate, with_trainer_state)
             except AdapterFileError as error:
@@ -119,11 +128,25 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path, step: int | None) -> Iterator[Path]:
-    """The folder's checkpoints, latest first."""
+    """The folder's checkpoints, latest first: ms-swift's, or ART's steps."""
     found = [(int(match[1]), p) for p in folder.iterdir() if (match := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
+    steps = folder if folder.name == _ART_STEPS else folder / _ART_STEPS
+    found += [(int(p.name), p) for p in (steps.iterdir() if steps.is_dir() else ()) if _is_art_step(p) and p.is_dir()]
     for number, path in sorted(found, reverse=True):
         if step in (None, number):
             yield path
+
+
+def _is_art_step(folder: Path) -> bool:
+    return folder.parent.name == _ART_STEPS and bool(_ART_STEP.fullmatch(folder.name))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether every lora_B is zero. False for what is no readable safetensors file: `read` says what is wrong there."""
+    try:
+        return not has_nonzero(folder / SAFETENSORS, is_b)
+    except AdapterFileError:
+        return False
 
 
 def read(folder: Path, with_trainer_state: bool = False) -> Source:
@@ -140,6 +163,8 @@ def read(folder: Path, with_trainer_state: bool = False) -> Source:
     header = {} if weights.name == TORCH_FILE else read_header(weights)
     _check_archives(folder)
     step = checkpoint_step(folder)
+    if step is None and _is_art_step(folder):
+        step = int(folder.name)
     if step is None and (_CHECKPOINT.fullmatch(folder.name) or with_trainer_state):
         raise AdapterFileError(f"{folder} has no {TRAINER_STATE}, which is written last.")
     if with_trainer_state and not any(list(folder.glob(pattern)) for pattern in _OPTIMIZER):

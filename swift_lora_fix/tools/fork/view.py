@@ -16,7 +16,10 @@ HELP = "start a new run from another run's adapter"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="a run's --output_dir, a checkpoint-N, or any PEFT LoRA folder"
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="a run's --output_dir, a checkpoint-N, any PEFT LoRA folder, or a model's folder of ART",
     )
     parser.add_argument("target", metavar="TARGET", type=Path, help="the new folder: it must not exist, or be empty")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the latest complete one)")

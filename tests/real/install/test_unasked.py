@@ -177,7 +177,7 @@ def test_a_wheel_and_a_source_distribution_have_the_entry_point(tmp_path: Path) 
     """The environments of the suite have an editable installation; here is a wheel, built from an sdist."""
     source = tmp_path / "source"
     shutil.copytree(REPOSITORY / PACKAGE, source / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     sdist = build("sdist", source)
     shutil.unpack_archive(sdist, tmp_path)

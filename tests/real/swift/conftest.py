@@ -15,7 +15,7 @@ import pytest
 
 from swift_lora_fix.install import releases
 from tests.support import faults
-from tests.support.driver import PLUGINS, Run, Verification, make_model, this_python
+from tests.support.driver import PLUGINS, Example, Run, Verification, make_model, this_python
 
 FAMILY = releases.family_of(releases.installed_swift() or "0")
 assert FAMILY is not None, "the suite runs with a release of the table"
@@ -294,6 +294,20 @@ def _verify(runs: Runs, name: str) -> Verification:
     return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
 
 
+def _example(runs: Runs, name: str) -> Run:
+    """The example that most users need: a resume, two steps."""
+    return Example(
+        name,
+        this_python(),
+        runs.model,
+        runs.folder / name,
+        fixed=True,
+        arguments={"max_steps": CHECKPOINT_STEP + 2, "save_steps": 100},
+        environment={"CHECKPOINT": str(runs.checkpoint), "SLF_FREEZE": "1"},
+        script="grpo_resume.sh",
+    )
+
+
 # In the order in which they start: first what others need or what takes long.
 SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "train_fixed": ((), _train),
@@ -316,6 +330,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "resume_stock": (("train_fixed",), _resume(False)),
     "adapters_fixed": (("train_fixed",), _adapters(True, move_model_batches=2)),
     "adapters_stock": (("train_fixed",), _adapters(False)),
+    "example_resume": (("train_fixed",), _example),
     "fork_fixed": (("train_fixed",), _fork),
     "fork_emptied_fixed": (("train_fixed",), _emptied(True)),
     "fork_emptied_stock": (("train_fixed",), _emptied(False)),

@@ -33,3 +33,12 @@ def test_the_module_is_the_console_script() -> None:
 def test_the_module_starts_with_settings_that_are_wrong() -> None:
     done = module("doctor", "--json", SWIFT_LORA_FIX="maybe")
     assert done.returncode == 2 and "SWIFT_LORA_FIX='maybe'" in json.loads(done.stdout)["problems"][0], done.stderr
+
+
+def test_a_mistake_is_told_with_the_place_in_the_docs() -> None:
+    done = console("report", "/nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "swift-lora-fix: /nowhere does not exist.",
+        "swift-lora-fix: what it means and what to do: docs/errors.md#runlogerror",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,37 @@ def test_this_environment_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not any(variables.values())
 
 
+def five_lines(done: Any) -> list[str]:
+    lines: list[str] = done.stdout.splitlines()
+    assert len(lines) <= 5 and lines[0].startswith("swift-lora-fix doctor: "), done.stdout + done.stderr
+    assert lines[-1] == "Everything that was found: swift-lora-fix doctor --verbose (tables) or --json (for machines)."
+    assert "\u2026" not in done.stdout, "rich's mark for what it cut off"
+    return lines
+
+
+def test_the_verdict_and_what_to_do_in_five_lines() -> None:
+    done = swift_lora_fix("doctor", COLUMNS="60")
+    verdict, found, defects, start, _ = five_lines(done)
+    assert done.returncode == 0 and verdict.endswith("ready: the fix goes in, nothing to do")
+    assert f"ms-swift {SWIFT}, vLLM {releases.installed_vllm()} (from vllm" in found and "on CPU" in found
+    assert FAMILY and f"{len(FAMILY.defects)} known defects" in defects and FAMILY.defects[0].title in defects
+    assert start.endswith('swift rlhf ... --external_plugins "$(swift-lora-fix plugin)"')
+
+
+@once
+def test_five_lines_name_what_is_most_urgent_and_count_the_rest() -> None:
+    settings = {"SWIFT_LORA_FIX": "off", "SWIFT_LORA_FIX_WRITTER": "loader", "VLLM_PLUGINS": "lora"}
+    lines = five_lines(swift_lora_fix("doctor", **settings))
+    assert lines[0].endswith("works, and there is something to do")
+    assert lines[2].startswith("1. SWIFT_LORA_FIX=off keeps every patch out") and "unset it" in lines[2]
+    assert lines[3].startswith("2. SWIFT_LORA_FIX_WRITTER is no setting") and lines[3].endswith("(And 1 more.)")
+
+
 @once
 def test_what_works_and_is_not_as_it_should_be() -> None:
     done = swift_lora_fix(
         "doctor",
+        "--verbose",
         COLUMNS="80",
         SWIFT_LORA_FIX="off",
         SWIFT_LORA_FIX_WRITTER="loader",
@@ -117,8 +145,11 @@ def test_missing_packages(environment: Environment, missing: tuple[str, ...], to
     report = broken(environment.without(*missing).run("doctor", "--json"))
     assert report["problems"] == [f"{name} is not installed in this environment: pip install {name}" for name in told]
     assert [name for name, version in report["versions"].items() if version is None] == told
+    since = time.monotonic()
     done = environment.run("doctor")
-    assert done.returncode == 2 and "cannot work as it is" in done.stdout and "not installed" in done.stdout
+    assert time.monotonic() - since < 3, "nothing heavy is imported to say that something is missing"
+    assert done.returncode == 2 and "cannot work as it is" in five_lines(done)[0]
+    assert f"pip install {told[0]}" in done.stdout and "not installed" in done.stdout
 
 
 def test_too_old(environment: Environment) -> None:

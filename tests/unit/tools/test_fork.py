@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,42 @@ def test_one_step(run: Path, target: Path) -> None:
 
 def test_a_link_to_a_checkpoint_is_that_checkpoint(run: Path, target: Path) -> None:
     assert fork(run / "last-checkpoint", target).source.folder == run / "checkpoint-10"
+
+
+@pytest.fixture
+def art(tmp_path: Path, base: Path) -> Path:
+    """A model of ART's as its issue 651 describes it: register() made an empty 0000, a fork put 0686 beside it."""
+    steps = tmp_path / ".art" / "project" / "models" / "mine" / "checkpoints"
+    for name, empty in (("0000", True), ("0685", False), ("0686", False)):
+        (make_adapter(steps / name, base, zero_b=empty, seed=int(name)) / "args.json").unlink()
+    return steps.parent
+
+
+def test_the_latest_step_of_arts_folders_and_never_the_empty_one(art: Path, target: Path) -> None:
+    steps = art / "checkpoints"
+    for number, source in enumerate((art, steps, steps / "0686")):
+        made = fork(source, target.with_name(f"art{number}"))
+        assert (made.source.folder, made.source.step) == (steps / "0686", 686)
+        assert json.loads((made.target / "fork_provenance.json").read_text())["step"] == 686
+    made = fork(art, target.with_name("one"), step=685)
+    assert made.source.folder == steps / "0685" and made.source.sha256 == sha256_of(steps / "0685" / WEIGHTS)
+    truncate(steps / "0686" / WEIGHTS)
+    assert "0686, which is incomplete" in words(fork(art, target.with_name("interrupted")))
+
+
+def test_an_empty_step_of_arts_is_named_and_not_taken(art: Path, target: Path) -> None:
+    steps = art / "checkpoints"
+    why = "0000: every lora_B in it is zero, the empty adapter that ART's register\\(\\) makes"
+    assert_refused(errors.AdapterFileError, why, art, target, step=0)
+    assert_refused(errors.ForkError, "Every lora_B of .*0000", steps / "0000", target)
+    (steps / "0685").rename(steps.parent / "elsewhere")
+    (steps / "0686").rename(steps / "0001")
+    make_adapter(steps / "0002", art.parents[3] / "base", zero_b=True)
+    made = fork(art, target)
+    assert made.source.step == 1 and "passed over" in words(made) and "0002: every lora_B in it is zero" in words(made)
+    shutil.rmtree(steps / "0001")
+    shutil.rmtree(target)
+    assert_refused(errors.AdapterFileError, why, art, target)
 
 
 def test_any_peft_lora_folder(tmp_path: Path, base: Path, target: Path) -> None:
@@ -552,7 +589,7 @@ def test_what_is_printed_is_what_was_done(
     assert f"Forked {one} (step 10)\n    to {target}, SHA-256 {sha256_of(target / WEIGHTS)}\n" in printed
     promise = "Go on with your swift rlhf command and these arguments:"
     assert f"{promise}\n    --model {base} --adapters {target}\n" in printed
-    readme = Path(__file__).parents[3] / "README.md"
-    assert f"{promise} --model BASE --adapters TARGET" in " ".join(readme.read_text().split())
+    page = Path(__file__).parents[3] / "docs" / "forks.md"
+    assert f"{promise} --model BASE --adapters TARGET" in " ".join(page.read_text().split())
     assert cli.main(["fork", str(one), str(target)]) == 2
     assert f"swift-lora-fix: TARGET {target} is not empty" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""The tables of README and docs that are made from the code: ``scripts/tables`` writes them, a test compares them.
+
+A page has ``<!-- table: package.module.function() -->``, the table, ``<!-- end of table -->``. The function takes no
+argument and returns Markdown. Those that only the docs need are in this file; run as a module it rewrites the pages.
+
+A Chinese page has its own words. Where its table is not made here, a test compares the first column with the English.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+from swift_lora_fix import errors
+from swift_lora_fix.common.settings import Settings
+from swift_lora_fix.install import releases
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKED = re.compile(r"<!-- table: ([\w.]+)\(\) -->\n(.*?)\n<!-- end of table -->", re.DOTALL)
+_SETTING = re.compile(r"^(\w+): (.*?)(?=^\w+: |\Z)", re.DOTALL | re.MULTILINE)
+_VARIABLE = re.compile(r"``(SWIFT_LORA_FIX\w*)``")
+
+
+def pages() -> list[Path]:
+    return [*ROOT.glob("README*.md"), *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("examples/*.md")]
+
+
+def table(*rows: Iterable[str]) -> str:
+    """Markdown; the first row is the head."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+CHINESE = {
+    "ms-swift": "ms-swift",
+    "From scratch": "从头训练",
+    "Start from `--adapters`": "从 `--adapters` 开始",
+    "After `--resume_from_checkpoint`": "`--resume_from_checkpoint` 之后",
+    "The trainer's own weights": "训练模型自身的权重",
+    "With an option": "使用某个选项时",
+    "Right": "正确",
+    "The first batch comes from the base model, without the LoRA": "第一个批次来自没有 LoRA 的基座模型",
+    "Every batch after the first has the LoRA counted twice: malformed text": (
+        "从第二个批次起 LoRA 被重复计入：文本错乱"
+    ),
+    "Crashes in the first optimizer step": "在第一个优化器步崩溃",
+    "Base weights drift a little at every sync": "每次权重同步，基座权重都会漂移一点",
+    "The first sync casts the LoRA to bf16, and data-parallel ranks stop agreeing on its gradients; base weights drift "
+    "a little at every sync": (
+        "第一次同步把 LoRA 转成 bf16，数据并行各 rank 的梯度不再一致；每次权重同步，基座权重都会漂移一点"
+    ),
+    "`--sleep_level 2`: no base model after the first batch; `--move_model_batches`: every batch is garbage": (
+        "`--sleep_level 2`：第一个批次之后没有基座模型；`--move_model_batches`：每个批次都是乱码"
+    ),
+    "`--sleep_level 2`: every batch from the base model, except after a resume; `--move_model_batches`: every batch is "
+    "garbage": "`--sleep_level 2`：除断点续训外，每个批次都来自基座模型；`--move_model_batches`：每个批次都是乱码",
+    "`--move_model_batches`: every batch is garbage": "`--move_model_batches`：每个批次都是乱码",
+    "vLLM": "vLLM",
+    "Run on": "运行设备",
+    "With ms-swift": "搭配的 ms-swift",
+    "Adapters from memory": "内存中的 adapter",
+    "Not tried": "未测试",
+}
+
+
+def affected_in_chinese() -> str:
+    return _in_chinese(releases.markdown_table())
+
+
+def vllm_in_chinese() -> str:
+    return _in_chinese(releases.vllm_markdown_table())
+
+
+def _in_chinese(english: str) -> str:
+    """Cell by cell; a cell with a letter that CHINESE lacks is an error, so that nothing new stays untranslated."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in english.splitlines()]
+    translated = []
+    for number, row in enumerate(rows):
+        names = row[:1] if number else []  # a release; of vLLM's table only the last column has words
+        rest = [CHINESE.get(cell, cell) for cell in row[len(names) :]]
+        translated.append([*(name.replace(" to ", " 至 ") for name in names), *rest])
+    return "\n".join(f"| {' | '.join(row)} |" for row in translated)
+
+
+def settings() -> str:
+    """Every environment variable, from the docstring and the defaults of `Settings`."""
+    rows = []
+    for name, text in _SETTING.findall(inspect.getdoc(Settings) or ""):
+        words = " ".join(text.split())
+        match = _VARIABLE.search(words)
+        assert match, f"the docstring of Settings does not name the variable of {name}"
+        said = words.replace(match[0], "", 1).strip(" :,()").replace("``", "`")
+        rows.append((f"`{match[1]}`", _default(name), said[0].upper() + said[1:]))
+    return table(("Variable", "Default", "What it does"), *rows)
+
+
+def _default(name: str) -> str:
+    value = getattr(Settings, name)
+    if name == "root":
+        return "`/dev/shm/swift_lora_fix-UID`"
+    return {True: "`on`", "": "not set"}.get(value, f"`{value}`")
+
+
+def error_table() -> str:
+    """Every error, the built-in one that catches it too, and when it is raised."""
+    rows = []
+    for name in sorted(name for name in vars(errors) if name.endswith("Error") and name != "SwiftLoraFixError"):
+        error = getattr(errors, name)
+        builtin = next(base for base in error.__mro__ if base.__module__ == "builtins" and base is not Exception)
+        rows.append((f"[`{name}`](#{name.lower()})", f"`{builtin.__name__}`", _first_paragraph(error)))
+    return table(("Error", "Also a", "Raised when"), *rows)
+
+
+def cause_table() -> str:
+    """Every cause that a PolicyMismatchError can name."""
+    from swift_lora_fix.proof.causes import CAUSES
+
+    rows = [(f"`{key}`", _sentence(cause.title), cause.advice) for key, cause in CAUSES.items()]
+    return table(("In the message", "What is wrong", "What to do"), *rows)
+
+
+def defect_table() -> str:
+    """Every known defect of stock ms-swift: where, what a user sees, what happens instead, whether it is mended."""
+    rows = []
+    for defect in dict.fromkeys(chain.from_iterable(family.defects for family in releases.FAMILIES)):
+        having = [f for f in releases.FAMILIES if f.has(defect)]  # one after the other: the release tests say so
+        where = " to ".join(dict.fromkeys((having[0].first, having[-1].last)))
+        rows.append((f"`{defect.key}`", where, defect.symptom, _sentence(defect.remedy)))
+    return table(("Defect", "ms-swift", "What you see", "With swift_lora_fix"), *rows)
+
+
+def kind_table() -> str:
+    """Every kind of PEFT adapter that is known, and the modes that serve it."""
+    from swift_lora_fix.policy.kinds import KINDS
+
+    marks = {True: "yes", False: "no"}
+    rows = [(_sentence(k.name, end=""), marks["adapter" in k.modes], marks["fused" in k.modes]) for k in KINDS]
+    return table(("Kind", "Adapter mode", "Fused mode"), *rows)
+
+
+def patch_table() -> str:
+    """Every patch of ms-swift and PEFT in the trainer's process, why it is there, and when it may go."""
+    from swift_lora_fix.frameworks.swift import hooks
+    from swift_lora_fix.install.registry import PatchSet
+
+    sets = [value for value in vars(hooks).values() if isinstance(value, PatchSet)]
+    rows = [(f"`{p.target}`", _sentence(p.why), _sentence(p.goes_when)) for each in sets for p in each.patches]
+    return table(("Patched", "Why", "Goes when"), *rows)
+
+
+def _first_paragraph(thing: object) -> str:
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split()).replace("``", "`")
+
+
+def _sentence(words: str, end: str = ".") -> str:
+    is_name = not words.split()[0].isalpha() or words.startswith("aLoRA")  # ms-swift, modules_to_save
+    return (words if is_name else words[0].upper() + words[1:]).rstrip(".") + end
+
+
+def made(name: str) -> str:
+    """What the named function returns."""
+    module, _, function = name.rpartition(".")
+    return str(getattr(importlib.import_module(module), function)())
+
+
+def rewritten(text: str) -> str:
+    return MARKED.sub(lambda m: f"<!-- table: {m[1]}() -->\n{made(m[1])}\n<!-- end of table -->", text)
+
+
+if __name__ == "__main__":
+    for page in pages():
+        before = page.read_text()
+        if before != (after := rewritten(before)):
+            page.write_text(after)
+            print(f"rewritten: {page.relative_to(ROOT)}")
