@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from ...policy.adapter import Adapter
@@ -45,6 +47,13 @@ def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
     served = Names((*manager.modules, *parts))
     modules = dict.fromkeys(entry.key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for entry in adapter.entries)
     return [module for module in modules if module not in served and ".experts" not in module]
+
+
+def towers_without_layers(adapter: Adapter, engine: Callable[[], EngineHandle]) -> list[str]:
+    """Modules of the adapter in vision or audio towers, or their connectors, that have no LoRA layer in the engine."""
+    if not any(is_tower(entry.key) for entry in adapter.entries):
+        return []
+    return [module for module in _unserved(adapter, engine()) if is_tower(module)]
 
 
 def _tower_advice(modules: list[str], engine: EngineHandle) -> str:

@@ -37,3 +37,13 @@ def _patch(module):
 @wrapt.when_imported("vllm.platforms.cpu")
 def _let_it_sleep(module):
     module.CpuPlatform.is_sleep_mode_available = lambda self: True
+
+
+@wrapt.when_imported("torch")
+def _count_memory(module):
+    """What ms-swift asks of a device after its engine woke up (``aggressive_empty_cache``)."""
+    for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        if not hasattr(module.cpu, name):
+            setattr(module.cpu, name, lambda *args, **kwargs: 0)
+    if not hasattr(module.cpu, "empty_cache"):
+        module.cpu.empty_cache = lambda: None
