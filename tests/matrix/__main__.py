@@ -48,6 +48,7 @@ def main() -> None:
             continue
         print(f"{cell.name} ...", flush=True)
         record = run(cell, folder)
+        record_path(cell).parent.mkdir(exist_ok=True)
         record_path(cell).write_text(json.dumps(record, indent=1, default=str) + "\n")
         print(f"  {record['outcome']} in {record['seconds']} s {record['why']}", flush=True)
         failing += record["outcome"] == "failing"

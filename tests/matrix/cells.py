@@ -146,6 +146,23 @@ def _why_gpu(given: dict[str, str]) -> str:
     return ""
 
 
+EVERYWHERE = {"freeze_vit": "false", "freeze_aligner": "false"}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rank_12": ("qwen2", {"lora_rank": 12}),
+    "towers/adapter": ("qwen2_5_vl", EVERYWHERE),
+    "towers/fused": ("qwen2_5_vl", {**EVERYWHERE, "vllm_enable_lora": "false"}),
+    "lora_llm": ("qwen2_5_vl", {"tuner_type": "lora_llm", "vllm_enable_lora": "false", "target_modules": None}),
+    "experts/fused": (
+        "qwen3_moe",
+        {
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "lora_dropout": 0,
+            "vllm_enable_lora": "false",
+        },
+    ),
+}
+
+
 def _architecture_cell(architecture: str, mode: str, **arguments: Any) -> Cell:
     return Cell(
         f"architectures/{architecture}/{mode}",
@@ -159,6 +176,8 @@ def others() -> Iterator[Cell]:
     for architecture in ARCHITECTURES:
         for mode in ("fused", "adapter"):
             yield _architecture_cell(architecture, mode)
+    for name, (architecture, arguments) in ADAPTERS.items():
+        yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
 
 
 def all_cells() -> dict[str, Cell]:

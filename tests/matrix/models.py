@@ -63,6 +63,30 @@ def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def _never_say(model: Any, tokens: list[int]) -> None:
+    """Make these tokens as good as impossible: in a vocabulary of 512 a random model samples them every few texts, and
+    a text in which it says "image here" cannot be scored. One dimension of the embeddings is made constant for it."""
+    import torch
+
+    said, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        said[:, 0] = 10 * said.std()
+        for name, module in model.named_modules():
+            if name.endswith(("o_proj", "out_proj", "down_proj")) and "visual" not in name:
+                module.weight[0] = 0  # what writes to the residual stream leaves that dimension alone
+        head[tokens] = 0
+        head[tokens, 0] = -300
+
+
+def _qwen2_5_vl(folder: Path) -> None:
+    import transformers as hf
+
+    make_vision_model(folder, architecture="qwen2_5_vl")
+    model = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    _never_say(model, hf.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(VISION_TOKENS))
+    _save(model, folder)
+
+
 def _qwen3_sight(kind: str, text: dict[str, Any], **sight: Any) -> Callable[[Path], None]:
     """Qwen3-VL or Qwen3.5: the same processor around two language models. kind: of the classes' names."""
 
@@ -83,7 +107,9 @@ def _qwen3_sight(kind: str, text: dict[str, Any], **sight: Any) -> Callable[[Pat
             vision_end_token_id=end,
         )
         torch.manual_seed(0)
-        _save(getattr(hf, f"{kind}ForConditionalGeneration")(config), folder)
+        model = getattr(hf, f"{kind}ForConditionalGeneration")(config)
+        _never_say(model, [start, end, image, video])
+        _save(model, folder)
         images = hf.Qwen2VLImageProcessor(
             patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=64 * 64, max_pixels=2 * 64 * 64
         )
@@ -132,9 +158,7 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", _text("Phi3")),
     "glm4": Architecture("glm4", _text("Glm4", head_dim=32)),
     "smollm2": Architecture("llama", _smollm2),
-    "qwen2_5_vl": Architecture(
-        "qwen2_5_vl", lambda folder: void(make_vision_model(folder, architecture="qwen2_5_vl")), "qwen2_5_vl", True
-    ),
+    "qwen2_5_vl": Architecture("qwen2_5_vl", _qwen2_5_vl, "qwen2_5_vl", True),
     "qwen3_vl": Architecture(
         "qwen3_vl",
         _qwen3_sight("Qwen3VL", dict(head_dim=32, rope_parameters=MROPE), deepstack_visual_indexes=[0, 1]),
@@ -143,10 +167,6 @@ ARCHITECTURES = {
     ),
     "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", True),
 }
-
-
-def void(_: object) -> None:
-    return None
 
 
 def make_rows(folder: Path, media: bool) -> Path:

