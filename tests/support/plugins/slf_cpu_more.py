@@ -68,3 +68,15 @@ def _seed_in_parts(module):
     if not torch.cuda.is_available():
         Torch.Generator = Generator
         module.torch = Torch(torch)
+
+
+@wrapt.when_imported("vllm.distributed.device_communicators.cpu_communicator")
+def _name_shared_memory(module):
+    """Ranks of one engine share memory under a name that their port is part of, and ms-swift's engine has none: the
+    memory that a killed run left would be in the next one's way."""
+    import os
+
+    @wrapt.patch_function_wrapper(module._CPUSHMDistributed, "__init__")
+    def init(wrapped, instance, args, kwargs):
+        os.environ["VLLM_DIST_IDENT"] = os.environ["MASTER_PORT"]
+        return wrapped(*args, **kwargs)
