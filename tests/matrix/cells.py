@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
 }
 SAME = ("loss_scale", "truncation_strategy")  # as published
 
+TRITON = "where LoRA is on, vLLM computes experts by Triton alone (fused_moe/oracle/unquantized.py)"
 NO_NCCL = "NCCL between trainer and server; tests/real/server runs the servers' LoRA flags over the other transports"
 
 
@@ -168,6 +169,7 @@ def _architecture_cell(architecture: str, mode: str, **arguments: Any) -> Cell:
         f"architectures/{architecture}/{mode}",
         architecture,
         {"vllm_enable_lora": "true" if mode == "adapter" else "false", **arguments},
+        needs_gpu=TRITON if architecture == "qwen3_moe" and mode == "adapter" else "",
     )
 
 
