@@ -178,6 +178,9 @@ def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
         measured = record[kind]
         if measured and step and not measured["mean"] < MOST * measured["base"]:
             yield f"step {step}: {kind} off by {measured['mean']:.3g}, without the adapter by {measured['base']:.3g}"
+    towers = (record["media"] or {}).get("without_towers")
+    if towers is not None and step and not record["media"]["mean"] < MOST * towers:
+        yield f"step {step}: media off by {record['media']['mean']:.3g}, without the towers' LoRA by {towers:.3g}"
     for what in ("base_changed", "lora_changed", "merges"):
         if record[what]:
             yield f"step {step}: {what} {record[what]}"

@@ -33,4 +33,6 @@ def test_stacked_experts_are_folded(runs: Runs) -> None:
 def test_a_lora_in_the_vision_tower_is_served_by_vllms_own_layers(runs: Runs) -> None:
     record = runs.get("cell_towers").record  # type: ignore[attr-defined]
     assert record["outcome"] == "passed", record
-    assert record["mode"] == "adapter" and all(sync["media"] for sync in record["syncs"]), "with images in the prompts"
+    assert record["mode"] == "adapter"
+    for sync in record["syncs"][1:]:
+        assert sync["media"]["mean"] < sync["media"]["without_towers"] / 4, "a tower without its LoRA would be seen"

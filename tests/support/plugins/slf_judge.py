@@ -1,12 +1,14 @@
 """Judges, before each rollout of a real run, how far the engine is from the trainer; past the plugin's own gate.
 
 One JSON line a rollout goes to ``$SLF_JUDGE_FILE`` (``.rankN`` appended for ranks above 0): ``step``; for ``text``, and
-for ``media`` where the rollout has an image, mean |logprob engine - trainer| in nats of the trainer as it is (``mean``)
-and without its adapter (``base``); ``base_changed`` and ``lora_changed``: entries of the trainer's frozen weights and
-of what it trains that the syncs changed; ``merges``: PEFT merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in
-place of the rollout of step N. Load it after the plugin.
+for ``media`` where the rollout has an image, mean |logprob engine - trainer| in nats of the trainer as it is (``mean``),
+without its adapter (``base``) and, where its LoRA reaches a vision tower, without that part of it
+(``without_towers``); ``base_changed`` and ``lora_changed``: entries of the trainer's frozen weights and of what it
+trains that the syncs changed; ``merges``: PEFT merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the
+rollout of step N. Load it after the plugin.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -48,7 +50,30 @@ def _measure(port, rollout, with_media):
     with probe.same_random_state(port.device), torch.no_grad(), probe.evaluating(port.model):
         answers = rollout.ask(PROMPTS, NEW_TOKENS, with_media=with_media)
         mean = _mean(answers, probe.score(port, answers))
-        return {"mean": mean, "base": _mean(answers, probe.score(port, answers, port.model.disable_adapter()))}
+        found = {"mean": mean, "base": _mean(answers, probe.score(port, answers, port.model.disable_adapter()))}
+        towers = _towers(port.model)
+        if with_media and towers:
+            found["without_towers"] = _mean(answers, probe.score(port, answers, _off(towers)))
+        return found
+
+
+def _towers(model):
+    from peft.tuners.lora import LoraLayer
+
+    named = model.named_modules()
+    return [module for name, module in named if isinstance(module, LoraLayer) and "visual" in name]
+
+
+@contextlib.contextmanager
+def _off(layers):
+    before = [layer.scaling["default"] for layer in layers]
+    for layer in layers:
+        layer.scaling["default"] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before):
+            layer.scaling["default"] = scaling
 
 
 def _infer(wrapped, trainer, args, kwargs):
