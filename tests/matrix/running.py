@@ -60,7 +60,7 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     place = folder / file_name(cell)
     trained = _part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}).start()
     runs, checkpoint = [trained], trained.output / f"checkpoint-{KILLED_AT}"
-    if (checkpoint / "adapter_model.safetensors").is_file():
+    if (checkpoint / "trainer_state.json").is_file():  # under FSDP2 the rest is in shards
         more = {"resume_from_checkpoint": checkpoint}
         if cell.arguments.get("save_only_model") == "true":
             more["resume_only_model"] = "true"

@@ -26,8 +26,11 @@ def _local(parameter):
 
 
 def _held(trainer, trained):
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: _local(p) for name, p in model.named_parameters() if p.requires_grad == trained}
+    named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    if any(hasattr(parameter, "to_local") for parameter in named.values()):
+        trainer._slf_shards = named  # FSDP2: after a forward its layers show whole parameters, and not these
+    named = vars(trainer).get("_slf_shards", named)
+    return {name: _local(p) for name, p in named.items() if p.requires_grad == trained}
 
 
 def _changed(before, now):
