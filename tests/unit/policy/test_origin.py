@@ -105,24 +105,6 @@ def test_a_folder_that_is_missing_or_corrupt_is_named(checkpoint: Path, tmp_path
         decide(peft_model(seed=1), checkpoint, step=7)
 
 
-def test_the_shards_of_an_fsdp_checkpoint_are_compared_too(checkpoint: Path) -> None:
-    """--fsdp fsdp2 saves no adapter file, and a resume from such a checkpoint was refused for that."""
-    import torch.distributed.checkpoint as shards
-    from safetensors.torch import load_file
-
-    file = checkpoint / "adapter_model.safetensors"
-    saved = {f"model.{name}": value for name, value in load_file(file).items()}
-    shards.save(saved, checkpoint_id=checkpoint / origin.FSDP_SHARDS, no_dist=True)
-    file.unlink()
-    found = decide(peft_model(seed=1), checkpoint, step=7)
-    assert found.kind == "resume" and found.compared and "the trainer's tensors equal the file's" in str(found)
-    with pytest.raises(errors.ResumeMismatchError, match="4 of 4 tensors disagree"):
-        decide(peft_model(seed=2), checkpoint, step=7)
-    (checkpoint / origin.FSDP_SHARDS / ".metadata").unlink()
-    with pytest.raises(errors.AdapterFileError, match="shards in .* cannot be read"):
-        decide(peft_model(seed=1), checkpoint, step=7)
-
-
 def test_a_resume_that_loaded_nothing_at_all_is_an_error(checkpoint: Path) -> None:
     """Neither weights nor step: the trainer stands at step 0, the checkpoint at 7."""
     with pytest.raises(errors.ResumeMismatchError, match="every lora_B zero"):
