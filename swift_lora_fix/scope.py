@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .common.settings import Settings
+from .engine.vllm.fitting import towers_without_layers
+from .engine.vllm.handle import EngineHandle
 from .errors import SettingsError, UnsupportedAdapterError
 from .policy import adapter as adapters
 from .policy import merging
 from .policy.adapter import DEFAULT_ADAPTER
 from .server.trainer import remote
 from .trainer import TrainerPort
+
+# What ms-swift trains with these has a LoRA. lora_llm (swift/tuner_plugin/lora_llm.py): on the language model; towers
+# and aligner are trained whole. ms-swift gives its engine no LoRA layers.
+TUNERS = ("lora", "lora_llm")
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ def decide(trainer: TrainerPort) -> Scope:
     """
     if not trainer.uses_vllm:
         return _aside("rollouts do not use vLLM")
-    if trainer.tuner != "lora":
-        return _aside(f"the tuner is {trainer.tuner!r}, not 'lora'")
+    if trainer.tuner not in TUNERS:
+        return _aside(f"the tuner is {trainer.tuner!r}, not {' or '.join(map(repr, TUNERS))}")
     settings = Settings.from_environment()
     asked = settings.mode
     if trainer.engine_place == "server":
@@ -41,6 +47,14 @@ def decide(trainer: TrainerPort) -> Scope:
     if asked == "adapter" and not trainer.engine_has_lora:
         raise SettingsError(
             "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
+        )
+    towers = _towers_without_layers(trainer) if trainer.engine_has_lora and not asked else []
+    if towers and why_not_fused(trainer) is None:
+        return Scope(
+            True,
+            f"armed, fused mode: this vLLM makes no LoRA layers in the towers of this model ({towers[0]} and "
+            f"{len(towers) - 1} more), so the adapter is folded into the engine's weights, the trainer is only read.",
+            "fused",
         )
     if trainer.engine_has_lora and asked != "fused":
         is_open = asked == "auto"
@@ -82,6 +96,14 @@ def _can_be_apart(trainer: TrainerPort) -> bool:
     except UnsupportedAdapterError:
         return False
     return True
+
+
+def _towers_without_layers(trainer: TrainerPort) -> list[str]:
+    try:
+        adapter = adapters.bind(trainer.model)
+    except UnsupportedAdapterError:
+        return []  # it is refused when it is bound to be served
+    return towers_without_layers(adapter, lambda: EngineHandle(trainer.vllm_engine))
 
 
 def why_not_fused(trainer: TrainerPort) -> str | None:

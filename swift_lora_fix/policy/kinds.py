@@ -40,6 +40,7 @@ NEITHER: tuple[Mode, ...] = ()
 _LAYERS = "peft.tuners.lora.layer"
 _VARIANTS = "peft.tuners.lora.variants"
 _LINEAR = f"{_LAYERS}.Linear"
+_PARAMETER = f"{_LAYERS}.ParamWrapper"
 
 
 def _any(value: Any) -> bool:
@@ -140,11 +141,12 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "target_parameters",
-        ADAPTER,
+        BOTH,
         "ParamWrapper keeps the factors of all experts in one A (r * experts, in) and one B (out, r * experts), which "
-        "vLLM takes apart in the same order where it has fused experts (LoRAModelManager), and else refuses",
+        "vLLM takes apart in the same order where it has fused experts (LoRAModelManager), and else refuses; its merge "
+        "adds each expert's product to that expert's weight",
         options=("target_parameters",),
-        layers=(f"{_LAYERS}.ParamWrapper",),
+        layers=(_PARAMETER,),
     ),
     Kind(
         "DoRA",
@@ -348,6 +350,11 @@ def is_plain_linear(layer: Any, adapter_name: str) -> bool:
         and not layer.fan_in_fan_out
         and all(kind is not None and kind.is_plain for _, kind in _kinds_of_layer(layer, adapter_name))
     )
+
+
+def wraps_parameter(layer: Any) -> bool:
+    """Whether this is PEFT's wrapper of a parameter, which ``target_parameters`` makes."""
+    return _name_of_class(layer) == _PARAMETER
 
 
 def tensors_of(layer: Any, adapter_name: str) -> Iterator[tuple[str, str]]:

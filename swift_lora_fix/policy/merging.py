@@ -123,16 +123,26 @@ def bind(model: torch.nn.Module, adapter_name: str) -> tuple[MergedModule, ...]:
         raise UnsupportedAdapterError(f"adapter {adapter_name!r} has {problem}")
     found: list[MergedModule] = []
     known: set[int] = set()
+    inner: set[int] = set()  # wrappers of parameters that are a part of one that was found
     modules = [(clean_name(path), module) for path, module in model.named_modules()]
     for path, module in modules:
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling:
+        if id(module) in inner:
+            continue
+        if kinds.wraps_parameter(module):
+            wrappers = _nested(module)
+            inner |= {id(wrapper) for wrapper in wrappers}
+            if any(adapter_name in wrapper.scaling for wrapper in wrappers):
+                found.append(_wrapped_parameters(path, module, wrappers, adapter_name))
+            else:
+                continue
+        elif isinstance(module, LoraLayer) and adapter_name in module.scaling:
             found.append(_layer(path, module, adapter_name))
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             found.append(_saved(path, module, adapter_name))
         else:
             continue
         one = found[-1]
-        known |= {id(p) for name, p in one.parameters.items() if not name.startswith("base_layer.")}
+        known |= {id(p) for name, p in one.parameters.items() if "lora_" in name or not name.startswith("base_layer.")}
         known |= {id(one.parameters[name]) for name in one.sent.values()}
     for path, module in modules:
         for name, parameter in module._parameters.items():
@@ -164,7 +174,8 @@ def tied(model: torch.nn.Module, modules: Iterable[MergedModule]) -> tuple[str, 
 def merged_twin(module: MergedModule, whole: Values) -> Any:
     """A float32 twin of PEFT's layer that shares no memory with it, merged by PEFT's own ``merge``."""
     twin = twin_of(module.module, {name: value.to(torch.float32, copy=True) for name, value in whole.items()})
-    twin.merge(safe_merge=False, adapter_names=[module.adapter])
+    for layer in _nested(twin) if kinds.wraps_parameter(twin) else (twin,):
+        layer.merge(safe_merge=False, adapter_names=[module.adapter])
     return twin
 
 
@@ -203,6 +214,27 @@ def _layer(path: str, layer: Any, adapter_name: str) -> MergedModule:
         raise UnsupportedAdapterError(f"{path} is a {what}, which has no weight of its own to fold an adapter into")
     plain = kinds.is_plain_linear(layer, adapter_name)
     return MergedModule(path, adapter_name, layer, parameters, sent, sent, "base_layer", "base_layer", plain)
+
+
+def _nested(wrapper: Any) -> list[Any]:
+    """PEFT's wrapper of a parameter, and those that it wraps: one for each ``target_parameters`` of the same module."""
+    found = [wrapper]
+    while kinds.wraps_parameter(found[-1].base_layer):
+        found.append(found[-1].base_layer)
+    return found
+
+
+def _wrapped_parameters(path: str, outer: Any, wrappers: list[Any], adapter_name: str) -> MergedModule:
+    """All wrapped parameters of one module, usually the stacked weights of its experts: (experts, out, in)."""
+    base = ".".join(["base_layer"] * len(wrappers))
+    parameters = {
+        name: parameter
+        for name, parameter in outer.named_parameters()
+        if ("lora_" in name and adapter_name in name.split(".")) or name.startswith(f"{base}.") and "lora_" not in name
+    }
+    adapted = [wrapper.parameter_name for wrapper in wrappers if adapter_name in wrapper.scaling]
+    sent = {f"{path}.{base}.{name}": f"{base}.{name}" for name in adapted}
+    return MergedModule(path, adapter_name, outer, parameters, sent, sent, base, base)
 
 
 def _saved(path: str, wrapper: Any, adapter_name: str) -> MergedModule:

@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .files import check_fork, checkpoint_step, sha256_of, weights_file
 from .kinds import is_b
 
+TOWERS = "vit.safetensors"  # lora_llm keeps what it trains whole here, beside the adapter (tuner_plugin/lora_llm.py)
 _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
@@ -95,7 +96,10 @@ def determine(
     expected_step = (saved_step or 0) if claimed else 0
     compared = step <= expected_step  # at later steps the trainer rightly holds other values
     if compared:
-        _compare(folder, read_weights(file), held, norm, b_is_zero)
+        saved = read_weights(file)
+        if (folder / TOWERS).is_file():
+            saved = {**saved, **read_weights(folder / TOWERS)}
+        _compare(folder, saved, held, norm, b_is_zero)
     kind = "resume" if claimed else "adapters"
     return AdapterOrigin(kind, str(folder), saved_step, digest, compared=compared, fork=fork, **facts)
 

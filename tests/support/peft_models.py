@@ -10,13 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Tiny(torch.nn.Module):
-    def __init__(self, biased: bool = False, tie: bool = False) -> None:
+    def __init__(self, biased: bool = False, tie: bool = False, visual: bool = False) -> None:
         super().__init__()
         self.config = {"model_type": "tiny"}
         self.embed = torch.nn.Embedding(10, 8)
         self.first = torch.nn.Linear(8, 12, bias=biased)
         self.second = torch.nn.Linear(12, 4, bias=biased)
         self.turned = Conv1D(6, 8)  # its weight is (in, out)
+        if visual:
+            self.visual = torch.nn.Linear(8, 8)
         if tie:
             self.tied = torch.nn.Linear(8, 10, bias=False)
             self.tied.weight = self.embed.weight
@@ -26,12 +28,12 @@ class Tiny(torch.nn.Module):
 
 
 def peft_model(
-    seed: int = 0, zero_b: bool = False, biased: bool = False, tie: bool = False, **config: Any
+    seed: int = 0, zero_b: bool = False, biased: bool = False, tie: bool = False, visual: bool = False, **config: Any
 ) -> torch.nn.Module:
     """A PEFT model; B is random unless ``zero_b``."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["first", "second"], **config}
-    model = get_peft_model(Tiny(biased, tie), LoraConfig(**settings))
+    model = get_peft_model(Tiny(biased, tie, visual), LoraConfig(**settings))
     if not zero_b:
         with torch.no_grad():
             for name, parameter in model.named_parameters():

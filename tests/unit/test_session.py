@@ -66,6 +66,7 @@ class FakeEngine:
         self.model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
         self.vllm_config = SimpleNamespace(
             lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16),
+            model_config=SimpleNamespace(quantization=None),
             cache_config=SimpleNamespace(block_size=16),
             load_config=SimpleNamespace(load_format="auto"),
         )
@@ -283,7 +284,25 @@ def test_the_old_name_of_the_tuner_argument() -> None:
     arguments = {"use_vllm": True, "train_type": "lora"}
     holder = type("Trainer", (), {})()
     holder.args, holder.vllm_mode, holder.rollout_enable_lora = SimpleNamespace(**arguments), "colocate", True
+    holder.model, holder.accelerator = peft_model(), SimpleNamespace(unwrap_model=lambda model: model)
     assert scope.decide(SwiftTrainer(holder)).ours
+
+
+def test_towers_that_vllm_makes_no_lora_layers_in_are_served_by_folding(engine: FakeEngine) -> None:
+    """Where even ``enable_tower_connector_lora`` gives none."""
+    model = peft_model(target_modules=["first", "visual"], visual=True)
+    decided = scope.decide(port_of(model, llm=engine))
+    assert decided.ours and decided.mode == "fused" and "base_model.model.visual" not in decided.reason
+    assert "no LoRA layers in the towers" in decided.reason and "visual" in decided.reason
+    assert scope.decide(port_of(peft_model(), llm=engine)).mode == "adapter"
+
+
+def test_a_lora_beside_towers_that_are_trained_whole_is_folded(engine: FakeEngine) -> None:
+    """lora_llm: ms-swift's engine has no LoRA layers for it."""
+    model = peft_model(target_modules=["first"])
+    model.base_model.model.second.requires_grad_(True)
+    decided = scope.decide(port_of(model, llm=engine, algorithm="lora_llm", has_lora=False))
+    assert decided.ours and decided.mode == "fused"
 
 
 def test_a_session_does_not_keep_its_trainer_alive(engine: FakeEngine) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ...common.clock import Clock
+from ...errors import CacheResetError
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...policy.merging import MergedModule, twin_of
@@ -189,8 +190,14 @@ class FusedServing:
             with self._writer.plain_base():
                 self.reset_caches()
                 yield
-        finally:
-            self.reset_caches()
+        except Exception as error:
+            try:
+                self.reset_caches()
+            except CacheResetError as second:  # an engine that failed keeps its requests, so this fails too
+                before = f"The engine had failed before: {type(error).__name__}: {error}"
+                raise CacheResetError(f"{second} {before}") from error
+            raise
+        self.reset_caches()
 
     def trainer_without_adapter(self) -> contextlib.AbstractContextManager[None]:
         if not self.rounds:

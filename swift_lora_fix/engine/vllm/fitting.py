@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...errors import UnsupportedAdapterError
+from ...install import releases
 from ...policy.adapter import Adapter
 from .handle import EngineHandle
 from .weights.names import Names
@@ -30,8 +33,8 @@ def _check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
         entry = max(adapter.entries, key=lambda e: e.rank)
         raise UnsupportedAdapterError(
             f"Adapter {adapter.name!r} has rank {entry.rank} ({entry.key}), the engine was started with "
-            f"max_lora_rank={limit}. ms-swift takes that from --lora_rank: set --lora_rank {entry.rank}, "
-            "also where the adapter is loaded with --adapters."
+            f"max_lora_rank={limit}. The engine was made before swift_lora_fix could give it room: set --lora_rank "
+            f"{releases.engine_rank(entry.rank) or entry.rank}, or use --vllm_enable_lora false (fused mode)."
         )
 
 
@@ -46,14 +49,23 @@ def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
     return [module for module in modules if module not in served and ".experts" not in module]
 
 
+def towers_without_layers(adapter: Adapter, engine: Callable[[], EngineHandle]) -> list[str]:
+    """Modules of the adapter in vision or audio towers, or their connectors, that have no LoRA layer in the engine."""
+    if not any(is_tower(entry.key) for entry in adapter.entries):
+        return []
+    return [module for module in _unserved(adapter, engine()) if is_tower(module)]
+
+
 def _tower_advice(modules: list[str], engine: EngineHandle) -> str:
     """Suggest the option if vLLM has it, it is off, and all these modules lie outside the language model."""
     config = engine.lora_config
     known = hasattr(config, TOWER_OPTION)  # older releases of vLLM lack it
-    if not known or getattr(config, TOWER_OPTION) or not all(_is_tower(module) for module in modules):
+    if not known or getattr(config, TOWER_OPTION) or not all(is_tower(module) for module in modules):
         return ""
     return f"or --vllm_engine_kwargs '{{\"{TOWER_OPTION}\": true}}' where vLLM serves this model's tower, "
 
 
-def _is_tower(module: str) -> bool:
+def is_tower(module: str) -> bool:
+    """Whether a module, by its name, is part of a vision or audio tower or of what connects one to the language
+    model."""
     return any(word in module for word in ("visual", "vision", "audio", "tower", "aligner", "merger", "projector"))

@@ -18,7 +18,8 @@ Kwargs = dict[str, Any]
 
 def _prepare_rollout(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     prepare_client(SwiftTrainer(trainer).server_client_to_be)
-    result = wrapped(*args, **kwargs)
+    with SwiftTrainer(trainer).making_room():
+        result = wrapped(*args, **kwargs)
     sessions.begin(trainer, SwiftTrainer(trainer))
     return result
 
@@ -103,7 +104,8 @@ ROLLOUT = PatchSet(
         Patch(
             "RolloutTrainerMixin.prepare_rollout",
             _prepare_rollout,
-            why="the scope is decided, and an adapter that the engine cannot serve refused, before training starts",
+            why="vLLM refuses ranks not in its list, and leaves towers out; the scope is decided, and what the engine "
+            "cannot serve refused, before training starts",
             goes_when="with the last of the others",
         ),
         Patch(

@@ -169,6 +169,25 @@ class Megatron(Instrumentor):
         warning(f"stepping aside: {module.__name__} is a Megatron trainer, whose LoRA sync is its own.")
 
 
+class Rewrite(Instrumentor):
+    """The trainers of ms-swift's coming version 5, which cannot be patched: a run with them is told so."""
+
+    triggers = (releases.SWIFT_REWRITE,)
+    otherwise = "a run with these trainers is not protected"
+
+    def instrument(self, module: ModuleType) -> None:
+        raise UnsupportedTrainerError(
+            f"{module.__name__} is loaded: the trainers of ms-swift's coming version 5 have no "
+            f"{releases.ROLLOUT_CLASS}, and swift_lora_fix does not know them. What it patched are the old ones. Look "
+            "for a newer swift-lora-fix."
+        )
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        """The old trainers may be the ones that run, so this is only a warning."""
+        return False
+
+
 def _import_rollout_module() -> ModuleType:
     version = _check_release()
     for package, what in (("vllm", "vLLM"), ("peft", "PEFT")):

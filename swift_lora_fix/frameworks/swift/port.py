@@ -18,8 +18,12 @@ from typing import Any
 
 import torch
 
+from ...common.log import info
+from ...engine.vllm.fitting import TOWER_OPTION
+from ...engine.vllm.room import needed
 from ...errors import UnsupportedTrainerError
 from ...install import releases
+from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
 from ...server.wire import PROBE
 from ...trainer import Answer, Load, Scored, Weights
@@ -220,6 +224,26 @@ class SwiftTrainer:
             yield
             return
         with holding(self.trainer.engine, "max_model_len", "set_grpo_max_model_len"):
+            yield
+
+    @contextlib.contextmanager
+    def making_room(self) -> Iterator[None]:
+        """While ms-swift makes its colocated engine: give vLLM the arguments with which its LoRA layers hold the
+        adapter. Its ``_prepare_vllm_engine`` reads these arguments and nothing else does so then; they are restored."""
+        args = self.trainer.args
+        if not (self.tuner == "lora" and args.vllm_mode == "colocate" and args.vllm_enable_lora):
+            yield
+            return
+        asked = int(args.lora_rank)
+        room = needed(self.model, DEFAULT_ADAPTER, asked)
+        values: dict[str, Any] = {"lora_rank": room.rank}
+        if room.rank != asked:
+            info(f"the engine gets room for LoRA rank {room.rank}, the next one that vLLM takes (--lora_rank {asked}).")
+        given = args.vllm_engine_kwargs or {}
+        if room.towers and TOWER_OPTION not in given:
+            values["vllm_engine_kwargs"] = {**given, TOWER_OPTION: True}
+            info(f"the LoRA reaches beyond the language model: the engine is started with {TOWER_OPTION}.")
+        with holding(args, **values):
             yield
 
     # ---- what it is told to do ---------------------------------------------------------------------------------------

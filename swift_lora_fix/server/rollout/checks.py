@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import NonFiniteAdapterError, StagingError
+from ...install import releases
 from ...memory.segment import DTYPES, is_finite
 from ...policy.files import TensorHeader
 from ..wire import CONFIG, ORDER, WEIGHTS
@@ -46,7 +47,7 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
         if rank > max_rank:
             raise StagingError(
                 f"{module!r} has rank {rank}, this server has room for {max_rank}: start it with "
-                f"--vllm_max_lora_rank {rank}."
+                f"--vllm_max_lora_rank {releases.engine_rank(rank) or rank}."
             )
         if rank not in ranks and not (smaller_are_fine and rank < config["r"]):
             raise StagingError(f"{module!r} has rank {rank}, {CONFIG} says {sorted(map(str, ranks))}.")

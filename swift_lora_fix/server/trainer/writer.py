@@ -20,6 +20,7 @@ from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging, host_digest
 from ...engine.vllm.weights import base
 from ...errors import BaseMismatchError, EngineStateError, RolloutServerError, UnsupportedAdapterError
+from ...install import releases
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...trainer import TrainerPort
@@ -56,7 +57,8 @@ class RemoteWriter:
             if adapter.max_rank > engine.max_lora_rank:
                 raise UnsupportedAdapterError(
                     f"Adapter {adapter.name!r} has rank {adapter.max_rank}, a rollout server has room for "
-                    f"{engine.max_lora_rank}: start it with --vllm_max_lora_rank {adapter.max_rank}."
+                    f"{engine.max_lora_rank}: start it with --vllm_max_lora_rank "
+                    f"{releases.engine_rank(adapter.max_rank) or adapter.max_rank}."
                 )
         engine.on_restart(self._send_to)
 

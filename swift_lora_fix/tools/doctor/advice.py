@@ -37,6 +37,16 @@ def about_release(swift: str | None) -> Iterator[str]:
         )
 
 
+def about_pair(swift: str | None, vllm: str | None) -> Iterator[str]:
+    yield from (f"{words}." for words in releases.pair_problems(swift, vllm))
+    if swift is not None and releases.has_rewrite():
+        yield (
+            f"This ms-swift has the trainers of its coming version 5 ({releases.SWIFT_REWRITE}). They have no "
+            f"{releases.ROLLOUT_CLASS}, so a run that uses them is not protected, although the patches go in. Look in "
+            'its log for "armed:".'
+        )
+
+
 def about_engine(engine: Engine, vllm: str | None, distribution: str | None) -> Iterator[str]:
     if vllm is None or engine.device is None:
         return

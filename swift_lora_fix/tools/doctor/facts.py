@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 from ...install import releases
 from ..plugin import PLUGIN_FILE
-from .advice import ENTRY_POINT, about_engine, about_plugin, about_release, about_settings
+from .advice import ENTRY_POINT, about_engine, about_pair, about_plugin, about_release, about_settings
 from .loading import Patches, Probe, probe_in_a_child
 from .variables import Variable, problem_of_all, variables_of
 
@@ -123,6 +123,7 @@ def examine(environment: Mapping[str, str] | None = None) -> Report:
     advice = (
         *about_settings(probe.patches, variables),
         *about_release(versions["ms-swift"]),
+        *about_pair(versions["ms-swift"], versions["vllm"]),
         *about_engine(engine, versions["vllm"], distribution),
         *about_plugin(plugin, environment),
     )

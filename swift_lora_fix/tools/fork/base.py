@@ -17,6 +17,7 @@ from ...policy.files import TensorHeader, read_header, read_json
 from .source import Source
 
 _LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_NESTED = re.compile(r"(\.base_layer)+$")  # PEFT nests the wrappers of several parameters of one module
 _HUB_CACHE = re.compile(r"models--(?:.*--)?([^/]+)/snapshots/")
 INDEX = "model.safetensors.index.json"
 
@@ -33,16 +34,20 @@ class Base:
 
 @dataclass(frozen=True)
 class Target:
-    """A module that the adapter changes. a: (r, in), b: (out, r); for an embedding (r, vocab) and (hidden, r)."""
+    """A module that the adapter changes. a: (r, in), b: (out, r); for an embedding (r, vocab) and (hidden, r).
+
+    parameter: the adapter is of a parameter (PEFT's ``target_parameters``): (r * experts, in) and (out, r * experts).
+    """
 
     module: str
     a: tuple[int, ...]
     b: tuple[int, ...]
     embedding: bool
+    parameter: bool = False
 
     def weight_shape(self, fan_in_fan_out: bool) -> tuple[int, ...] | None:
         """The shape that the base's weight must have; None when 2-D factors do not determine it (convolutions)."""
-        if len(self.a) != 2 or len(self.b) != 2:
+        if len(self.a) != 2 or len(self.b) != 2 or self.parameter:
             return None
         shape = (self.b[0], self.a[1])
         return shape[::-1] if self.embedding or fan_in_fan_out else shape
@@ -96,11 +101,14 @@ def targets_of(header: Mapping[str, TensorHeader], source: Source) -> dict[str, 
             embeddings |= {match[1]} if match[2] else set()
     if not parts:
         raise AdapterFileError(f"{source.weights} has no LoRA tensors; it holds {sorted(header)[:4]}.")
-    targets = {}
+    targets, wrapped = {}, source.config.get("target_parameters") or []
     for module, both in parts.items():
         if len(both) != 2:
             raise AdapterFileError(f"{source.weights} has only lora_{next(iter(both))} of {module}.")
-        target = targets[module] = Target(module, both["A"], both["B"], module in embeddings)
+        inner = _NESTED.sub("", module)
+        parameter = any(f".{inner}".endswith(f".{each.rpartition('.')[0]}") for each in wrapped)
+        name = inner if parameter else module
+        target = targets[module] = Target(name, both["A"], both["B"], module in embeddings, parameter)
         if len(target.b) >= 2 and target.a[0] != target.b[1]:
             raise AdapterFileError(
                 f"{source.weights}: the ranks of {module} differ: A {list(target.a)}, B {list(target.b)}."
@@ -108,8 +116,9 @@ def targets_of(header: Mapping[str, TensorHeader], source: Source) -> dict[str, 
     return targets
 
 
-def max_rank(targets: Mapping[str, Target]) -> int:
-    return max(target.a[0] for target in targets.values())
+def max_rank(targets: Mapping[str, Target], source: Source) -> int:
+    said = [source.config.get("r") or 0, *(source.config.get("rank_pattern") or {}).values()]
+    return max(max(said) if target.parameter else target.a[0] for target in targets.values())
 
 
 def model_name(path: str) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...install import releases
 from .base import Base, quantization_of
 from .precision import Cast
 from .source import Source
 
 DEFAULT_LORA_RANK = 8  # ms-swift's; it also limits the engine's rank for an adapter from --adapters
-ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def arguments_of(source: Source, base: Base, target: Path, rank: int, with_train
     start = "--resume_from_checkpoint" if with_trainer_state else "--adapters"
     arguments = ["--model", base.name, start, str(target)]
     if rank > DEFAULT_LORA_RANK:
-        arguments += ["--lora_rank", str(next((room for room in ENGINE_RANKS if room >= rank), rank))]
+        arguments += ["--lora_rank", str(releases.engine_rank(rank) or rank)]
     reference = source.args.get("ref_adapters")
     if reference:
         arguments += ["--ref_adapters", *map(str, reference if isinstance(reference, list) else [reference])]

@@ -84,7 +84,7 @@ def fork(
         notes = [*_adapt_configuration(folder, agreed, done)]
         _write_provenance(found, folder, sha256, agreed, done, before, with_trainer_state)
     words = notes_of(found, agreed, done, before, with_trainer_state)
-    arguments = arguments_of(found, agreed, place, max_rank(targets_of(header, found)), with_trainer_state)
+    arguments = arguments_of(found, agreed, place, max_rank(targets_of(header, found), found), with_trainer_state)
     return Fork(place, found, sha256, done, arguments, (*words, *notes))
 
 

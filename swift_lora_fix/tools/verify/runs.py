@@ -72,7 +72,7 @@ def _command(request: Request, swift: Path, adapter_folder: Path, rank: int, pro
         "dataset": prompts.resolve(),
         "reward_funcs": "swift_lora_fix_none",
         family.layout.tuner_argument: "lora",
-        "lora_rank": rank,
+        "lora_rank": releases.engine_rank(rank) or rank,  # stock gives it to vLLM as it is
         "use_vllm": "true",
         "vllm_mode": "colocate",
         "vllm_enable_lora": "true",

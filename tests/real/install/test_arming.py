@@ -292,6 +292,18 @@ def test_megatron_is_refused_by_name_and_left_alone_otherwise() -> None:
     assert "Megatron" in output
 
 
+def test_the_trainers_of_the_coming_version_are_not_passed_over_in_silence() -> None:
+    output = run_fresh("""
+        import types, wrapt, swift_lora_fix
+        from swift_lora_fix.install import releases
+        name = releases.SWIFT_REWRITE
+        sys.modules[name] = types.ModuleType(name)
+        wrapt.notify_module_loaded(sys.modules[name])
+        assert swift_lora_fix.apply().applied, "the old trainers are patched all the same"
+    """)
+    assert "a run with these trainers is not protected" in output and "swift.dev is loaded" in output
+
+
 @pytest.mark.parametrize("value, message", [("maybe", "SWIFT_LORA_FIX='maybe'")])
 def test_a_setting_that_is_not_understood(value: str, message: str) -> None:
     done = subprocess.run(

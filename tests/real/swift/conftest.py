@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import PriorityQueue
 from typing import Any, Callable
@@ -290,6 +291,25 @@ def _media(runs: Runs, name: str) -> Run:
     return run
 
 
+@dataclass
+class CellRun:
+    """A cell of the matrix (tests/matrix): two runs of one command. ``record``: what came of it."""
+
+    name: str
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def start(self) -> CellRun:
+        from tests.matrix import cells, running
+
+        self.record = running.run(cells.all_cells()[self.name], self.folder)
+        return self
+
+
+def _cell(cell: str) -> Callable[[Runs, str], CellRun]:
+    return lambda runs, name: CellRun(cell, runs.folder / "matrix")
+
+
 def _verify(runs: Runs, name: str) -> Verification:
     return Verification(runs.model, runs.checkpoint, runs.folder / name, ("--syncs", "3", "--json"))
 
@@ -324,6 +344,9 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "faults_fused": (("train_fixed",), _faults_fused),
     "offloaded": (("train_fixed",), _offloaded),
     "media": ((), _media),
+    "cell_rank": ((), _cell("adapters/rank_12")),
+    "cell_experts": ((), _cell("adapters/experts/fused")),
+    "cell_towers": ((), _cell("adapters/towers/adapter")),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),
     "fused_pissa_resume": (("fused_pissa",), _fused("pissa", resume=True)),
     "resume_fixed": (("train_fixed",), _resume(True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 import swift_lora_fix
 from swift_lora_fix import auto, errors, scope
 from swift_lora_fix.common.settings import Settings
-from swift_lora_fix.engine.vllm.colocated import FusedModeWriter, standing_in
+from swift_lora_fix.engine.vllm.colocated import FusedModeWriter, FusedServing, standing_in
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
 from swift_lora_fix.policy import adapter, merging
@@ -440,3 +441,19 @@ def test_auto_serves_an_adapter_that_adds_nothing_exactly_and_says_so_once(
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
         assert [choice.choose(trainer, using, bool, bound=0.5) for _ in range(2)] == [None, None]
     assert len([text for text in caplog.messages if "adds nothing yet" in text]) == 1 and not choice.is_settled
+
+
+def test_an_engine_that_fails_is_named_before_the_cache_reset_that_fails_with_it() -> None:
+    """Seen with Qwen3.5 on a CPU: the log ended in a cache that could not be reset, because requests were left over."""
+
+    def reset() -> None:
+        if failed:
+            raise errors.CacheResetError("vLLM's reset_prefix_cache() reported that it was not done.")
+
+    failed: list[bool] = []
+    held = SimpleNamespace(modules=(), adapter=SimpleNamespace(sharding="none"), plain_base=contextlib.nullcontext)
+    serving = FusedServing(SimpleNamespace(reset_caches=reset), held)  # type: ignore[arg-type]
+    with pytest.raises(errors.CacheResetError, match="The engine had failed before: RuntimeError: head dim"):
+        with serving.engine_without_adapter():
+            failed.append(True)
+            raise RuntimeError("head dim 32")

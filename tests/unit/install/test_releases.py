@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
@@ -169,3 +170,23 @@ def test_a_kernel_fault_is_named_where_release_and_device_have_it() -> None:
     assert "48590" in releases.kernel_faults("0.20.2", 9)[0]
     assert not releases.kernel_faults("0.33.0", 9) and not releases.kernel_faults("0.20.2", 10)
     assert not releases.kernel_faults("0.20.2", None) and not releases.kernel_faults(None, 9)
+
+
+def test_releases_that_do_not_go_together_are_named_with_the_way_out() -> None:
+    (words,) = releases.pair_problems("4.5.3", "0.28.0+cpu")
+    assert "4.6.0" in words and "below 0.28" in words
+    assert not releases.pair_problems("4.6.0", "0.32.0") and not releases.pair_problems("4.0.1", "0.17.1")
+    assert not releases.pair_problems(None, "0.32.0") and not releases.pair_problems("4.6.0", None)
+    assert "finish_weight_update" in releases.pair_problems("4.6.0", "0.33.0")[0]
+
+
+def test_the_coming_version_is_seen_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "swift"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "swift"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not releases.has_rewrite()
+    (package / "dev").mkdir()
+    assert releases.has_rewrite()

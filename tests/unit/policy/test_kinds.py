@@ -33,7 +33,12 @@ class Experts(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 16, 12))
         self.down_proj = torch.nn.Parameter(torch.randn(3, 12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ self.gate_up_proj.mT).chunk(2, dim=-1)
+        return (gate * up) @ self.down_proj.mT
 
 
 class Kitchen(torch.nn.Module):
@@ -133,8 +138,9 @@ SERVED: dict[str, Case] = {
     "embedding": Case({"target_modules": ["embed", "first"]}),
     "conv1d": Case({"target_modules": ["turned"], "fan_in_fan_out": True}),
     "velora": Case({"velora_config": ...}, built=lambda: {"velora_config": {"num_groups": 2}}),
-    "target_parameters": Case(
-        {"target_modules": [], "target_parameters": ["experts.down_proj", "first.weight"]}, kinds.ADAPTER
+    "target_parameters": Case({"target_modules": [], "target_parameters": ["experts.down_proj", "first.weight"]}),
+    "target_parameters-nested": Case(
+        {"target_modules": ["first"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}
     ),
     **{f"init-{value}": Case({"init_lora_weights": value}) for value in INITS - {PATTERN, "corda", "loftq", "lora_ga"}},
     "init-mica-embedding": Case({"init_lora_weights": "mica", "target_modules": ["embed", "first"]}),
@@ -320,6 +326,8 @@ def inputs_of(module: torch.nn.Module) -> torch.Tensor:
         return torch.arange(module.num_embeddings)
     if isinstance(module, (torch.nn.Linear, Conv1D)):
         return torch.randn(5, module.weight.shape[isinstance(module, torch.nn.Linear)])
+    if isinstance(module, Experts):
+        return torch.randn(3, 5, 12)
     return torch.randn(2, 4, *[7] * len(module.kernel_size))  # type: ignore[arg-type]
 
 

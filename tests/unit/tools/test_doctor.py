@@ -125,7 +125,8 @@ def test_releases_that_nobody_has_tried(environment: Environment) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["patches"]["applied"] and report["release"] == {"known": False, "span": None, "affected": None}
-    newer, untested, no_gpu, entry_point = report["advice"]
+    newer, loses, untested, no_gpu, entry_point = report["advice"]
+    assert "From vLLM 0.33 on" in loses and "finish_weight_update" in loses
     assert f"ms-swift 99.0 is not in our table (3.10.0 to {releases.NEWEST_KNOWN})" in newer
     assert "vLLM 99.1 was not tested" in untested and "on a GPU (tested there: 0.20.2)" in untested
     assert "No GPU is visible here" in no_gpu and report["vllm_distribution"] == "vllm"

@@ -366,6 +366,23 @@ def test_the_engines_room_is_said_where_it_must_be(tmp_path: Path, base: Path, t
     assert made.command.endswith("--lora_rank 64")
 
 
+def test_an_adapter_of_stacked_experts(tmp_path: Path, target: Path) -> None:
+    """PEFT's ``target_parameters``: the rank is that of one expert, and the wrappers of two parameters are nested."""
+    place, one = tmp_path / "experts", tmp_path / "adapter"
+    place.mkdir()
+    save_file({"mlp.experts.gate_up_proj": torch.ones(3, 16, 12)}, place / "model.safetensors")
+    one.mkdir()
+    wide, name = 12 * 3, "base_model.model.mlp.experts"
+    tensors = {f"{name}{inner}.lora_A.weight": torch.ones(wide, 12) for inner in ("", ".base_layer")}
+    tensors |= {f"{name}{inner}.lora_B.weight": torch.ones(16, wide) for inner in ("", ".base_layer")}
+    save_file(tensors, one / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 12, "lora_alpha": 12, "base_model_name_or_path": str(place)}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    (one / CONFIG).write_text(json.dumps(config))
+    made = fork(one, target)
+    assert made.command.endswith("--lora_rank 16") and "2 cannot be told from the headers" in words(made)
+
+
 def test_the_reference_policy_stays_the_sources(one: Path, target: Path) -> None:
     update(one / "args.json", beta=0.04, ref_adapters=[])
     made = fork(one, target)

