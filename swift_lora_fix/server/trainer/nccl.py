@@ -92,7 +92,7 @@ class Connections:
         """What ms-swift does at exit, but with a time limit."""
         for url, session in zip(self._client.base_urls, self._client.sessions):
             with contextlib.suppress(requests.RequestException):
-                requests.post(f"{url}/close_communicator/", headers=dict(session.headers), timeout=GOODBYE_SECONDS)
+                requests.post(f"{url}/close_communicator/", auth=session.auth, timeout=GOODBYE_SECONDS)
 
 
 def drop(client: Any) -> None:

@@ -21,12 +21,13 @@ from ...common.settings import Settings
 from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
 from ...trainer import TrainerPort
 from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
-from .client import Fresh, Servers
+from .client import Bearer, Fresh, Servers
 from .nccl import Connections, drop
 from .parcel import Parcel
 from .store import Stored
 
 ABORT_SECONDS = 10.0  # short: a server that hangs has used up its deadline already
+BLOCK = 1 << 20  # bytes of a body that are sent at once
 MISSING = 404  # the status of a server that cannot see our folders
 
 
@@ -224,7 +225,10 @@ class RemoteEngine:
             POLICY_HEADER: json.dumps({**about, "config": stored.config}),
             "Content-Type": BYTES,
         }
-        servers.post(index, "stage", data=stored.weights, headers=headers)
+        weights = memoryview(stored.weights)
+        headers["Content-Length"] = str(len(weights))
+        blocks = lambda: (bytes(weights[at : at + BLOCK]) for at in range(0, len(weights), BLOCK))  # noqa: E731
+        servers.post(index, "stage", blocks=blocks, headers=headers)
 
     def _announce(self, policy: Policy | None) -> None:
         """Make ms-swift's own rollout requests name the policy that they need."""
@@ -306,7 +310,7 @@ def prepare_client(client: Any) -> None:
     if client is None:
         return
     for session in client.sessions if settings.api_key else ():
-        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+        session.auth = Bearer(settings.api_key)
     _mount(client, settings.rollout_deadline if settings.transport == "reload" else None)
 
 
@@ -318,17 +322,29 @@ def _mount(client: Any, seconds: float | None) -> None:
 
 
 def why_not(trainer: TrainerPort) -> str | None:
-    """Why the trainer's rollout servers cannot take policies, in words; None when they can. All ranks together."""
+    """Why the trainer's rollout servers cannot take policies, in words; None when they can. All ranks together.
+
+    Only servers that are all without this package are a reason. Raises RolloutServerError for anything else: a run that
+    stepped aside because of it would train on what this package exists to prevent.
+    """
     settings = Settings.from_environment()
-    reason: list[str | None] = [None]
+    reason: list[str | None] = [None, None]
     if trainer.is_main_rank:
         servers = Servers(trainer.server_client.base_urls, settings.api_key, settings.server_deadline)
-        try:
-            servers.each(lambda index: servers.get(index, "status"))
-        except RolloutServerError as error:
-            reason = [str(error)]
-            if error.status == MISSING:
-                reason = ["the rollout server is without swift_lora_fix: start it with --external_plugins, too"]
+        answers = servers.tried(lambda index: servers.get(index, "status"))
+        failed = [answer for answer in answers if isinstance(answer, RolloutServerError)]
+        bare = [error for error in failed if error.status == MISSING]
+        if len(bare) == len(answers):
+            reason[0] = "the rollout server is without swift_lora_fix: start it with --external_plugins, too"
+        elif bare == failed != []:
+            reason[1] = (
+                f"{len(bare)} of {len(answers)} rollout servers are without swift_lora_fix, start them with "
+                f"--external_plugins, too: {'; '.join(map(str, bare))}."
+            )
+        elif failed:
+            reason[1] = "; ".join(map(str, failed))
     if trainer.ranks > 1:
         torch.distributed.broadcast_object_list(reason, src=0, device=trainer.device)
+    if reason[1] is not None:
+        raise RolloutServerError(f"{reason[1]} Nothing was trained.")
     return reason[0]

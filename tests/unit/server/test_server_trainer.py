@@ -126,7 +126,7 @@ class Trainer(SimpleNamespace):
 
 
 def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
-    sessions = [SimpleNamespace(headers={}, mount=lambda *_: None) for _ in scripts]
+    sessions = [SimpleNamespace(headers={}, auth=None, mount=lambda *_: None) for _ in scripts]
     return Trainer(
         model=model,
         vllm_client=Client(
@@ -386,7 +386,7 @@ def test_the_key_goes_with_every_call(model: Any, scripts: list[Scripted], monke
     remote.prepare_client(trainer.vllm_client)
     send(writer)
     assert {headers["Authorization"] for script in scripts for headers in script.headers} == {"Bearer secret"}
-    assert trainer.vllm_client.sessions[0].headers["Authorization"] == "Bearer secret"
+    assert trainer.vllm_client.sessions[0].auth.key == "secret"
 
 
 def test_a_server_that_hangs_in_a_rollout_is_given_up(scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +434,7 @@ def test_a_connection_that_was_idle_is_not_used_again() -> None:
 
 def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     servers = Servers(["http://127.0.0.1:9"], deadline=1)
-    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):
+    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectError"):
         servers.get(0, "status")
 
 
@@ -601,3 +601,41 @@ def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripte
     assert writer.engine.make_ready()
     assert seen == [([scripts[1].url], [2], 1)] and client.num_servers == 2
     assert len(fresh.sent) == 1 and len(wires[0].sent) == 1 and scripts[1].policy == scripts[0].policy
+
+
+# ---- stepping aside --------------------------------------------------------------------------------------------------
+
+BARE = (404, b"Not Found", {})
+
+
+def why_not(model: Any, scripts: list[Scripted], **faults: Any) -> str | None:
+    """What is decided before the first sync; ``faults``: what servers ``one`` and ``two`` answer to ``status``."""
+    for script, fault in zip(scripts, (faults.get("one"), faults.get("two"))):
+        script.faults["status"] = [fault] * 50
+    trainer = trainer_for(model, scripts)
+    return remote.why_not(SwiftTrainer(trainer))
+
+
+def test_servers_that_are_all_without_us_are_left_to_ms_swift(model: Any, scripts: list[Scripted]) -> None:
+    assert why_not(model, scripts) is None
+    reason = why_not(model, scripts, one=BARE, two=BARE)
+    assert reason is not None and "--external_plugins" in reason
+
+
+@pytest.mark.parametrize(
+    "faults, phrase",
+    [
+        ({"two": BARE}, "1 of 2 rollout servers are without swift_lora_fix"),
+        ({"one": BARE, "two": (401, {"message": "another key"}, {})}, "another key"),
+        ({"one": (500, {"message": "a bug"}, {}), "two": (500, {"message": "a bug"}, {})}, "a bug"),
+        ({"two": (401, {"message": "SWIFT_LORA_FIX_API_KEY"}, {})}, "401: SWIFT_LORA_FIX_API_KEY"),
+        ({"one": (503, {"detail": "busy"}, {})}, "within 1 s.*503 busy"),
+    ],
+)
+def test_whatever_else_is_no_reason_to_step_aside(
+    model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch, faults: Any, phrase: str
+) -> None:
+    """The run would train on what this package exists to prevent, after one line at info."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "1")
+    with pytest.raises(errors.RolloutServerError, match=phrase):
+        why_not(model, scripts, **faults)
