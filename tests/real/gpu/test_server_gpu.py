@@ -39,7 +39,7 @@ def started(model: Path, tmp_path: Path) -> Iterator[Any]:
 
     def start(environment: dict[str, str], devices: str = "1", **arguments: Any) -> RolloutServer:
         settings = {"vllm_gpu_memory_utilization": 0.4, "vllm_max_num_seqs": 8, **arguments}
-        visible = {"CUDA_VISIBLE_DEVICES": devices, "SWIFT_LORA_FIX_ROOT": str(tmp_path / "root")}
+        visible = {"CUDA_VISIBLE_DEVICES": devices}
         server = RolloutServer(model, tmp_path / "server", settings, {**environment, **visible}, gpu=True)
         made.append(server)
         return server.start().wait()
