@@ -10,7 +10,7 @@ from typing import Any
 from .common.log import info
 from .common.settings import Settings
 from .errors import SwiftLoraFixError
-from .frameworks.swift.instrumentors import Megatron, Peft, RolloutServer, Scoring, Trainer
+from .frameworks.swift.instrumentors import Megatron, Peft, Ray, RolloutServer, Scoring, Trainer
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
@@ -21,7 +21,7 @@ _scoring = Scoring(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 # vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
-_instrumentors = (_peft, _trainer, _scoring, _server, _megatron)
+_instrumentors = (_peft, _trainer, _scoring, _server, _megatron, Ray(_arming))
 
 
 @dataclass(frozen=True)

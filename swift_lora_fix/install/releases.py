@@ -467,6 +467,12 @@ def megatron_modules() -> tuple[str, ...]:
     return ("swift.megatron.trainers.rollout_mixin", "swift.megatron.trainers.grpo_trainer")
 
 
+def ray_modules() -> tuple[str, ...]:
+    """The module of rollout engines that ms-swift starts as Ray actors (from 4.6.0 on), for Megatron trainers alone.
+    Its ``VllmServer`` is no ``swift rollout``: it has no routes, and gets weights over ZMQ or NCCL from Ray workers."""
+    return ("swift.ray.megatron.rollout.vllm_server",)
+
+
 def markdown_table() -> str:
     """The README's "am I affected" table: one row for each range of releases that look the same to a user."""
     header = (

@@ -173,7 +173,6 @@ class Stager:
                 received.fill(content)
             received.prove(policy.digest)
             request = LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, self.layout.config, received.tensors())
-            ledger_of(self.engine.engine).check(request)  # vLLM checks the config itself
             self.pending = Held(policy, request, True)
 
     async def commit(self, policy: Policy, by_reference: bool) -> None:
@@ -257,6 +256,8 @@ class Stager:
         tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
         check_names(tensors, layout.config, lora.max_lora_rank)
         check_shapes(tensors, self.base)
+        # vLLM checks the config itself
+        ledger_of(self.engine.engine).check(LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, layout.config, tensors))
         size = Received.size_of(layout)
         if size > self.limit:
             raise StagingError(

@@ -210,13 +210,13 @@ def nan(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 
 
 def tall(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    config["r"] *= 4
+    config["r"] = config["lora_alpha"] = 32
     for name, tensor in tensors.items():
         tensors[name] = torch.cat([tensor] * 4, dim=0 if "lora_A" in name else 1)
 
 
 def lying(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    config["r"] *= 2
+    config["r"] = config["lora_alpha"] = 4
 
 
 def renamed(module: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
