@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ class ReloadServer(RolloutServer):
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    def lease(self, run: str) -> requests.Response:
-        return self.call("POST", f"{PREFIX}/lease/", json={"holder": this_process(run).as_dict()})
+    def lease(self, run: str, **changes: Any) -> requests.Response:
+        return self.call("POST", f"{PREFIX}/lease/", json={"holder": {**this_process(run).as_dict(), **changes}})
 
     def order(self, verb: str, key: str | None = KEY, to: dict[str, Any] | None = None, **body: Any) -> Any:
         run = (body.get("policy") or {}).get("run", "5eed")
@@ -79,39 +80,59 @@ class ReloadServer(RolloutServer):
         return self.order("commit", policy=policy.as_dict(), **more)  # type: ignore[no-any-return]
 
     def infer(self, expected: Policy | None = None) -> requests.Response:
-        config = {"max_tokens": 8, "temperature": 0, "return_details": True, "logprobs": True}
-        queries = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
         headers = {POLICY_HEADER: json.dumps(expected.as_dict())} if expected else {}
-        body = {"infer_requests": queries, "request_config": config}
-        return self.call("POST", "/infer/", json=body, headers=headers)
+        return self.call("POST", "/infer/", json=rollout_request(), headers=headers)
 
     def rollouts(self, expected: Policy | None = None) -> tuple[list[Any], list[dict[str, Any]]]:
         """Tokens and logprobs of each prompt, and what the server says they came from."""
         response = self.infer(expected)
         assert response.status_code == 200, response.text + self.log[-2000:]
-        choices = [output["response"]["choices"][0] for output in response.json()]
-        made = [[c["token_ids"], [step["logprob"] for step in c["logprobs"]["content"]]] for c in choices]
-        return made, [output["rollout_infos"] for output in response.json()]
+        return tokens_of(response.json()), [output["rollout_infos"] for output in response.json()]
+
+
+def rollout_request() -> dict[str, Any]:
+    config = {"max_tokens": 8, "temperature": 0, "return_details": True, "logprobs": True}
+    queries = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    return {"infer_requests": queries, "request_config": config}
+
+
+def tokens_of(outputs: Iterable[dict[str, Any]]) -> list[Any]:
+    """Tokens and logprobs of each output."""
+    choices = [output["response"]["choices"][0] for output in outputs]
+    return [[c["token_ids"], [step["logprob"] for step in c["logprobs"]["content"]]] for c in choices]
+
+
+def peft_model_of(model: Path, dtype: str, rank: int = 8, **config: Any) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    settings = {"r": rank, "lora_alpha": 12, "target_modules": TARGETS, **config}
+    return get_peft_model(base, LoraConfig(**settings))
+
+
+def set_adapter(adapted: Any, seed: int) -> None:
+    """Random values for its LoRA, the same for the same seed."""
+    import torch
+
+    made = torch.Generator().manual_seed(seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=made) * 0.1)
 
 
 def made_adapter(model: Path, seed: int, rank: int = 8, **config: Any) -> dict[str, Any]:
     """A random LoRA of ``model``, as a trainer has it staged: ``tensors`` in bfloat16 with the scaling in B, and the
     ``config`` of scaling 1."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from swift_lora_fix.engine.vllm.slots import loader
     from swift_lora_fix.policy import adapter as adapters
     from swift_lora_fix.server.wire import plain_config
 
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    settings = {"r": rank, "lora_alpha": 12, "target_modules": TARGETS, **config}
-    adapted = get_peft_model(base, LoraConfig(**settings))
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.1
+    adapted = peft_model_of(model, "float32", rank, **config)
+    set_adapter(adapted, seed)
     bound = adapters.bind(adapted)
     held = adapters.read_to_host(bound, torch.device("cpu"))
     tensors = {entry.key: (held[entry.key].float() * entry.scale).bfloat16() for entry in bound.entries}
