@@ -158,7 +158,7 @@ class Ray(Instrumentor):
 
     def instrument(self, module: ModuleType) -> None:
         raise UnsupportedTrainerError(
-            f"{module.__name__} is loaded: this is a rollout engine that Ray started for a Megatron trainer, which gets "
+            f"{module.__name__} is loaded: this rollout engine was started by Ray for a Megatron trainer, and gets "
             "its weights from Ray workers and not from `swift rlhf`. swift_lora_fix covers `swift rollout` servers."
         )
 

@@ -36,15 +36,16 @@ class Connections:
     def __init__(self, client: Any, deadline: float) -> None:
         self._client, self._deadline = client, deadline
         self._lost: list[Any] = []  # kept alive: freeing one would make NCCL wait for a peer that is gone
+        self._stuck: set[int] = set()  # NCCL waits there for a peer, and so would anything after it
         self._closed = {index for index in range(client.num_servers) if not _works(client, index)}
         atexit.unregister(client.close_communicator)  # it waits for a server that hangs
         atexit.register(self._say_goodbye)
 
     def is_open(self, index: int) -> bool:
-        return index not in self._closed
+        return index not in self._closed | self._stuck
 
     def all_are_open(self) -> bool:
-        return not self._closed
+        return not self._closed | self._stuck
 
     def close(self, index: int, why: str) -> None:
         """Do not use this connection any more, and log why."""
@@ -69,6 +70,7 @@ class Connections:
         atexit.unregister(one.close_communicator)
         self._lost.append(client.pynccl_comms[index])
         client.pynccl_comms[index] = one.pynccl_comms[0]
+        self._stuck.discard(index)
         info(f"NCCL to rollout server {client.base_urls[index]} is open again.")
 
     def send(self, index: int, buffer: torch.Tensor, ask: Callable[[], Any], deadline: float) -> None:
@@ -84,7 +86,7 @@ class Connections:
                     break
                 time.sleep(POLL_SECONDS)
             if not broadcast.is_over():
-                self._closed.add(index)  # NCCL still waits for a peer, and so would anything after it
+                self._stuck.add(index)
             answer.result()
         broadcast.check(url, deadline)
 

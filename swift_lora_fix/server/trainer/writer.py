@@ -121,14 +121,13 @@ class RemoteWriter:
         """Compare the trainer's base with each server's. Raises BaseMismatchError."""
         servers, sums = self.engine.servers, self._sums
         assert servers is not None
-        for url, status in zip(servers.urls, self.engine.statuses):
-            if status["epoch"]:
+        answers = self.engine.base_sums()
+        for url, answer in zip(servers.urls, answers):
+            if answer["epoch"]:
                 raise BaseMismatchError(
                     f"Rollout server {url} has a base that was sent to it over NCCL, in place of its model folder's: "
                     "restart it, or leave SWIFT_LORA_FIX_TRANSPORT unset on both sides, so that it is sent this one."
                 )
-        answers = self.engine.base_sums()
-        for url, answer in zip(servers.urls, answers):
             differing, elsewhere = _compared(sums, answer["sums"])
             if differing:
                 raise BaseMismatchError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -606,6 +607,37 @@ def test_a_broadcast_that_nobody_takes_part_in_is_given_up(model: Any, scripts: 
         time.sleep(0.01)
     send(writer)
     assert len(wires[1].sent) == 1, "what waits on it would come before whatever is sent next"
+
+
+def test_a_server_that_dies_within_a_broadcast_is_connected_again(
+    model: Any, scripts: list[Scripted], wired: Any
+) -> None:
+    trainer, writer, wires = wired
+    send(writer)
+    change(model)
+    trainer.vllm_client.connect = lambda one: fresh
+    fresh, over = Wire(), threading.Event()
+    wires[1].works = over.wait
+    scripts[1].faults["receive"] = [lambda: scripts[1].restart()]
+    digest = send(writer)
+    over.set()
+    assert [script.policy["digest"] for script in scripts] == [digest] * 2 and writer.engine.nccl.all_are_open()
+    assert len(fresh.sent) == 1, "and it came over NCCL"
+
+
+def test_a_connection_that_does_not_open_again_is_given_up(
+    model: Any, scripts: list[Scripted], wired: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, writer, _ = wired
+    logging.getLogger("swift").propagate = True
+    send(writer)
+    over = threading.Event()
+    trainer.vllm_client.connect = lambda one: over.wait()
+    scripts[1].restart()
+    assert writer.engine.make_ready() and not writer.engine.nccl.is_open(1) and writer.is_current()
+    over.set()
+    assert "NCCL could not be opened again (not within 3 s)" in caplog.text
+    assert scripts[1].calls[-3][1].get("memory") or "memory" in str(scripts[1].calls)
 
 
 def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
