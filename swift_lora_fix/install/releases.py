@@ -269,6 +269,7 @@ SCORING_HOOKS = (
     Target(f"{SCORING_CLASS}._get_per_token_logps_and_entropies", positional=3),
 )
 
+
 @dataclass(frozen=True)
 class Attribute:
     """A name of ms-swift's trainer, its arguments, its engine or its requests that frameworks/swift/port.py reads,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,33 +33,34 @@ class Workers:
         """Send a command to all, and wait for all answers; the event loop goes on meanwhile. A pipe that takes nothing
         blocks a thread of its own, and no longer than the deadline anybody else."""
         order = {"type": "call", "method": METHOD, "args": (command,), "kwargs": arguments}
-        answers: dict[int, dict[str, Any]] = {}
+        loop, answers = asyncio.get_running_loop(), dict[int, dict[str, Any]]()
+        asked = [index for index in range(len(self._server.connections)) if index not in self.silent]
+        all_answered = asyncio.Event()
 
-        def talk(index: int, connection: Any) -> None:
+        def note(index: int, answer: dict[str, Any]) -> None:
+            answers[index] = answer
+            if len(answers) == len(asked):
+                all_answered.set()
+
+        def talk(index: int) -> None:
             try:
-                connection.send(order)
-                answers[index] = _checked(index, connection.recv())
+                self._server.connections[index].send(order)
+                answer = _checked(index, self._server.connections[index].recv())
             except (EOFError, OSError):
-                answers[index] = _gone(index)
+                answer = _gone(index)
+            with contextlib.suppress(RuntimeError):  # too late: the server has ended
+                loop.call_soon_threadsafe(note, index, answer)
 
-        threads = {
-            index: threading.Thread(target=talk, args=(index, connection), daemon=True)
-            for index, connection in enumerate(self._server.connections)
-            if index not in self.silent
-        }
-        for thread in threads.values():
-            thread.start()
-        await asyncio.get_running_loop().run_in_executor(None, self._join, list(threads.values()))
-        for index in threads:
+        for index in asked:  # not the loop's executor: the process would wait for it at its end
+            threading.Thread(target=talk, args=(index,), daemon=True).start()
+        if asked:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(all_answered.wait(), self._seconds)
+        for index in asked:
             if index not in answers:
                 self.silent.add(index)
                 warning(f"worker {index} did not answer within {self._seconds} s: restart this rollout server.")
         return [answers[index] if index in answers else _gone(index) for index in range(len(self._server.connections))]
-
-    def _join(self, threads: Sequence[threading.Thread]) -> None:
-        end = time.monotonic() + self._seconds
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
 
 
 def failures(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,12 +17,12 @@ import torch
 
 from ... import errors
 from ...common.settings import Settings
-from ...engine.vllm.finite import FiniteCheck
 from ...engine.vllm.handle import ADAPTER_ID, WorkerHandle
 from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging
 from ...engine.vllm.slots.writer import AdapterWriter
-from ...errors import EngineStateError, StagingError, SwiftLoraFixError
+from ...errors import EngineStateError, NonFiniteAdapterError, StagingError, SwiftLoraFixError
+from ...memory.segment import is_finite
 from ...policy import adapter as adapters
 from ..shared import opened
 from ..wire import GONE, NO_NCCL, Address, Layout, http_status
@@ -37,7 +37,6 @@ class Received:
         self.staging = Staging(_planned(layout), getattr(torch, layout.dtype), device, whole=True)
         self.adapter = adapters.of_tensors("default", self.tensors(), layout.config)
         self.digest: str | None = None
-        self._check = FiniteCheck(self.adapter, self.staging.dtype, device, lambda fine: fine)
 
     @staticmethod
     def size_of(layout: Layout) -> int:
@@ -68,8 +67,12 @@ class Received:
         found = self.staging.digest()
         if found != digest:
             raise StagingError(f"What arrived has digest {found}, {digest} was announced: send it again.")
-        self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
-        self._check.finish()
+        if not is_finite(self.staging.buffer):
+            bad = [name for name, tensor in self.tensors().items() if not is_finite(tensor)]
+            raise NonFiniteAdapterError(
+                f"{len(bad)} of the adapter's tensors are not finite in {self.staging.dtype}, the first {min(bad)!r}. "
+                "The server keeps the policy that it has."
+            )
         self.digest = digest
 
 

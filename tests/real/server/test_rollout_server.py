@@ -243,7 +243,12 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "name, change, kind, phrase",
     [
-        ("nan", nan, "NonFiniteAdapterError", f"not finite in torch.bfloat16: {Q_PROJ}.lora_A.weight (1 tensors)"),
+        (
+            "nan",
+            nan,
+            "NonFiniteAdapterError",
+            f"1 of the adapter's tensors are not finite in torch.bfloat16, the first '{Q_PROJ}.lora_A.weight'",
+        ),
         ("tall", tall, "StagingError", "has rank 32, this server has room for 16"),
         ("lying", lying, "StagingError", "has rank 8"),
         (

@@ -561,7 +561,9 @@ def test_where_vllms_workers_cannot_take_it_its_loader_does(
     assert one.loader == other.loader == [1.0, 2.0]
     assert caplog.text.count("Tried to allocate") == 1
     assert [name for name, _ in other.rpcs] == ["prepare", "check_served", "check_served"]
-    refused(stage(client, 3, adapter(float("nan"))), 422, "NonFiniteAdapterError", "lora_A.weight (1 tensors)")
+    refused(
+        stage(client, 3, adapter(float("nan"))), 422, "NonFiniteAdapterError", "1 of the adapter's tensors", "lora_A"
+    )
     refused(stage(client, 3, adapter(3.0, "0123456789abcdef")), 422, "StagingError", "0123456789abcdef was announced")
     assert served_by(client)["version"] == 2
 
