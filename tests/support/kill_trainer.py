@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +71,6 @@ def main() -> None:
     folder, url, file = sys.argv[1:]
     torch.set_num_threads(1)
     model, references = peft_model_of(Path(folder), "bfloat16"), json.loads(Path(file).read_text())
-    threading.stack_size()
     print("ready", flush=True)
     for _ in sys.stdin:
         child = os.fork()
