@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -96,6 +96,7 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
     started, before = time.monotonic(), trainers.count("rollout")
     trainers.wait_for(lambda: trainers.count("rollout") >= before + 5)
     cycle = (time.monotonic() - started) / 5
+    refused += _second_is_refused(trainers, trainer)
     kinds = ["trainer"] * kills + ["server"] * restarts
     dice.shuffle(kinds)
     for kind in kinds:
@@ -127,7 +128,7 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
     time.sleep(1)
     wrong = [line for line in trainers.said() if line.startswith("WRONG")]
     assert not wrong, wrong
-    assert not memories(), "nobody holds anything of a policy"
+    assert not memories([*server.processes().values()]), "nobody holds anything of a policy"
     assert left_behind() <= names
     ends = Counter(line.split(":")[0] for line in trainers.said() if line.startswith("end"))
     return (
@@ -187,16 +188,16 @@ def left_behind() -> set[str]:
     return shm.names() | {name for name in os.listdir(tempfile.gettempdir()) if ours.search(name)}
 
 
-def memories() -> list[str]:
-    """Every open or mapped memory of a policy on this host."""
+def memories(processes: Sequence[psutil.Process]) -> list[str]:
+    """Every open or mapped memory of a policy in these processes, and those below them."""
     found = []
-    for process in psutil.process_iter():
-        for place in ("fd", "map_files"):
-            with contextlib.suppress(OSError):
-                for link in Path(f"/proc/{process.pid}/{place}").iterdir():
-                    with contextlib.suppress(OSError):
-                        if NAME in os.readlink(link):
-                            found.append(f"{process.pid}/{place}/{link.name}")
+    for process in {each for top in processes for each in tree(top)}:
+        about = Path(f"/proc/{process.pid}")
+        with contextlib.suppress(OSError):
+            found += [line for line in (about / "maps").read_text().splitlines() if NAME in line]
+            for link in (about / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found += [str(link)] if NAME in os.readlink(link) else []
     return found
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import requests
 
+from swift_lora_fix.server.shared import Memory
 from swift_lora_fix.server.wire import PREFIX
 from tests.support import kills, tiny
 from tests.support.kill_trainer import SEEDS
@@ -23,6 +24,13 @@ from tests.support.rollout_server import quiet_port
 
 KILLS, RESTARTS = int(os.environ.get("SLF_KILLS", "12")), int(os.environ.get("SLF_RESTARTS", "8"))
 SEED = int(os.environ.get("SLF_KILL_SEED", "0"))
+
+
+def test_memory_that_is_held_is_seen() -> None:
+    made = Memory(1 << 12)
+    assert len(kills.memories([psutil.Process()])) == 2, "open, and mapped"
+    del made
+    assert not kills.memories([psutil.Process()])
 
 
 class Light:
