@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ CONNECT_SECONDS = 5.0
 STALL_SECONDS = 30.0  # a body that is sent may make no progress for so long; the whole of it takes what it takes
 SLOW_SECONDS = 30.0  # after each of these the log says that a server keeps us waiting
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
+
+# httpx logs each request at INFO: not ours, several at each sync
+logging.getLogger("httpx").addFilter(lambda record: PREFIX not in record.getMessage())
 
 
 class Servers:

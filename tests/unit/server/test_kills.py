@@ -28,7 +28,7 @@ SEED = int(os.environ.get("SLF_KILL_SEED", "0"))
 
 def test_memory_that_is_held_is_seen() -> None:
     made = Memory(1 << 12)
-    assert len(kills.memories([psutil.Process()])) == 2, "open, and mapped"
+    assert {entry.startswith("/proc") for entry in kills.memories([psutil.Process()])} == {True, False}, "open, mapped"
     del made
     assert not kills.memories([psutil.Process()])
 

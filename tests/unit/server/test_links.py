@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,8 +97,10 @@ def cutting() -> Iterator[str]:
         server.shutdown()
 
 
-def test_an_answer_that_is_cut_is_asked_for_again(cutting: str) -> None:
+def test_an_answer_that_is_cut_is_asked_for_again(cutting: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     assert Servers([cutting], deadline=10).get(0, "status") == {"boot": "one"} and len(Cut.asked) == 2
+    assert "HTTP Request" not in caplog.text, "the log is the run's"
 
 
 def test_an_answer_that_is_cut_is_named(cutting: str) -> None:
