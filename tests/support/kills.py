@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ class Forking:
             "SWIFT_LORA_FIX_API_KEY": KEY,
             "SWIFT_LORA_FIX_SERVER_DEADLINE": "600",
             "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(temporary(log.parent)),
         }
         self.log = log
         with open(log, "w") as output, open(log.with_suffix(".errors.txt"), "w") as errors:
@@ -90,7 +90,7 @@ class Killable(Protocol):
 
 def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed: int) -> str:
     """Kill ``kills`` trainers and ``restarts`` times a process of the server, in random order. Returns the record."""
-    dice, done, refused, names = random.Random(seed), Counter[str](), 0, left_behind()
+    dice, done, refused, names = random.Random(seed), Counter[str](), 0, left_behind(trainers.log.parent)
     trainer = trainers.start("trainer")
     trainers.wait_for(lambda: trainers.count("rollout") > 2)
     started, before = time.monotonic(), trainers.count("rollout")
@@ -129,7 +129,7 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
     wrong = [line for line in trainers.said() if line.startswith("WRONG")]
     assert not wrong, wrong
     assert not memories([*server.processes().values()]), "nobody holds anything of a policy"
-    assert not left_behind() - names
+    assert not left_behind(trainers.log.parent) - names
     ends = Counter(line.split(":")[0] for line in trainers.said() if line.startswith("end"))
     return (
         f"{sum(done.values())} kills: {dict(sorted(done.items()))}; a second trainer refused {refused} times; "
@@ -183,11 +183,17 @@ def _second_is_refused(trainers: Forking, first: psutil.Process) -> int:
     return 1
 
 
-def left_behind() -> set[str]:
-    """Names of ours in /dev/shm and among the temporary files. (Suites beside this one have names of their own.)"""
+def temporary(folder: Path) -> Path:
+    """The folder for temporary files of what is killed: other suites use that of the machine."""
+    made = folder / "tmp"
+    made.mkdir(exist_ok=True)
+    return made
+
+
+def left_behind(folder: Path) -> set[str]:
+    """Names of ours in /dev/shm, and whatever they left in their folder for temporary files."""
     ours = re.compile(r"swift.?lora.?fix", re.IGNORECASE)
-    names = {*shm.names(), *os.listdir(tempfile.gettempdir())}
-    return {name for name in names if ours.search(name)}
+    return {name for name in shm.names() if ours.search(name)} | set(os.listdir(temporary(folder)))
 
 
 def memories(processes: Sequence[psutil.Process]) -> list[str]:
