@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import requests
 
 from swift_lora_fix.server.wire import Policy
 from tests.support import kills
@@ -31,6 +33,10 @@ SEED = int(os.environ.get("SLF_KILL_SEED", "0"))
 
 
 class Real(ReloadServer):
+    def lease(self, run: str, **changes: Any) -> requests.Response:
+        """Of a process that is gone: the next trainer takes the server."""
+        return super().lease(run, **{"pid": 1 << 21, **changes})
+
     def processes(self) -> dict[str, psutil.Process]:
         """The web server's, its worker's, and where vLLM has one of its own, the engine's."""
         assert self.process is not None
@@ -57,7 +63,6 @@ def test_killed_at_random_moments(tmp_path: Path, capsys: pytest.CaptureFixture[
         del sent
         file = tmp_path / "references.json"
         file.write_text(json.dumps(references))
-        server.lease("5eed", pid=1 << 21)  # this process lives: the next trainer takes the server of one that does not
         trainers = kills.Forking(
             "tests.support.kill_trainer", tmp_path / "trainers.txt", server.model, server.url, file
         )
