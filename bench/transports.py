@@ -21,7 +21,12 @@ from tests.support.server_runs import trainer
 
 STOCK = "stock, NCCL"
 COLOURS = (charts.STOCK, charts.OURS, charts.GREEN, charts.VIOLET)
-WORDS = {"stock": STOCK, "nccl": "ours, NCCL", "reload, folder": "ours, folder", "reload, body": "ours, request body"}
+WORDS = {
+    "stock": STOCK,
+    "nccl": "ours, NCCL",
+    "reload, memory": "ours, shared memory",
+    "reload, body": "ours, request body",
+}
 
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -40,7 +45,6 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run.probe, run.last_plugins = False, (PLUGINS / "slf_bench_transports.py",)
         run.arguments.update(lora_rank=args.rank, lora_alpha=2 * args.rank, learning_rate=1e-4, save_steps=100)
         record_file = folder / "bench.json"
-        run.environment["SWIFT_LORA_FIX_ROOT"] = server.environment["SWIFT_LORA_FIX_ROOT"]
         run.environment.update(SLF_BENCH_FILE=str(record_file), SLF_BENCH_SYNCS=str(args.syncs), SLF_BENCH_STEP="2")
         print("running swift rollout and swift rlhf (GRPO) ...", flush=True)
         run.start()
@@ -66,8 +70,6 @@ def serving(
     if gpu:
         arguments.update(vllm_enforce_eager="false", vllm_gpu_memory_utilization=0.7)
         environment = {**environment, "CUDA_VISIBLE_DEVICES": "1"}
-    root = f"/dev/shm/bench-{os.getpid()}" if gpu else str(folder / "root")
-    environment = {**environment, "SWIFT_LORA_FIX_ROOT": root}
     server = RolloutServer(model, folder / "server", arguments, environment, gpu=gpu)
     with running([server]):
         yield server

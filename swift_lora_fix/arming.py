@@ -10,7 +10,7 @@ from typing import Any
 from .common.log import info
 from .common.settings import Settings
 from .errors import SwiftLoraFixError
-from .frameworks.swift.instrumentors import Megatron, Peft, Rewrite, RolloutServer, Scoring, Trainer, Tuners
+from .frameworks.swift.instrumentors import Megatron, Peft, Ray, Rewrite, RolloutServer, Scoring, Trainer, Tuners
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
@@ -22,7 +22,7 @@ _tuners = Tuners(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 # vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
-_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Rewrite(_arming))
+_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
 
     # named before it is created: a Ctrl-C may come between the two
     temporary = target.parent / f".{target.name}.fork-{uuid.uuid4().hex}"
+    left = "nothing was left of it"
     try:
         temporary.mkdir()
         yield temporary
@@ -32,11 +33,12 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
                 path.chmod(0o666 & ~umask)  # safetensors makes its file private to the owner
             _flush(path)
         os.rename(temporary, target)  # also replaces an empty folder
+        left = "it is there and whole, but might not survive a crash of this machine"
         _flush(target.parent)
     except BaseException as error:  # Ctrl-C too
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, SwiftLoraFixError):
-            raise AdapterFileError(f"TARGET {target} could not be written, nothing was left of it: {error}") from error
+            raise AdapterFileError(f"TARGET {target} could not be written, {left}: {error}") from error
         raise
 
 

@@ -37,17 +37,14 @@ class Settings:
     may
         lose before there is a warning, and before ``auto`` takes the other mode; 0.5 is the default.
     transport: ``SWIFT_LORA_FIX_TRANSPORT``, in server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
-        connection), ``reload`` (by a folder or in the request body; NCCL is not opened; set it for the servers too).
-        Not
-        set: NCCL if it works, otherwise a folder or the request body.
+        connection), ``reload`` (by shared memory of one host, or in the request body; NCCL is not opened; set it for
+        the servers too). Not set: NCCL if it works, otherwise as ``reload``.
     server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds in which a rollout server must have answered a call,
         retries included; 300 is the default.
     rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one rollout call may take; 3600 is the default.
     A
         server that makes rollouts answers nothing else, so a hang cannot be noticed earlier.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
-    root: ``SWIFT_LORA_FIX_ROOT``: the folder below which adapters are handed to rollout servers, an absolute path. Use
-        the same on both sides, and one that both can see. ``/dev/shm/swift_lora_fix-UID`` is the default.
     max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: the largest adapter, in MiB, that a rollout server takes; 8192 is the default.
     """
 
@@ -61,7 +58,6 @@ class Settings:
     server_deadline: int = 300
     rollout_deadline: int = 3600
     api_key: str = field(default="", repr=False)
-    root: str = f"/dev/shm/swift_lora_fix-{os.geteuid()}"
     max_mib: int = 8192
 
     @classmethod
@@ -82,7 +78,6 @@ class Settings:
             server_deadline=_count(environment, "SWIFT_LORA_FIX_SERVER_DEADLINE", cls.server_deadline, least=1),
             rollout_deadline=_count(environment, "SWIFT_LORA_FIX_ROLLOUT_DEADLINE", cls.rollout_deadline, least=1),
             api_key=environment.get("SWIFT_LORA_FIX_API_KEY", "").strip(),
-            root=_folder(environment, "SWIFT_LORA_FIX_ROOT", cls.root),
             max_mib=_count(environment, "SWIFT_LORA_FIX_MAX_MIB", cls.max_mib, least=1),
         )
 
@@ -101,13 +96,6 @@ def _count(environment: Mapping[str, str], name: str, default: int, least: int =
         words = f"set it to a whole number from {least} on, or unset it"
         raise SettingsError(f"{name}={value!r} is not understood: {words}.")
     return int(value)
-
-
-def _folder(environment: Mapping[str, str], name: str, default: str) -> str:
-    value = environment.get(name, "").strip() or default
-    if not os.path.isabs(value):
-        raise SettingsError(f"{name}={value!r} is not understood: set it to an absolute path, or unset it.")
-    return os.path.normpath(value)
 
 
 def _share(environment: Mapping[str, str], name: str, default: float) -> float:

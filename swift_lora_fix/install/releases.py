@@ -282,6 +282,7 @@ SCORING_HOOKS = (
     Target(f"{SCORING_CLASS}._get_per_token_logps_and_entropies", positional=3),
 )
 
+
 @dataclass(frozen=True)
 class Attribute:
     """A name of ms-swift's trainer, its arguments, its engine or its requests that frameworks/swift/port.py reads,
@@ -520,6 +521,12 @@ def megatron_modules() -> tuple[str, ...]:
     Megatron has its own rollout class, which this package does not patch.
     """
     return ("swift.megatron.trainers.rollout_mixin", "swift.megatron.trainers.grpo_trainer")
+
+
+def ray_modules() -> tuple[str, ...]:
+    """The module of rollout engines that ms-swift starts as Ray actors (from 4.6.0 on), for Megatron trainers alone.
+    Its ``VllmServer`` is no ``swift rollout``: it has no routes, and gets weights over ZMQ or NCCL from Ray workers."""
+    return ("swift.ray.megatron.rollout.vllm_server",)
 
 
 def markdown_table() -> str:

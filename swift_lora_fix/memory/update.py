@@ -114,14 +114,12 @@ class DirectWriter:
     @torch.no_grad()
     def write(self, content: Content) -> None:
         """Raises NonFiniteAdapterError before anything is written."""
-        bad = [name for name, tensor in content.tensors.items() if not segment.is_finite(tensor)]
+        held = {name: _as_held(content.tensors[name], scale, self.dtype) for name, scale in scales_of(content)}
+        bad = [name for name, tensor in held.items() if not segment.is_finite(tensor)]
         if bad:
-            raise segment.not_finite(bad, len(content.tensors))
-        for name, scale in scales_of(content):
-            staged = self.staged[name]
-            staged.copy_(content.tensors[name])
-            if scale != 1.0:
-                staged.mul_(scale)  # in the LoRA dtype, as in vLLM (LoRALayerWeights.optimize)
+            raise segment.not_finite(bad, len(held))
+        for name, tensor in held.items():
+            self.staged[name].copy_(tensor)
         torch._foreach_zero_(list(self.plan.slots))  # whatever they hold now, after a sleep maybe
         torch._foreach_copy_(self.destinations, self.regions)
         if self.destinations[0].is_cuda:  # vLLM may generate on another stream
@@ -133,6 +131,12 @@ class DirectWriter:
         set_loaded_digest(self.slots.manager, request.lora_int_id, content.digest or content.version)
         address = segment.Address(0, 0, 0, content.version)
         ledger.loaded[request.lora_int_id] = (content.version, sending.wire(request, address))
+
+
+def _as_held(tensor: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor as vLLM holds it: cast, and scaled in the LoRA dtype (``LoRALayerWeights.optimize``)."""
+    cast = tensor.to(dtype)  # on its own device
+    return cast if scale == 1.0 else cast * scale
 
 
 class _GaveUp:

@@ -119,10 +119,14 @@ def check_start(folder: Path) -> None:
 
 
 def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises AdapterFileError when it cannot be read."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
+    try:
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}") from error
     return digest.hexdigest()
 
 

@@ -1,25 +1,22 @@
-"""The protocol between a trainer and a rollout server. Both sides import this module.
+"""The protocol between a trainer and a rollout server (docs/servers.md). Both sides import this module.
 
-All paths are below `PREFIX`; answers are JSON. A refusal has an HTTP status and ``{"error": class, "message"}``.
+All paths are below `PREFIX`; answers are JSON and begin with ``boot`` and ``epoch``. A refusal has an HTTP status and
+``{"error": class, "message"}``.
 
-- ``GET status/``: `PROTOCOL`, releases, ``boot`` (new at each start of the server), what the engine takes, ``policy``
-  (or null) and whether rollouts are ``plain``.
-- ``GET base/``: ``{"sums": {name: [dtype, shape, checksum]}}`` of the model's files; dtype as in ``bfloat16``, names as
-  in the files.
-- ``POST stage/``: every worker reads and checks an adapter. Three forms:
-  JSON ``{"policy", "digest", "folder"}``: a folder below the server's root.
-  ``application/octet-stream``: the safetensors bytes, with ``{"policy", "digest", "config"}`` in `POLICY_HEADER`.
-  JSON ``{"policy", "layout"}``: announces bytes that come over NCCL at ``receive/``; `NO_NCCL` if they cannot. The
-  layout is a `Layout`, or the ``key`` of the last one (410 if that is another).
-- ``POST receive/`` ``{"policy"}``: every worker joins the broadcast of what was announced, and checks it.
-- ``POST find/`` ``{"policy"}``: stage again what was sent under another version; 410 if it is gone.
-- ``POST pushed/``: called after ms-swift's own push of the base. Returns errors of workers, which ms-swift only logs.
-- ``POST commit/`` ``{"policy"}``: every worker serves what it staged, or none does. Idempotent. With
-  ``"by_reference": true`` through vLLM's own loader. Answers have ``boot``.
-- ``POST abort/`` ``{"policy"}``: drop what was staged.
-- ``POST serve/`` ``{"plain": bool}``: rollouts from the base alone, or with the adapter again.
+- ``GET status/``: `PROTOCOL`, releases, what the engine takes, ``host``, ``holder`` and ``policy`` (or null), and
+  whether rollouts are ``plain``.
+- ``GET base/``: ``{"sums": {name: [dtype, shape, checksum]}}`` of the model's files, names as in the files.
+- ``POST lease/`` `Lease`: from now on only this run gives orders. Refused while the process of another run is alive.
+- ``POST push/`` `Push`: before ms-swift's own push of a base, and after it: then the workers' errors are answered.
+- ``POST stage/`` `Stage`: every worker checks what will come, and makes room for it. 410 if it does not know a layout
+  by its key, `NO_NCCL` if the bytes cannot come that way.
+- ``POST receive/`` `Receive`: the bytes come over NCCL, from shared memory of this host (404 if that cannot be opened),
+  or as the body (`BYTES`; the JSON is then in `POLICY_HEADER`). Every worker proves the policy's digest of them.
+- ``POST commit/`` `Commit`: every worker serves what it received, or none serves anything until the next commit.
+- ``POST serve/`` `Serve`: rollouts from the base alone, or with the adapter again.
 
-``POST /infer/`` is ms-swift's. With `POLICY_HEADER` it is refused when the server serves another policy.
+Each order names the process and the base that it is for (`To`); one for another is refused with `ANOTHER`. Orders may
+be repeated. ``POST /infer/`` is ms-swift's; with `POLICY_HEADER` it is refused when the server serves another policy.
 """
 
 from __future__ import annotations
@@ -27,36 +24,25 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from ..common.settings import Settings
 from ..errors import AccessError, ProtocolError
 
-PROTOCOL = 2
+PROTOCOL = 3
 PREFIX = "/swift_lora_fix"
-STATUS, BASE = f"{PREFIX}/status/", f"{PREFIX}/base/"
-STAGE, COMMIT, ABORT, SERVE = (f"{PREFIX}/{verb}/" for verb in ("stage", "commit", "abort", "serve"))
-RECEIVE, FIND, PUSHED = (f"{PREFIX}/{verb}/" for verb in ("receive", "find", "pushed"))
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
 PROBE = "swift-lora-fix-"  # prefix of the ``uuid`` of the gate's requests: multi-turn schedulers must not touch them
 
-# The files of an adapter's folder, as PEFT names them. B is unscaled, as PEFT has it: the server scales it by the
-# config.
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-# In the safetensors metadata: the names, as JSON, in the order that the policy's digest is computed in. It is there
-# when a trainer with this package wrote the file, with the scaling in B: then each vLLM worker checks that digest.
-ORDER = "swift_lora_fix_order"
-
-ROOT_VARIABLE, LIMIT_VARIABLE = "SWIFT_LORA_FIX_ROOT", "SWIFT_LORA_FIX_MAX_MIB"  # see Settings
-
-GONE = 410  # the server no longer has, or does not know, what it should use again
-NO_NCCL = 501  # HTTP's "not implemented": this server takes no adapter over NCCL; its message says why
+UNSEEN = 404  # shared memory that the server cannot open; also the status of a server without this package
+GONE = 410  # a layout that the server does not know by its key
+ANOTHER = 412  # the order is for another process, or for another base, than this one
+NO_NCCL = 501  # HTTP's "not implemented": no adapter over NCCL here; the message says why
 
 METHOD = "swift_lora_fix_command"  # inside the server: the method of its workers
 RPC = "swift_lora_fix_receiver"  # inside an engine: the method of vLLM's workers (``collective_rpc``)
@@ -64,80 +50,130 @@ EXTENSION = "swift_lora_fix.server.rollout.extension.RolloutWorkerExtension"  # 
 SWIFT_EXTENSION = "WeightSyncWorkerExtension"
 
 _STATUSES = {ProtocolError: 400, AccessError: 403}
-_RUN = re.compile(r"[0-9a-f]{1,64}")
-_DIGEST = re.compile(r"[!-~]{1,128}")
+_Run = Field(pattern="^[0-9a-f]{1,64}$")
+_Natural = Field(ge=0, lt=1 << 63)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Names one policy. version: grows within one trainer ``run`` (hexadecimal).
+class Model(BaseModel):
+    """What travels: exactly these fields."""
 
-    digest: over NCCL, and for a file with `ORDER`, the policy digest (engine/vllm/slots/staging.py), which is checked;
-        otherwise any text.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int
-    step: int
-    digest: str
-    run: str
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
 
-    def __post_init__(self) -> None:
-        for name in ("version", "step"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 1 << 63:
-                raise ProtocolError(f"The policy's {name} is {value!r}: a whole number from 0 on is expected.")
-        for name, pattern, words in (
-            ("digest", _DIGEST, "1 to 128 printable ASCII characters without spaces"),
-            ("run", _RUN, "1 to 64 hexadecimal digits in lower case"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not pattern.fullmatch(value):
-                raise ProtocolError(f"The policy's {name} is {value!r}: {words} are expected.")
+
+class Policy(Model):
+    """Names one policy. version: grows within one trainer's ``run`` (hexadecimal). digest: the policy digest
+    (engine/vllm/slots/staging.py), which each of vLLM's workers proves of what lies on its device."""
+
+    version: StrictInt = _Natural
+    step: StrictInt = _Natural
+    digest: StrictStr = Field(pattern="^[!-~]{1,128}$")
+    run: StrictStr = _Run
 
     def __str__(self) -> str:
         return f"version {self.version} (step {self.step}, digest {self.digest}) of run {self.run}"
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, value: Any) -> Policy:
-        """Raises ProtocolError naming the field and its value."""
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping) or set(value) != set(names):
-            raise ProtocolError(f"The policy is {value!r}: an object with exactly {', '.join(names)} is expected.")
-        return cls(**value)
+class To(Model):
+    """Whom an order is for. boot: new at each start of the server. epoch: how often its base was written over since.
+    run: who gives the order."""
+
+    boot: StrictStr
+    epoch: StrictInt = _Natural
+    run: StrictStr = _Run
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Model):
     """The content of one buffer. entries: (PEFT key, shape) in the order of the trainer's adapter; dtype: as in
-    ``bfloat16``; config: as in ``adapter_config.json``. Over NCCL it must be one of scaling 1."""
+    ``bfloat16``; config: as in ``adapter_config.json``, of scaling 1, because the scaling is in B."""
 
-    dtype: str
-    entries: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: StrictStr
+    entries: tuple[tuple[StrictStr, tuple[int, ...]], ...]
     config: dict[str, Any]
 
     @cached_property
     def key(self) -> str:
         """Identifies this layout, in hexadecimal."""
-        return hashlib.sha256(config_bytes(self.as_dict())).hexdigest()
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
-    def as_dict(self) -> dict[str, Any]:
-        entries = [[key, list(shape)] for key, shape in self.entries]
-        return {"dtype": self.dtype, "entries": entries, "config": self.config}
 
-    @classmethod
-    def from_dict(cls, value: Any) -> Layout:
-        """Raises ProtocolError."""
-        try:
-            entries = tuple((str(key), tuple(int(size) for size in shape)) for key, shape in value["entries"])
-            made = cls(str(value["dtype"]), entries, dict(value["config"]))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ProtocolError(f"The layout is not understood: {type(error).__name__}: {error}.") from error
-        if any(size < 1 for _, shape in entries for size in shape):
-            raise ProtocolError("The layout has a shape with a size below 1.")
-        return made
+class Holder(Model):
+    """The process of a run. host: `hosts.this_host`, empty if unknown. start: when it began, in the kernel's ticks."""
+
+    run: StrictStr = _Run
+    host: StrictStr
+    name: StrictStr
+    pid: StrictInt
+    start: StrictInt
+
+    def __str__(self) -> str:
+        return f"run {self.run} (process {self.pid} on {self.name})"
+
+
+class Address(Model):
+    """Shared memory of a process of this host (shared.py)."""
+
+    pid: StrictInt = Field(ge=1)
+    descriptor: StrictInt = _Natural
+    size: StrictInt = _Natural
+
+
+class Lease(Model):
+    holder: Holder
+
+
+class Push(Model):
+    to: To
+    ends: StrictBool
+
+
+class Stage(Model):
+    """layout: the whole, or the key of the last one that was sent."""
+
+    to: To
+    policy: Policy
+    layout: Union[StrictStr, Layout]  # noqa: UP007  (as above)
+    nccl: StrictBool
+
+
+class Receive(Model):
+    """memory: where the bytes are; None if they come over NCCL, or as the body."""
+
+    to: To
+    policy: Policy
+    memory: Optional[Address] = None  # noqa: UP045  (pydantic reads it, on Python 3.9 too)
+
+
+class Commit(Model):
+    """by_reference: through vLLM's own loader."""
+
+    to: To
+    policy: Policy
+    by_reference: StrictBool = False
+
+
+class Serve(Model):
+    to: To
+    plain: StrictBool
+
+
+def parsed(kind: Any, text: str | bytes, what: str) -> Any:
+    """A `Model` of this kind from JSON. Raises ProtocolError; ``what`` names the text in the message."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise ProtocolError(f"{what} is not understood: {problems(error.errors())}") from error
+
+
+def problems(found: Any) -> str:
+    """pydantic's errors in words: each field, what is wrong, and the value."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in each['loc'] if part != 'body') or 'it'} is {str(each.get('input'))[:80]!r}: "
+        f"{each['msg']}"
+        for each in found
+    )
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,31 +188,10 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else str(value)
 
 
-def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """The config's bytes for its digest, when it travels as JSON and not as a file."""
-    return json.dumps(config, sort_keys=True).encode()
-
-
-def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises ProtocolError; ``what`` names it in the message."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:  # undecodable bytes too
-        raise ProtocolError(f"{what} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ProtocolError(f"{what} is {type(value).__name__} where a JSON object is expected.")
-    return value
-
-
 def http_status(error: Exception) -> int | None:
     """The HTTP status that a refusal with this error gets; None if that depends on the route."""
     status: int | None = getattr(error, "status", None)
     return status or next((s for kind, s in _STATUSES.items() if isinstance(error, kind)), None)
-
-
-def root_of(environment: Mapping[str, str] | None = None) -> str:
-    """The folder below which adapters are handed over, an absolute path. Raises SettingsError."""
-    return Settings.from_environment(environment).root
 
 
 def limit_of(environment: Mapping[str, str] | None = None) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import requests
 
-from swift_lora_fix.server.content import content_digest
-from swift_lora_fix.server.wire import BYTES, CONFIG, POLICY_HEADER, PREFIX, WEIGHTS, Policy
+from swift_lora_fix.server.hosts import this_process
+from swift_lora_fix.server.wire import BYTES, POLICY_HEADER, PREFIX, Policy
+from tests.support.parcels import Sent, staged
 from tests.support.rollout_server import RolloutServer
 
 KEY = "sesame"
@@ -20,18 +22,15 @@ PROMPTS = ["Count to three. Count to three.", "What is two plus two?"]
 
 @dataclass
 class ReloadServer(RolloutServer):
-    """``with ReloadServer(model, folder) as server``. Its root is ``folder/root``, its key `KEY`."""
+    """``with ReloadServer(model, folder) as server``. Its key is `KEY`, and this process holds its lease."""
 
-    @property
-    def root(self) -> Path:
-        return self.folder / "root"
+    known: dict[str, Any] = field(default_factory=dict)  # boot and epoch
 
     def __enter__(self) -> ReloadServer:
-        self.root.mkdir(parents=True, exist_ok=True)
         self.arguments = {"api_key": KEY, **self.arguments}
-        self.environment = {"SWIFT_LORA_FIX_ROOT": str(self.root), **self.environment}
         try:
             self.start().wait()
+            self.lease("5eed")
         except BaseException:
             self.stop()
             raise
@@ -49,58 +48,96 @@ class ReloadServer(RolloutServer):
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    def post(self, verb: str, key: str | None = KEY, **body: Any) -> requests.Response:
-        return self.call("POST", f"{PREFIX}/{verb}/", key, json=body)
+    def lease(self, run: str, **changes: Any) -> requests.Response:
+        return self.call("POST", f"{PREFIX}/lease/", json={"holder": {**this_process(run).as_dict(), **changes}})
 
-    def stage(
-        self, policy: Policy, folder: Path, digest: str | None = None, key: str | None = KEY
-    ) -> requests.Response:
-        body = {"policy": policy.as_dict(), "digest": digest or digest_of(folder), "folder": str(folder)}
-        return self.post("stage", key, **body)
+    def order(self, verb: str, key: str | None = KEY, to: dict[str, Any] | None = None, **body: Any) -> Any:
+        run = (body.get("policy") or {}).get("run", "5eed")
+        status = self.status()
+        whom = {"boot": status["boot"], "epoch": status["epoch"], "run": run, **(to or {})}
+        return self.call("POST", f"{PREFIX}/{verb}/", key, json={"to": whom, **body})
 
-    def stage_bytes(self, policy: Policy, folder: Path, digest: str | None = None) -> requests.Response:
-        about = {"policy": policy.as_dict(), "digest": digest or digest_of(folder)}
-        config = json.loads((folder / CONFIG).read_text())
-        headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps({**about, "config": config})}
-        return self.call("POST", f"{PREFIX}/stage/", data=(folder / WEIGHTS).read_bytes(), headers=headers)
+    def announce(self, policy: Policy, sent: Sent, key: str | None = KEY) -> requests.Response:
+        return self.order("stage", key, policy=policy.as_dict(), layout=sent.layout.as_dict(), nccl=False)
 
-    def commit(self, policy: Policy) -> requests.Response:
-        return self.post("commit", policy=policy.as_dict())
+    def stage(self, policy: Policy, sent: Sent, key: str | None = KEY) -> requests.Response:
+        """Announced, and received from shared memory."""
+        announced = self.announce(policy, sent, key)
+        if announced.status_code != 200:
+            return announced
+        return self.order("receive", key, policy=policy.as_dict(), memory=sent.memory.address.as_dict())
+
+    def stage_body(self, policy: Policy, sent: Sent, body: bytes | None = None) -> requests.Response:
+        announced = self.announce(policy, sent)
+        if announced.status_code != 200:
+            return announced
+        status = self.status()
+        to = {"boot": status["boot"], "epoch": status["epoch"], "run": policy.run}
+        headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps({"to": to, "policy": policy.as_dict()})}
+        return self.call("POST", f"{PREFIX}/receive/", data=sent.body if body is None else body, headers=headers)
+
+    def commit(self, policy: Policy, **more: Any) -> requests.Response:
+        return self.order("commit", policy=policy.as_dict(), **more)  # type: ignore[no-any-return]
 
     def infer(self, expected: Policy | None = None) -> requests.Response:
-        config = {"max_tokens": 8, "temperature": 0, "return_details": True, "logprobs": True}
-        queries = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
         headers = {POLICY_HEADER: json.dumps(expected.as_dict())} if expected else {}
-        body = {"infer_requests": queries, "request_config": config}
-        return self.call("POST", "/infer/", json=body, headers=headers)
+        return self.call("POST", "/infer/", json=rollout_request(), headers=headers)
 
     def rollouts(self, expected: Policy | None = None) -> tuple[list[Any], list[dict[str, Any]]]:
         """Tokens and logprobs of each prompt, and what the server says they came from."""
         response = self.infer(expected)
         assert response.status_code == 200, response.text + self.log[-2000:]
-        choices = [output["response"]["choices"][0] for output in response.json()]
-        made = [[c["token_ids"], [step["logprob"] for step in c["logprobs"]["content"]]] for c in choices]
-        return made, [output["rollout_infos"] for output in response.json()]
+        return tokens_of(response.json()), [output["rollout_infos"] for output in response.json()]
 
 
-def digest_of(folder: Path) -> str:
-    return content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
+def rollout_request() -> dict[str, Any]:
+    config = {"max_tokens": 8, "temperature": 0, "return_details": True, "logprobs": True}
+    queries = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    return {"infer_requests": queries, "request_config": config}
 
 
-def make_adapter(model: Path, folder: Path, seed: int, rank: int = 8, **config: Any) -> Path:
-    """A PEFT folder with a random LoRA of ``model``, as a trainer writes it: its config in sorted JSON."""
+def tokens_of(outputs: Iterable[dict[str, Any]]) -> list[Any]:
+    """Tokens and logprobs of each output."""
+    choices = [output["response"]["choices"][0] for output in outputs]
+    return [[c["token_ids"], [step["logprob"] for step in c["logprobs"]["content"]]] for c in choices]
+
+
+def peft_model_of(model: Path, dtype: str, rank: int = 8, **config: Any) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, torch_dtype=getattr(torch, dtype))
     settings = {"r": rank, "lora_alpha": 12, "target_modules": TARGETS, **config}
-    adapted = get_peft_model(base, LoraConfig(**settings))
+    return get_peft_model(base, LoraConfig(**settings))
+
+
+def set_adapter(adapted: Any, seed: int) -> None:
+    """Random values for its LoRA, the same for the same seed."""
+    import torch
+
+    made = torch.Generator().manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape) * 0.1
-    adapted.save_pretrained(folder)
-    file = folder / CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True))
-    return folder
+            parameter.data.copy_(torch.randn(parameter.shape, generator=made) * 0.1)
+
+
+def made_adapter(model: Path, seed: int, rank: int = 8, **config: Any) -> dict[str, Any]:
+    """A random LoRA of ``model``, as a trainer has it staged: ``tensors`` in bfloat16 with the scaling in B, and the
+    ``config`` of scaling 1."""
+    import torch
+
+    from swift_lora_fix.engine.vllm.slots import loader
+    from swift_lora_fix.policy import adapter as adapters
+    from swift_lora_fix.server.wire import plain_config
+
+    adapted = peft_model_of(model, "float32", rank, **config)
+    set_adapter(adapted, seed)
+    bound = adapters.bind(adapted)
+    held = adapters.read_to_host(bound, torch.device("cpu"))
+    tensors = {entry.key: (held[entry.key].float() * entry.scale).bfloat16() for entry in bound.entries}
+    return {"tensors": tensors, "config": plain_config(loader.plain_config(bound))}
+
+
+def sent_of(made: dict[str, Any], digest: str | None = None) -> Sent:
+    return staged(made["tensors"], made["config"], digest)

@@ -31,7 +31,6 @@ def trainer(
         run.arguments.setdefault(gone, None)
     run.environment = {
         **environment,
-        "SWIFT_LORA_FIX_ROOT": str(folder / "root"),
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
         "SWIFT_LORA_FIX_SERVER_DEADLINE": "900",  # a server that is killed takes what it takes to come back
     }

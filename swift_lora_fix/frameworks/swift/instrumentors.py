@@ -188,6 +188,24 @@ class Rewrite(Instrumentor):
         return False
 
 
+class Ray(Instrumentor):
+    """Rollout engines that ms-swift starts as Ray actors, which are not patched."""
+
+    triggers = releases.ray_modules()
+    otherwise = "rollouts that Ray started run as they are"
+
+    def instrument(self, module: ModuleType) -> None:
+        raise UnsupportedTrainerError(
+            f"{module.__name__} is loaded: this rollout engine was started by Ray for a Megatron trainer, and gets "
+            "its weights from Ray workers and not from `swift rlhf`. swift_lora_fix covers `swift rollout` servers."
+        )
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        """Never: whoever calls ``apply()`` in such a process asks for the trainer's patches."""
+        return False
+
+
 def _import_rollout_module() -> ModuleType:
     version = _check_release()
     for package, what in (("vllm", "vLLM"), ("peft", "PEFT")):

@@ -6,18 +6,16 @@ without values, when only their names and shapes are checked.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ...errors import NonFiniteAdapterError, StagingError
+from ...errors import StagingError
 from ...install import releases
-from ...memory.segment import DTYPES, is_finite
+from ...memory.segment import DTYPES
 from ...policy.files import TensorHeader
-from ..wire import CONFIG, ORDER, WEIGHTS
 
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?")
 _FLOATS = ("F64", "F32", "BF16", "F16", "F8")
@@ -30,17 +28,17 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
         found = _NAME.fullmatch(name)
         if found is None or tensor.dim() != 2 or tensor.dtype not in DTYPES:
             raise StagingError(
-                f"{WEIGHTS} has {name!r} ({tuple(tensor.shape)}, {tensor.dtype}), which is no LoRA matrix: floats are "
-                "expected, with names as in 'base_model.model.<module>.lora_A.weight'."
+                f"The adapter has {name!r} ({tuple(tensor.shape)}, {tensor.dtype}), which is no LoRA matrix: floats "
+                "are expected, with names as in 'base_model.model.<module>.lora_A.weight'."
             )
         sides.setdefault(found["module"], {})[found["side"]] = tensor
     if not sides:
-        raise StagingError(f"{WEIGHTS} has no tensors: an adapter has at least one lora_A and one lora_B.")
+        raise StagingError("The layout has no tensors: an adapter has at least one lora_A and one lora_B.")
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     smaller_are_fine = scales_nothing(config)
     for module, pair in sides.items():
         if len(pair) < 2:
-            raise StagingError(f"{WEIGHTS} has only lora_{next(iter(pair))} of {module!r}: A and B go together.")
+            raise StagingError(f"The adapter has only lora_{next(iter(pair))} of {module!r}: A and B go together.")
         (rank, _), (_, columns) = pair["A"].shape, pair["B"].shape
         if rank != columns:
             raise StagingError(f"Of {module!r}, A has rank {rank} and B {columns}: these are not one adapter.")
@@ -50,19 +48,7 @@ def check_names(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], 
                 f"--vllm_max_lora_rank {releases.engine_rank(rank) or rank}."
             )
         if rank not in ranks and not (smaller_are_fine and rank < config["r"]):
-            raise StagingError(f"{module!r} has rank {rank}, {CONFIG} says {sorted(map(str, ranks))}.")
-
-
-def order_of(text: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names in the order given by a file's metadata. Raises StagingError if they are not the names in the file."""
-    try:
-        order = json.loads(text)
-    except ValueError:
-        order = []
-    names = isinstance(order, list) and all(isinstance(name, str) for name in order)
-    if not names or sorted(order) != sorted(tensors):
-        raise StagingError(f"{ORDER} in the metadata of {WEIGHTS} is not a list of its {len(tensors)} tensors.")
-    return list(order)
+            raise StagingError(f"{module!r} has rank {rank}, the config says {sorted(map(str, ranks))}.")
 
 
 def scales_nothing(config: Mapping[str, Any]) -> bool:
@@ -75,13 +61,16 @@ def scales_nothing(config: Mapping[str, Any]) -> bool:
 def check_shapes(tensors: Mapping[str, torch.Tensor], base: Mapping[str, TensorHeader]) -> None:
     """Raise StagingError if a module is not the base's. vLLM's loader judges what the model's files do not name."""
     modules = {name[: -len(".weight")] for name in base if name.endswith(".weight")}
-    wanted = {found["module"]: name for name in tensors if (found := _NAME.fullmatch(name)) and found["side"] == "A"}
+    wanted: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if found := _NAME.fullmatch(name):
+            wanted.setdefault(found["module"], {})[found["side"]] = tensor
     if not modules.intersection(wanted):
         return  # the files name modules differently than PEFT
     layers, kinds = {_kind(name) for name in modules}, {name.split(".")[-1] for name in modules}
-    for module, name in wanted.items():
+    for module, pair in wanted.items():
         if module in modules:
-            _check_shape(module, tensors[name], tensors[name.replace("_A", "_B")], base[f"{module}.weight"])
+            _check_shape(module, pair["A"], pair["B"], base[f"{module}.weight"])
         elif _kind(module) in layers or (module.split(".")[-1] not in kinds and ".experts" not in module):
             raise StagingError(f"The server's model has no module {module!r}: is the adapter one of another model?")
 
@@ -97,15 +86,3 @@ def _check_shape(module: str, a: torch.Tensor, b: torch.Tensor, weight: TensorHe
             f"{module!r} is {tuple(weight.shape)} in the server's model, A {tuple(a.shape)} and B {tuple(b.shape)} are "
             f"for {shape}: is the adapter one of another model?"
         )
-
-
-def cast_checked(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors as vLLM will hold them. Raises NonFiniteAdapterError naming those that are not finite then."""
-    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    bad = [name for name, tensor in cast.items() if not is_finite(tensor)]
-    if bad:
-        raise NonFiniteAdapterError(
-            f"{len(bad)} of the adapter's {len(cast)} tensors are not finite in {dtype}, the first {min(bad)!r}. The "
-            "server keeps the policy that it has."
-        )
-    return cast

@@ -8,14 +8,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ...errors import ProtocolError
-from ..wire import POLICY_HEADER, Policy, parse_object
+from ..wire import POLICY_HEADER, PREFIX, Policy, parsed
 from .requests import Refused, drain
 from .routes import Policies
 
 _INFER = "/infer"
+_CONNECT = "/init_communicator"
 # ms-swift's own routes that change what the engine serves: the adapter, and the base
 _ADAPTER = {"/update_adapter_flattened_param", "/update_adapter_param"}
 _BASE = {"/update_named_param", "/update_flattened_params", "/process_weights_after_loading"}
+_FREE = {"/health", "/get_world_size", "/get_engine_type"}  # those that ask no worker
 
 # ms-swift's trainer opens NCCL while it parses its arguments, before any plugin is loaded and without a key. With
 # SWIFT_LORA_FIX_TRANSPORT=reload it is told that there is nobody to connect to: a group of one opens no NCCL (vLLM's
@@ -34,26 +36,31 @@ class Guard:
         self.app, self.policies = app, policies
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        path = scope["path"].rstrip("/") if scope["type"] == "http" else PREFIX
+        if path.startswith(PREFIX) or (path in _FREE and not (self.policies.is_reload and path in _HANDSHAKE)):
             await self.app(scope, receive, send)
             return
-        request, path = Request(scope, receive), scope["path"].rstrip("/")
+        request = Request(scope, receive)
         if self.policies.is_reload and path in _HANDSHAKE:
             await drain(request)
             await JSONResponse(_HANDSHAKE[path])(scope, receive, send)
             return
-        refused = self._refusal(path, request.headers.get(POLICY_HEADER))
-        if refused is None:
-            if request.method == "POST" and self.policies.is_allowed(request):
-                self._note(path)
-            await self.app(scope, receive, send)
-            return
+        async with self.policies.workers.alone:  # ms-swift's routes use the workers' pipes
+            refused = self._refusal(path, request.headers.get(POLICY_HEADER))
+            if refused is None:
+                if request.method == "POST" and self.policies.is_allowed(request):
+                    await self._note(path)
+                await self.app(scope, receive, send)
+                return
         await drain(request)
         await refused.response()(scope, receive, send)
 
     def _refusal(self, path: str, expected: str | None) -> Refused | None:
         """Why this route is refused now, or None. expected: the value of `POLICY_HEADER`."""
         policies = self.policies
+        problem = policies.workers.what_is_wrong()
+        if problem is not None:
+            return Refused(500, "EngineStateError", problem)
         if policies.is_reload and path in _ADAPTER | _BASE:
             return Refused(
                 409,
@@ -61,8 +68,18 @@ class Guard:
                 f"{path}/ is refused: this server takes policies by SWIFT_LORA_FIX_TRANSPORT=reload. Set that for the "
                 "trainer, too, or for neither.",
             )
-        if path != _INFER:
-            return None
+        holder = policies.living_holder()
+        if holder is not None and (path in _ADAPTER | {_CONNECT} or (path in _BASE and not policies.is_pushing)):
+            return Refused(
+                409,
+                "StagingError",
+                f"{path}/ is refused: this rollout server is {holder}'s, which is alive. End it first, or give each "
+                "trainer servers of its own.",
+            )
+        return self._refusal_of_rollouts(expected) if path == _INFER else None
+
+    def _refusal_of_rollouts(self, expected: str | None) -> Refused | None:
+        policies = self.policies
         if policies.policy is None and policies.is_ours and not policies.plain:
             return Refused(
                 503,
@@ -73,7 +90,7 @@ class Guard:
         if expected is None:
             return None
         try:
-            policy = Policy.from_dict(parse_object(expected, f"The header {POLICY_HEADER}"))
+            policy = parsed(Policy, expected, f"The header {POLICY_HEADER}")
         except ProtocolError as error:
             return Refused.of(error)
         if policies.plain or policy != policies.policy:
@@ -82,9 +99,9 @@ class Guard:
             return Refused(409, "PolicyMismatchError", message)
         return None
 
-    def _note(self, path: str) -> None:
+    async def _note(self, path: str) -> None:
         """Called before ms-swift's route: afterwards its workers wait for a trainer that waits for this answer."""
-        if path in _BASE:
-            self.policies.base_is_pushed = True
-        elif path in _ADAPTER:
-            self.policies.release()
+        if path in _BASE and not self.policies.is_pushing:
+            await self.policies.base_changes()
+        elif path in _ADAPTER | {_CONNECT}:
+            await self.policies.release()

@@ -1,9 +1,9 @@
-"""In each of vLLM's workers: an adapter arrives, over NCCL or from a file, is checked, and is written to the LoRA
+"""In each of vLLM's workers: an adapter arrives, over NCCL or from shared memory, is proved, and is written to the LoRA
 slots.
 
-It arrives in a second buffer, laid out as the trainer staged it (engine/vllm/slots/staging.py), so that the adapter
-that is being served stays available to go back to. The rest is the sync of a colocated engine
-(engine/vllm/slots/writer.py): a write plan learnt from vLLM's loader, proved against it, and read back.
+It arrives in a buffer laid out as the trainer staged it (engine/vllm/slots/staging.py), beside the slots that are being
+served. The rest is the sync of a colocated engine (engine/vllm/slots/writer.py): a write plan learnt from vLLM's
+loader, proved against it, and read back.
 """
 
 from __future__ import annotations
@@ -11,45 +11,75 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import safetensors
 import torch
 
 from ... import errors
 from ...common.settings import Settings
-from ...engine.vllm.finite import FiniteCheck
 from ...engine.vllm.handle import ADAPTER_ID, WorkerHandle
 from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging
 from ...engine.vllm.slots.writer import AdapterWriter
-from ...errors import EngineStateError, StagingError, SwiftLoraFixError
+from ...errors import EngineStateError, NonFiniteAdapterError, StagingError, SwiftLoraFixError
+from ...memory.segment import is_finite
 from ...policy import adapter as adapters
-from ..wire import GONE, NO_NCCL, Layout, http_status
+from ..shared import opened
+from ..wire import GONE, NO_NCCL, Address, Layout, http_status
 
 _TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
 
 
-@dataclass
-class _Held:
-    """A whole adapter in a staging buffer. digest: the server's name for it, None while unknown. found: the policy
-    digest of what the buffer holds."""
+class Received:
+    """A whole adapter of this layout in one buffer on ``device``. digest: of what it holds, once that is proved."""
 
-    adapter: adapters.Adapter
-    staging: Staging
-    digest: str | None = None
-    found: str = ""
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.staging = Staging(_planned(layout), getattr(torch, layout.dtype), device, whole=True)
+        self.adapter = adapters.of_tensors("default", self.tensors(), layout.config)
+        self.digest: str | None = None
 
-    @classmethod
-    def make(cls, layout: Layout, scales: Mapping[str, float], dtype: torch.dtype, device: torch.device) -> _Held:
-        """scales: by PEFT key, the scaling that arriving B tensors do not contain yet."""
-        shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
-        planned = adapters.of_tensors("default", shapes, layout.config, scales)
-        staging = Staging(planned, dtype, device, whole=True)
-        views = [view for chunk in planned.chunks for view in staging.entries(chunk)]
-        return cls(adapters.of_tensors("default", dict(zip(shapes, views)), layout.config), staging)
+    @staticmethod
+    def size_of(layout: Layout) -> int:
+        """The bytes of the buffer."""
+        return Staging(_planned(layout), getattr(torch, layout.dtype), torch.device("meta"), whole=True).buffer.nbytes
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By PEFT key, in the layout's order, as views of the buffer."""
+        chunks = self.staging.adapter.chunks
+        return {e.key: view for c in chunks for e, view in zip(c.entries, self.staging.entries(c))}
+
+    @property
+    def content(self) -> torch.Tensor:
+        """The buffer as bytes, to be written to."""
+        self.digest = None
+        return self.staging.buffer.view(torch.uint8)
+
+    def fill(self, content: torch.Tensor) -> None:
+        """Copy ``content``, (size,), uint8. Raises StagingError when it is not as large as the buffer."""
+        mine = self.content
+        if content.numel() != mine.numel():
+            raise StagingError(f"{content.numel()} bytes came where {mine.numel()} were announced: send it again.")
+        mine.copy_(content)
+
+    def prove(self, digest: str) -> None:
+        """Raises StagingError when it holds another policy than the one with this digest, NonFiniteAdapterError when
+        that is not finite."""
+        found = self.staging.digest()
+        if found != digest:
+            raise StagingError(f"What arrived has digest {found}, {digest} was announced: send it again.")
+        if not is_finite(self.staging.buffer):
+            bad = [name for name, tensor in self.tensors().items() if not is_finite(tensor)]
+            raise NonFiniteAdapterError(
+                f"{len(bad)} of the adapter's tensors are not finite in {self.staging.dtype}, the first {min(bad)!r}. "
+                "The server keeps the policy that it has."
+            )
+        self.digest = digest
+
+
+def _planned(layout: Layout) -> adapters.Adapter:
+    dtype = getattr(torch, layout.dtype)
+    shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
+    return adapters.of_tensors("default", shapes, layout.config)
 
 
 class Receiver:
@@ -58,101 +88,59 @@ class Receiver:
     def __init__(self, worker: Any) -> None:
         self.worker, self.engine = worker, WorkerHandle(worker)
         self.layout: Layout | None = None
-        self.writer: AdapterWriter | None = None
-        self.check: FiniteCheck | None = None
-        self.served: _Held | None = None  # the writer reads this buffer
-        self.other: _Held | None = None  # what arrives; after a switch, the policy before
+        self.received: Received | None = None
+        self.writer: AdapterWriter | None = None  # reads that buffer
 
     def do(self, command: str, **arguments: Any) -> None:
         commands = {
             "prepare": self.prepare,
             "receive": self.receive,
-            "make_room": self.make_room,
-            "read": self.read,
-            "find": self.find,
             "serve": self.serve,
             "check_served": self.check_served,
         }
         commands[command](**arguments)
 
-    def prepare(self, layout: dict[str, Any]) -> None:
-        """Make room for an adapter that will come over NCCL. Raises StagingError (`NO_NCCL`) if it cannot."""
-        communicator, dtype = self.worker.communicator, self.engine.lora_dtype
-        if communicator is None or getattr(communicator, "disabled", False):
+    def prepare(self, layout: dict[str, Any], nccl: bool) -> None:
+        """Make room for an adapter of this layout. Raises EngineStateError if it cannot come over NCCL and is to."""
+        communicator = self.worker.communicator
+        if nccl and (communicator is None or getattr(communicator, "disabled", False)):
             raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
-        if layout["dtype"] != str(dtype).removeprefix("torch."):
-            raise StagingError(
-                f"Over NCCL an adapter comes as the engine holds it, in {dtype}, not in {layout['dtype']} "
-                "(--torch_dtype, or lora_dtype of --vllm_engine_kwargs, of servers that differ).",
-                NO_NCCL,
-            )
-        self.make_room(layout, {})
-
-    def make_room(self, layout: dict[str, Any], scales: dict[str, float]) -> None:
-        """For adapters of this layout, in the engine's dtype. Buffers of another layout are dropped."""
-        asked, device = Layout.from_dict(layout), self.worker.model_runner.device  # 0.17's CPU worker has no device
+        asked, device = Layout.model_validate(layout), self.worker.model_runner.device  # 0.17's CPU worker has none
         if asked == self.layout:
             return
-        dtype = self.engine.lora_dtype
-        self.layout = self.served = self.other = self.writer = self.check = None
-        served, other = (_Held.make(asked, scales, dtype, device) for _ in range(2))
+        self.layout = self.received = self.writer = None  # free them first
+        received = Received(asked, device)
         direct = Settings.from_environment().writer == "direct"
-        self.writer = AdapterWriter(self.engine, served.adapter, _request_class(self.worker), device, direct)
-        self.check = FiniteCheck(other.adapter, dtype, device, lambda fine: fine)
-        self.layout, self.served, self.other = asked, served, other
+        self.writer = AdapterWriter(self.engine, received.adapter, _request_class(self.worker), device, direct)
+        self.layout, self.received = asked, received
 
     @torch.no_grad()
-    def receive(self, digest: str) -> None:
-        """Receive the adapter with this digest. Raises StagingError or NonFiniteAdapterError; it is not served then."""
-        assert self.other is not None, "prepare() comes first"
-        self.other.digest = None
-        buffer, communicator = self.other.staging.buffer, self.worker.communicator
-        stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
-        communicator.broadcast(buffer.view(torch.uint8), src=self.worker.client_rank, stream=stream)
-        self._accept(self.other, digest, "arrived over NCCL", True)
-
-    @torch.no_grad()
-    def read(self, path: str, digest: str, is_proved: bool) -> None:
-        """The same, from a sealed safetensors file. is_proved: ``digest`` is the policy digest of what the engine will
-        hold, so it can be checked; otherwise it is only the server's name for these values."""
-        assert self.other is not None, "make_room() comes first"
-        self.other.digest = None
-        staging = self.other.staging
-        with safetensors.safe_open(path, framework="pt") as file:
-            for chunk in staging.adapter.chunks:
-                staging.fill(chunk, [file.get_tensor(entry.key) for entry in chunk.entries])
-        self._accept(self.other, digest, "was read", is_proved)
-
-    def _accept(self, held: _Held, digest: str, came: str, is_proved: bool) -> None:
-        assert self.check is not None
-        held.found = held.staging.digest()
-        if is_proved and held.found != digest:
-            raise StagingError(f"What {came} has digest {held.found}, {digest} was announced: send it again.")
-        self.check.begin([parameter.data_ptr() for parameter in held.adapter.parameters])
-        self.check.finish()
-        held.digest = digest
-
-    def find(self, digest: str) -> None:
-        """Raise StagingError (`GONE`) when this adapter is no longer here."""
-        if digest not in [held.digest for held in (self.served, self.other) if held is not None]:
-            raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
+    def receive(self, digest: str, memory: dict[str, Any] | None) -> None:
+        """Receive the adapter with this digest, from ``memory`` or over NCCL. It is not served yet. Raises StagingError
+        or NonFiniteAdapterError."""
+        assert self.received is not None, "prepare() comes first"
+        content = self.received.content
+        if memory is None:
+            stream = torch.cuda.current_stream(content.device) if content.is_cuda else None
+            self.worker.communicator.broadcast(content, src=self.worker.client_rank, stream=stream)
+        else:
+            with opened(Address.model_validate(memory)) as sent:
+                self.received.fill(sent)
+        self.received.prove(digest)
 
     @torch.no_grad()
     def serve(self, digest: str, by_reference: bool = False) -> None:
         """Write the adapter with this digest, which must be here, into the LoRA slots, and read it back. by_reference:
         through vLLM's own loader."""
-        assert self.writer is not None and self.served is not None and self.other is not None, "make_room() comes first"
-        self.find(digest)
-        if self.served.digest != digest:
-            self._swap()
+        assert self.writer is not None and self.received is not None, "prepare() comes first"
+        if self.received.digest != digest:
+            raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
         if not self.writer.is_current():
             self.writer.forget()  # another writer changed the slots
         report = self.writer.write_by_reference() if by_reference else self.writer.write()
         self.writer.finish()
-        if report.digest != self.served.found:
-            raise EngineStateError(
-                f"vLLM's LoRA layers were given {report.digest} where {self.served.found} was to be served."
-            )
+        if report.digest != digest:
+            raise EngineStateError(f"vLLM's LoRA layers were given {report.digest} where {digest} was to be served.")
         if self.writer.plan is not None and self.writer.read_back() != self.writer.expected:
             self.writer.forget()
             raise EngineStateError("vLLM's LoRA slots do not hold what was written to them.")
@@ -162,17 +150,6 @@ class Receiver:
         """Raise EngineStateError when vLLM's loader took modules that no LoRA layer applies."""
         if ADAPTER_ID in self.worker.list_loras():  # with data parallelism vLLM drops it on an idle rank
             loader.check_served(self.engine)
-
-    def _swap(self) -> None:
-        """Swap the contents of the two buffers, a part at a time: the write plan is bound to one of them."""
-        assert self.served is not None and self.other is not None
-        for here, there in zip(self.served.staging.buffer.split(1 << 24), self.other.staging.buffer.split(1 << 24)):
-            kept = here.clone()
-            here.copy_(there)
-            there.copy_(kept)
-        mine, theirs = self.served, self.other
-        mine.digest, theirs.digest = theirs.digest, mine.digest
-        mine.found, theirs.found = theirs.found, mine.found
 
 
 def _request_class(worker: Any) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from ...common.log import logger
-from ...errors import ProtocolError
-from ..wire import http_status, parse_object
-from .files import too_large
+from ...errors import ProtocolError, StagingError
+from ..wire import BYTES, http_status, problems
 
 JSON_LIMIT = 16 << 20  # the layout of an adapter of a large MoE model takes a few megabytes
 DRAIN_LIMIT = 256 << 20
@@ -31,10 +33,38 @@ class Refused(Exception):
     def of(cls, error: Exception) -> Refused:
         if isinstance(error, Refused):
             return error
+        if isinstance(error, RequestValidationError):
+            return cls(400, ProtocolError.__name__, f"The request is not understood: {problems(error.errors())}")
+        if isinstance(error, HTTPException):  # FastAPI's own, of a body that is no JSON
+            return cls(error.status_code, ProtocolError.__name__, str(error.detail))
         status = http_status(error) or 500
         if status == 500:
             logger.exception("a rollout server's route failed")
         return cls(status, type(error).__name__, str(error))
+
+
+def route_class(check: Callable[[Request], None]) -> type[APIRoute]:
+    """Routes that call ``check`` before a byte of the body is read (FastAPI reads it before its dependencies), limit
+    JSON, and answer every error in the protocol's form."""
+
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def answer(request: Request) -> Response:
+                try:
+                    check(request)
+                    if not request.headers.get("Content-Type", "").startswith(BYTES):
+                        request._body = b"".join([chunk async for chunk in body_of(request, JSON_LIMIT)])
+                    return await handle(request)
+                except Exception as error:
+                    refused = Refused.of(error)
+                await drain(request)
+                return refused.response()
+
+            return answer
+
+    return Route
 
 
 async def body_of(request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -49,34 +79,7 @@ async def body_of(request: Request, limit: int) -> AsyncIterator[bytes]:
                 break
             yield chunk
     if size > limit:
-        raise too_large("The request's body", size, limit)
-
-
-async def json_of(request: Request, names: Sequence[str]) -> dict[str, Any]:
-    chunks = [chunk async for chunk in body_of(request, JSON_LIMIT)]
-    return check_fields(parse_object(b"".join(chunks), "The request's body"), names)
-
-
-def check_fields(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    missing = [name for name in names if name not in body]
-    if missing:
-        raise ProtocolError(f"The request has no {', '.join(missing)}; it has {', '.join(sorted(body)) or 'nothing'}.")
-    return body
-
-
-def text_of(body: dict[str, Any], name: str) -> str:
-    value = body[name]
-    if not isinstance(value, str) or not value:
-        raise ProtocolError(f"{name} is {value!r}: text is expected.")
-    return value
-
-
-def flag_of(body: dict[str, Any], name: str) -> bool:
-    """The flag; False if it is missing."""
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise ProtocolError(f"{name} is {value!r}: true or false is expected.")
-    return value
+        raise StagingError(f"The request's body has {size} bytes or more where {limit} are expected.", 413)
 
 
 async def drain(request: Request) -> None:

@@ -1,8 +1,4 @@
-"""In the web server's process: the routes, who may call them, and that all workers do something or none.
-
-Like most of ms-swift's own routes, a call blocks the event loop until all workers have answered: the answers on a
-worker's pipe come in the order of the commands, so no other call may use the pipe meanwhile.
-"""
+"""In the web server's process: the routes, who may call them, and that all workers do something or none."""
 
 from __future__ import annotations
 
@@ -10,21 +6,41 @@ import asyncio
 import hmac
 import secrets
 import threading
-from collections.abc import Awaitable, Sequence
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from ...common.log import info, warning
 from ...common.settings import Settings
-from ...errors import AccessError, ProtocolError, StagingError
+from ...errors import AccessError, StagingError
 from ...install import releases
 from .. import wire as protocol
-from ..wire import METHOD, POLICY_HEADER, PROTOCOL, Policy, config_bytes, limit_of, parse_object, root_of
-from .files import Source, Spool, base_sums, spooled
-from .requests import Refused, body_of, check_fields, drain, flag_of, json_of, text_of
+from ..hosts import is_alive, this_host
+from ..shared import Memory
+from ..wire import (
+    ANOTHER,
+    BYTES,
+    POLICY_HEADER,
+    PROTOCOL,
+    Commit,
+    Holder,
+    Lease,
+    Policy,
+    Push,
+    Receive,
+    Serve,
+    Stage,
+    To,
+    parsed,
+)
+from .base import base_sums
+from .pipes import Workers, failures
+from .requests import Refused, body_of, route_class
+
+Answer = dict[str, Any]
 
 
 class Policies:
@@ -33,56 +49,38 @@ class Policies:
     def __init__(self, server: Any, is_reload: bool) -> None:
         self.server, self.is_reload = server, is_reload
         self.is_ours = is_reload  # else the trainer may be one without this package
-        self.base_is_pushed = False  # a trainer wrote over the base of the model's files
-        self.arriving: Policy | None = None
-        self.root, self.limit = root_of(), limit_of()
-        self.boot = secrets.token_hex(8)
+        self.workers = Workers(server, Settings.from_environment().server_deadline)
+        self.boot, self.epoch = secrets.token_hex(8), 0
+        self.holder: Holder | None = None
+        self.is_pushing = False  # the holder sends a base
+        self.announced: Policy | None = None
+        self.size = 0  # bytes of what was announced
         self.staged: Policy | None = None
         self.policy: Policy | None = None
         self.plain = False
         self._sums: dict[str, list[Any]] | None = None
         self._summing = threading.Lock()
-        self._patience = Settings.from_environment().server_deadline
-        self._silent: set[int] = set()  # workers that did not answer in time
 
     def install(self, app: Any) -> None:
-        for path, method, work in (
-            (protocol.STATUS, "GET", self.status),
-            (protocol.BASE, "GET", self.base),
-            (protocol.STAGE, "POST", self.stage),
-            (protocol.RECEIVE, "POST", self.receive),
-            (protocol.FIND, "POST", self.find),
-            (protocol.PUSHED, "POST", self.pushed),
-            (protocol.COMMIT, "POST", self.commit),
-            (protocol.ABORT, "POST", self.abort),
-            (protocol.SERVE, "POST", self.serve),
-        ):
-            app.router.add_route(path, self._endpoint(work), methods=[method], include_in_schema=False)
-        ways = ([] if self.is_reload else ["NCCL"]) + [f"folders in {self.root}", "HTTP"]
-        info(f"the rollout server takes adapters below {protocol.PREFIX}: by {', '.join(ways)}.")
+        router = APIRouter(prefix=protocol.PREFIX, route_class=route_class(self.check_key), include_in_schema=False)
+        for path, work in {"status": self.status, "base": self.base}.items():
+            router.get(f"/{path}/", response_model=None)(work)
+        orders: dict[str, Callable[..., Any]] = {
+            "lease": self.lease,
+            "push": self.push,
+            "stage": self.stage,
+            "receive": self.receive,
+            "commit": self.commit,
+            "serve": self.serve,
+        }
+        for path, work in orders.items():
+            router.post(f"/{path}/", response_model=None)(work)
+        app.include_router(router)
+        ways = "shared memory and HTTP" if self.is_reload else "NCCL, shared memory and HTTP"
+        info(f"the rollout server takes adapters below {protocol.PREFIX}: by {ways}.")
 
-    def _endpoint(self, work: Callable[[Request], Awaitable[dict[str, Any]]]) -> Callable[[Request], Awaitable[Any]]:
-        async def answer(request: Request) -> JSONResponse:
-            try:
-                self._check_key(request)
-                return JSONResponse(await work(request))
-            except Exception as error:
-                refused = Refused.of(error)
-            await drain(request)
-            return refused.response()
-
-        return answer
-
-    def is_allowed(self, request: Request) -> bool:
-        """Whether ms-swift's own routes will accept this request: they check the key from 4.6.0 on."""
-        try:
-            self._check_key(request)
-        except Refused:
-            return not hasattr(self.server, "_require_api_key")
-        return True
-
-    def _check_key(self, request: Request) -> None:
-        """The check of ms-swift 4.6.0, on every release."""
+    def check_key(self, request: Request) -> None:
+        """The check of ms-swift 4.6.0, on every release. Raises Refused."""
         key = self.server.args.api_key
         given = request.headers.get("Authorization", "")
         if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
@@ -94,184 +92,42 @@ class Policies:
                 "trainer set SWIFT_LORA_FIX_API_KEY).",
             )
 
-    # ---- the routes -------------------------------------------------------------------------------------------------
+    def is_allowed(self, request: Request) -> bool:
+        """Whether ms-swift's own routes will accept this request: they check the key from 4.6.0 on."""
+        try:
+            self.check_key(request)
+        except Refused:
+            return not hasattr(self.server, "_require_api_key")
+        return True
 
-    async def status(self, request: Request) -> dict[str, Any]:
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    def _speaking(self, answer: Answer) -> Answer:
+        return {"boot": self.boot, "epoch": self.epoch, **answer}
+
+    async def status(self) -> Answer:
         args = self.server.args
         dtype = self._lora_dtype()
-        return {
-            "protocol": PROTOCOL,
-            "package": releases.installed_version(releases.OWN_DISTRIBUTION),
-            "ms_swift": releases.installed_swift(),
-            "vllm": releases.installed_vllm(),
-            "boot": self.boot,
-            "enable_lora": bool(args.vllm_enable_lora),
-            "max_lora_rank": args.vllm_max_lora_rank,
-            "lora_dtype": str(dtype).split(".")[-1] if dtype is not None else None,
-            "root": self.root,
-            "policy": self.policy and self.policy.as_dict(),
-            "plain": self.plain,
-            "base_is_pushed": self.base_is_pushed,
-            "workers": self.server.num_connections,
-            "model": args.model,
-        }
-
-    async def base(self, request: Request) -> dict[str, Any]:
-        return {"sums": await asyncio.get_running_loop().run_in_executor(None, self._base_sums)}
-
-    async def stage(self, request: Request) -> dict[str, Any]:
-        if not request.headers.get("Content-Type", "").startswith(protocol.BYTES):
-            body = await json_of(request, ("policy",))
-            if "layout" in body:
-                return self._announce(Policy.from_dict(body["policy"]), body["layout"])
-            check_fields(body, ("digest", "folder"))
-            policy, digest = Policy.from_dict(body["policy"]), text_of(body, "digest")
-            with spooled(text_of(body, "folder"), self.root, self.limit) as spool:
-                return self._stage(policy, spool.sealed(digest))
-        about = check_fields(
-            parse_object(request.headers.get(POLICY_HEADER, ""), f"The header {POLICY_HEADER}"),
-            ("policy", "digest", "config"),
+        return self._speaking(
+            {
+                "protocol": PROTOCOL,
+                "package": releases.installed_version(releases.OWN_DISTRIBUTION),
+                "ms_swift": releases.installed_swift(),
+                "vllm": releases.installed_vllm(),
+                "host": this_host(),
+                "holder": self.holder and str(self.holder),
+                "enable_lora": bool(args.vllm_enable_lora),
+                "max_lora_rank": args.vllm_max_lora_rank,
+                "lora_dtype": str(dtype).split(".")[-1] if dtype is not None else None,
+                "policy": self.policy and self.policy.as_dict(),
+                "plain": self.plain,
+                "workers": self.server.num_connections,
+                "model": args.model,
+            }
         )
-        policy, digest = Policy.from_dict(about["policy"]), text_of(about, "digest")
-        if not isinstance(about["config"], dict):
-            raise ProtocolError(f"config is {about['config']!r}: the object of an {protocol.CONFIG} is expected.")
-        config = config_bytes(about["config"])
-        with Spool(config, self.limit) as spool:
-            async for chunk in body_of(request, self.limit):
-                spool.write(chunk)
-            return self._stage(policy, spool.sealed(digest))
 
-    def _stage(self, policy: Policy, source: Source) -> dict[str, Any]:
-        if policy != self.policy:  # equal: the trainer did not hear of its commit
-            self._begin(policy)
-            self._all("stage", policy, source=source)
-            self.staged = policy
-        return {"policy": policy.as_dict()}
-
-    def _announce(self, policy: Policy, layout: Any) -> dict[str, Any]:
-        self._begin(policy)
-        self._all("prepare", policy, layout=layout)
-        self.arriving = policy
-        return {"policy": policy.as_dict()}
-
-    async def receive(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
-        if policy != self.arriving:
-            raise StagingError(f"{policy} was not announced to this server, it awaits {self.arriving}.", 409)
-        self.arriving = None
-        self._all("receive", policy)
-        self.staged = policy
-        return {"policy": policy.as_dict()}
-
-    async def find(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
-        self._begin(policy)
-        self._all("find", policy)
-        self.staged = policy
-        return {"policy": policy.as_dict()}
-
-    async def pushed(self, request: Request) -> dict[str, Any]:
-        failed = _failures(self._ask("pushed"))
-        if failed:
-            raise _refused(failed, 500)
-        return {"base_is_pushed": self.base_is_pushed}
-
-    def _begin(self, policy: Policy) -> None:
-        """Drop what was staged. Raises StagingError (409) for a policy that is not newer than the one served."""
-        served = self.policy
-        if served not in (None, policy) and policy.run == served.run and policy.version <= served.version:
-            raise StagingError(f"This server serves {self.policy}, {policy} is not newer: send a newer version.", 409)
-        self.is_ours, self.staged, self.arriving = True, None, None
-
-    def _all(self, command: str, policy: Policy, **arguments: Any) -> None:
-        """Have every worker do it. If any fails, nothing is staged and this raises what the failing ones said."""
-        failed = _failures(self._ask(command, policy=policy.as_dict(), **arguments))
-        if failed:
-            self._ask("abort", policy=policy.as_dict())
-            raise _refused(failed, 422)
-
-    def release(self) -> None:
-        """A trainer without this package changes the adapter: forget what is known of it."""
-        if self.is_ours:
-            self._ask("release")
-            self.policy = self.staged = self.arriving = None
-            self.is_ours = self.plain = False
-
-    async def commit(self, request: Request) -> dict[str, Any]:
-        body = await json_of(request, ("policy",))
-        policy, by_reference = Policy.from_dict(body["policy"]), flag_of(body, "by_reference")
-        if policy != self.policy:
-            self._commit(policy, by_reference)
-        elif self.plain:
-            self._serve(False)
-        return {"policy": policy.as_dict(), "boot": self.boot}
-
-    def _commit(self, policy: Policy, by_reference: bool) -> None:
-        if policy != self.staged:
-            staged = f"staged is {self.staged}" if self.staged is not None else "nothing is staged"
-            raise StagingError(f"{policy} is not what every worker staged ({staged}): stage it first.", 409)
-        self.staged = None
-        failed = _failures(self._ask("commit", policy=policy.as_dict(), by_reference=by_reference))
-        if failed:
-            raise _refused(failed, 500, self._go_back(policy))
-        self.policy, self.plain = policy, False
-
-    def _go_back(self, policy: Policy) -> str:
-        """Have every worker serve what it served before ``policy``, or else all nothing. Returns which, in words."""
-        before = self.policy and self.policy.as_dict()
-        answers = self._ask("restore", policy=policy.as_dict())
-        if not _failures(answers) and all(answer["serves"] == before for answer in answers):
-            self._ask("serve", plain=self.plain)  # a commit ended plain mode in some
-            return f" Every worker serves {self.policy or 'nothing'}, as before."
-        self._ask("drop")
-        self.policy = None
-        return " Not every worker could go back, so this server serves nothing until another policy is committed."
-
-    async def abort(self, request: Request) -> dict[str, Any]:
-        policy = Policy.from_dict((await json_of(request, ("policy",)))["policy"])
-        if policy == self.staged:
-            self.staged = None
-        if policy == self.arriving:
-            self.arriving = None
-        self._ask("abort", policy=policy.as_dict())
-        return {"policy": self.policy and self.policy.as_dict()}
-
-    async def serve(self, request: Request) -> dict[str, Any]:
-        plain = flag_of(await json_of(request, ("plain",)), "plain")
-        self._serve(plain)
-        return {"plain": plain}
-
-    def _serve(self, plain: bool) -> None:
-        self.is_ours = True
-        failed = _failures(self._ask("serve", plain=plain))
-        if failed:
-            self._ask("serve", plain=self.plain)
-            raise _refused(failed, 500)
-        self.plain = plain
-
-    # ---- the workers ------------------------------------------------------------------------------------------------
-
-    def _ask(self, command: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Send a command to all workers at once, and wait for all answers."""
-        order = {"type": "call", "method": METHOD, "args": (command,), "kwargs": arguments}
-        connections = self.server.connections
-        sent = [index not in self._silent and _send(each, order) for index, each in enumerate(connections)]
-        return [self._receive(index, each) if sent[index] else _gone(index) for index, each in enumerate(connections)]
-
-    def _receive(self, index: int, connection: Any) -> dict[str, Any]:
-        """A worker's answer. One that is late is not asked again: its next answer would belong to this command."""
-        try:
-            if connection.poll(self._patience):
-                answer = connection.recv()
-            else:
-                self._silent.add(index)
-                warning(f"worker {index} did not answer within {self._patience} s: restart this rollout server.")
-                return _gone(index)
-        except (EOFError, OSError):
-            return _gone(index)
-        if isinstance(answer, dict):
-            return answer
-        return _no_answer(f"Worker {index} of this rollout server does not know {METHOD}: its log says why.")
+    async def base(self) -> Answer:
+        return self._speaking({"sums": await asyncio.get_running_loop().run_in_executor(None, self._base_sums)})
 
     def _base_sums(self) -> dict[str, list[Any]]:
         with self._summing:
@@ -288,28 +144,170 @@ class Policies:
         asked = (getattr(self.server.args, "vllm_engine_kwargs", None) or {}).get("lora_dtype", "auto")
         return self._model_dtype() if asked == "auto" else getattr(torch, str(asked).split(".")[-1], None)
 
+    # ---- who gives orders --------------------------------------------------------------------------------------------
 
-def _send(connection: Any, order: dict[str, Any]) -> bool:
-    try:
-        connection.send(order)
-    except OSError:
-        return False
-    return True
+    def living_holder(self) -> Holder | None:
+        """Who has this server, if its process is known to be alive."""
+        return self.holder if self.holder is not None and is_alive(self.holder) else None
 
+    async def lease(self, order: Lease) -> Answer:
+        async with self.workers.alone:
+            before, holder = self.holder, order.holder
+            if before is None or (before.host, before.pid, before.start) == (holder.host, holder.pid, holder.start):
+                displaced = None
+            elif is_alive(before):
+                raise StagingError(
+                    f"This rollout server is {before}'s, which is alive: end it first, or give each trainer servers of "
+                    "its own.",
+                    409,
+                )
+            else:
+                displaced = str(before)
+                warning(f"this rollout server was {before}'s and is {holder}'s from now on.")
+            if before is not None and before.run != holder.run:
+                await self._end()
+            self.is_ours, self.holder = True, holder
+            return self._speaking({"before": displaced})
 
-def _gone(index: int) -> dict[str, Any]:
-    return _no_answer(f"Worker {index} of this rollout server has ended, or does not answer: restart the server.")
+    def _check(self, to: To) -> None:
+        """Raise StagingError when the order is not for this process and base, or not from the holder."""
+        if (to.boot, to.epoch) != (self.boot, self.epoch):
+            raise StagingError(
+                f"The order is for a server with boot {to.boot} and base {to.epoch}, this one has boot {self.boot} and "
+                f"base {self.epoch}: it restarted, or its base was written over. Look at its base first.",
+                ANOTHER,
+            )
+        if self.holder is None or to.run != self.holder.run:
+            raise StagingError(f"This rollout server is not run {to.run}'s but {self.holder or 'nobody'}'s.", 409)
+        problem = self.workers.what_is_wrong()
+        if problem is not None:
+            raise Refused(500, "EngineStateError", problem)
 
+    # ---- the base ----------------------------------------------------------------------------------------------------
 
-def _no_answer(message: str) -> dict[str, Any]:
-    return {"error": "EngineStateError", "message": message, "status": 500, "serves": None}
+    async def push(self, order: Push) -> Answer:
+        async with self.workers.alone:
+            self._check(order.to)
+            if not order.ends:
+                await self.base_changes()
+                self.is_pushing = True
+            else:
+                await self._all("pushed", 500)
+                self.is_pushing = False
+            return self._speaking({})
 
+    async def base_changes(self) -> None:
+        """Somebody writes over the base: what was proved of it, and the policy that was served on it, end."""
+        self.epoch += 1
+        await self._end()
+        await self._ask("forget_failures")
 
-def _failures(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [answer for answer in answers if "error" in answer]
+    async def _end(self) -> None:
+        """Serve nothing until a policy is committed."""
+        self.announced = self.staged = self.policy = None
+        self.plain = self.is_pushing = False
+        await self._ask("drop")
 
+    async def release(self) -> None:
+        """A trainer without this package changes the adapter: forget what is known of it."""
+        if self.is_ours:
+            await self._end()
+            await self._ask("release")
+            self.is_ours, self.holder = False, None
 
-def _refused(failed: Sequence[dict[str, Any]], status: int, more: str = "") -> Refused:
-    """The messages of the failed workers, each once."""
-    messages = " ".join(dict.fromkeys(answer["message"] for answer in failed))
-    return Refused(failed[0]["status"] or status, failed[0]["error"], messages + more)
+    # ---- policies ----------------------------------------------------------------------------------------------------
+
+    async def stage(self, order: Stage) -> Answer:
+        async with self.workers.alone:
+            self._check(order.to)
+            policy, served = order.policy, self.policy
+            if self.is_pushing:
+                raise StagingError("A base was begun to be sent to this server and not ended: send it again.", 409)
+            if served not in (None, policy) and policy.run == served.run and policy.version <= served.version:
+                raise StagingError(f"This server serves {served}, {policy} is not newer: send a newer version.", 409)
+            self.announced = self.staged = None
+            layout = order.layout if isinstance(order.layout, str) else order.layout.as_dict()
+            answers = await self._all("stage", policy=policy, layout=layout, nccl=order.nccl)
+            self.size = answers[0]["size"]
+            self.announced = policy
+            return self._speaking({"policy": policy.as_dict()})
+
+    async def receive(self, request: Request) -> Answer:
+        if request.headers.get("Content-Type", "").startswith(BYTES):
+            order = parsed(Receive, request.headers.get(POLICY_HEADER, ""), f"The header {POLICY_HEADER}")
+            memory = await self._body(order, request)
+            order = order.model_copy(update={"memory": memory.address})
+        else:
+            order = parsed(Receive, await request.body(), "The request's body")
+        async with self.workers.alone:
+            self._check(order.to)
+            if order.policy != self.staged:  # equal: the trainer did not hear that it arrived
+                self._check_announced(order)
+                self.announced = None
+                await self._all("receive", policy=order.policy, memory=order.memory and order.memory.as_dict())
+                self.staged = order.policy
+            return self._speaking({"policy": order.policy.as_dict()})
+
+    async def _body(self, order: Receive, request: Request) -> Memory:
+        """The body of what was announced, in memory of this process that the workers can open."""
+        self._check(order.to)
+        self._check_announced(order)
+        memory, at = Memory(self.size), 0
+        async for chunk in body_of(request, self.size):
+            memory.view[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        if at < memory.address.size:
+            raise StagingError(f"The body has {at} bytes where {memory.address.size} were announced: send it again.")
+        return memory
+
+    def _check_announced(self, order: Receive) -> None:
+        if order.policy not in (self.announced, self.staged):
+            raise StagingError(f"{order.policy} was not announced to this server, it awaits {self.announced}.", 409)
+
+    async def commit(self, order: Commit) -> Answer:
+        async with self.workers.alone:
+            self._check(order.to)
+            policy = order.policy
+            if policy != self.policy:
+                if policy != self.staged:
+                    staged = f"staged is {self.staged}" if self.staged is not None else "nothing is staged"
+                    raise StagingError(f"{policy} is not what every worker staged ({staged}): stage it first.", 409)
+                try:
+                    await self._all("commit", 500, policy=policy, by_reference=order.by_reference)
+                except Refused as refused:
+                    await self._end()
+                    nothing = " This server serves nothing until another policy is committed."
+                    raise Refused(refused.status, refused.kind, f"{refused}{nothing}") from None
+                self.policy, self.plain, self.staged = policy, False, None
+            elif self.plain:
+                await self._serve(False)
+            return self._speaking({"policy": policy.as_dict()})
+
+    async def serve(self, order: Serve) -> Answer:
+        async with self.workers.alone:
+            self._check(order.to)
+            await self._serve(order.plain)
+            return self._speaking({"plain": self.plain})
+
+    async def _serve(self, plain: bool) -> None:
+        try:
+            await self._all("serve", 500, plain=plain)
+        except Refused:
+            await self._end()
+            raise
+        self.plain = plain
+
+    # ---- the workers -------------------------------------------------------------------------------------------------
+
+    async def _ask(self, command: str, **arguments: Any) -> list[Answer]:
+        arguments = {name: value.as_dict() if isinstance(value, Policy) else value for name, value in arguments.items()}
+        return await self.workers.ask(command, speaks=(self.boot, self.epoch), **arguments)
+
+    async def _all(self, command: str, status: int = 422, **arguments: Any) -> list[Answer]:
+        """Have every worker do it. If any fails, raises Refused with what the failing ones said, each once."""
+        answers = await self._ask(command, **arguments)
+        failed = failures(answers)
+        if failed:
+            messages = " ".join(dict.fromkeys(answer["message"] for answer in failed))
+            raise Refused(failed[0]["status"] or status, failed[0]["error"], messages)
+        return answers

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Callable
 
-import safetensors
 import torch
 from vllm.lora.request import LoRARequest
 
@@ -26,27 +25,24 @@ from ...errors import CacheResetError, EngineStateError, ProtocolError, StagingE
 from ...memory import LoRATensorRequest, update
 from ...memory.segment import DTYPES
 from ...memory.sending import ledger_of
-from ...memory.update import scales_of
+from ..shared import opened
 from ..wire import (
-    CONFIG,
     EXTENSION,
     GONE,
     METHOD,
     NO_NCCL,
-    ORDER,
     PROBE,
     RPC,
     SWIFT_EXTENSION,
-    WEIGHTS,
+    Address,
     Layout,
     Policy,
     http_status,
     limit_of,
-    parse_object,
 )
-from .checks import cast_checked, check_names, check_shapes, order_of, scales_nothing
-from .files import Source, base_shapes, too_large
-from .receiver import told
+from .base import base_shapes
+from .checks import check_names, check_shapes, scales_nothing
+from .receiver import Received, told
 
 _STAGER = "swift_lora_fix_stager"
 _UPDATES = {"update_named_param", "update_flattened_params", "process_weights_after_loading"}  # ms-swift's, of the base
@@ -60,28 +56,30 @@ _building: ContextVar[bool] = ContextVar("building", default=False)
 
 @dataclass(frozen=True)
 class Held:
-    """A policy, and the request that makes vLLM serve it. digest: under which vLLM's workers keep its tensors
-    (`Receiver`); None when the request has the tensors."""
+    """A policy, and the request that makes vLLM serve it: one that has its tensors, or the id under which vLLM's
+    workers hold them (`Receiver`). is_loaded: by vLLM's own loader."""
 
     policy: Policy
     request: Any
-    digest: str | None = None
+    is_loaded: bool = False
 
 
 @dataclass(frozen=True)
 class Served:
-    """What rollouts are generated from: a policy, or the plain base."""
+    """What rollouts are generated from: a policy, or the plain base; of which server process, on which base."""
 
     held: Held | None
+    speaks: tuple[str, int]
 
     @property
     def request(self) -> Any:
         return self.held.request if self.held is not None else None
 
     def infos(self) -> dict[str, Any]:
+        by = {"server_boot": self.speaks[0], "server_epoch": self.speaks[1]}
         if self.held is None:
-            return {"policy_plain": True}
-        return {f"policy_{name}": value for name, value in self.held.policy.as_dict().items()}
+            return {"policy_plain": True, **by}
+        return {**{f"policy_{name}": value for name, value in self.held.policy.as_dict().items()}, **by}
 
 
 class Stager:
@@ -91,45 +89,43 @@ class Stager:
         self.engine = engine
         self.limit = limit_of()
         self.base = base_shapes(engine.model_dir)
+        self.layout: Layout | None = None  # of what was announced last
+        self.by_loader = ""  # key of a layout that vLLM's workers could not take: it goes through vLLM's loader
+        self.announced: Policy | None = None
         self.pending: Held | None = None
         self.held: Held | None = None
-        self.arriving: Held | None = None  # announced: the workers wait for its bytes
-        self.before: Held | None = None  # served before, for ``restore``
+        self.speaks = ("", 0)
         self.plain = False
         self.is_ours = Settings.from_environment().transport == "reload"  # else the trainer may lack this package
-        self.layout = ""  # key of the layout that vLLM's workers have buffers for
-        self.no_room = ""  # key of the last one that they could not take: it goes through vLLM's loader
         self.failures: list[str] = []  # of ms-swift's own updates, which only logs them
 
     def served(self) -> Served:
         """Raises EngineStateError when there is nothing to generate rollouts from."""
         if self.held is None and not self.plain:
             raise EngineStateError("No policy was committed to this server, so no rollout can be made of it.")
-        return Served(None if self.plain else self.held)
+        return Served(None if self.plain else self.held, self.speaks)
 
     # ---- the commands -----------------------------------------------------------------------------------------------
 
-    async def command(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """Run a command. The answer has its error, if any, and the policy that is served afterwards."""
-        commands: dict[str, Callable[..., Awaitable[None]]] = {
+    async def command(self, name: str, speaks: tuple[str, int], **arguments: Any) -> dict[str, Any]:
+        """Run a command. speaks: boot and epoch of the server. The answer has its error, if any."""
+        commands: dict[str, Callable[..., Awaitable[dict[str, Any] | None]]] = {
             "stage": self.stage,
-            "prepare": self.prepare,
             "receive": self.receive,
-            "find": self.find,
             "commit": self.commit,
-            "restore": self.restore,
             "drop": self.drop,
-            "abort": self.abort,
             "serve": self.serve,
             "pushed": self.pushed,
+            "forget_failures": self.forget_failures,
             "release": self.release,
         }
-        answer: dict[str, Any] = {}
         try:
-            await commands[name](**arguments)
+            self.speaks = speaks
+            if "policy" in arguments:
+                arguments["policy"] = Policy.model_validate(arguments["policy"])
+            return await commands[name](**arguments) or {}
         except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error), "status": http_status(error)}
-        return {**answer, "serves": self.held and self.held.policy.as_dict()}
+            return {"error": type(error).__name__, "message": str(error), "status": http_status(error)}
 
     def command_now(self, name: str, **arguments: Any) -> dict[str, Any]:
         """The same for the synchronous engine, where no command ever awaits anything."""
@@ -140,89 +136,75 @@ class Stager:
             return answer
         raise AssertionError(f"{name} waits for something")
 
-    async def stage(self, policy: Mapping[str, Any], source: Source) -> None:
-        """Check an adapter, then have vLLM's workers read it, or keep it for vLLM's loader. It is not served yet."""
-        self._begin()
-        asked, request, order = Policy.from_dict(policy), *self._mapped(source)
-        names = order or sorted(request.content.tensors)
-        entries = tuple((name, tuple(request.content.tensors[name].shape)) for name in names)
-        dtype = self.engine.engine.vllm_config.lora_config.lora_dtype
-        layout = Layout(str(dtype).removeprefix("torch."), entries, request.content.config)
-        is_proved = order is not None and all(tensor.dtype == dtype for tensor in request.content.tensors.values())
-        digest = asked.digest if is_proved else source.digest
-        if await self._has_room(layout, request.content) and await self._reads(source, digest, is_proved):
-            self.pending = Held(asked, _request_by_id(), digest)
+    async def stage(self, policy: Policy, layout: Mapping[str, Any] | str, nccl: bool) -> dict[str, Any]:
+        """Check the names and shapes of an adapter, and have vLLM's workers make room for it. The policy that is served
+        stays. Answers the ``size`` of what must come, in bytes."""
+        self.is_ours, self.announced, self.pending = True, None, None
+        if not isinstance(layout, str):
+            self.layout = None
+            made = Layout.model_validate(layout)
+            self._check(made)
+            self.layout = made
+        elif self.layout is None or layout != self.layout.key:
+            raise StagingError("This layout is not the last one that this server was told: send it whole.", GONE)
+        assert self.layout is not None
+        why = self._why_by_loader()
+        if why is None:
+            why = await self._prepare(self.layout, nccl)
+        if why is not None and nccl:
+            raise StagingError(f"This server takes no such adapter over NCCL: {why}", NO_NCCL)
+        self.announced = policy
+        return {"size": Received.size_of(self.layout)}
+
+    async def receive(self, policy: Policy, memory: Mapping[str, Any] | None) -> None:
+        """Have the announced bytes received, over NCCL or from ``memory``, and the policy's digest proved of them."""
+        announced, self.announced = self.announced, None
+        if announced != policy:
+            raise EngineStateError(f"This worker awaits {announced}, not {policy}.")
+        assert self.layout is not None
+        if self._why_by_loader() is None:
+            await self._rpc("receive", digest=policy.digest, memory=memory)
+            self.pending = Held(policy, LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH))
+        elif memory is None:
+            raise StagingError("This server has vLLM's own loader take such adapters, not over NCCL.", NO_NCCL)
         else:
-            request.content.tensors = cast_checked(request.content.tensors, dtype)
-            self.pending = Held(asked, request)
+            received = Received(self.layout, torch.device("cpu"))
+            with opened(Address.model_validate(memory)) as content:
+                received.fill(content)
+            received.prove(policy.digest)
+            request = LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, self.layout.config, received.tensors())
+            self.pending = Held(policy, request, True)
 
-    async def prepare(self, policy: Mapping[str, Any], layout: Mapping[str, Any] | str) -> None:
-        """Check the names and shapes of an adapter, and have vLLM's workers make room for it."""
-        self._begin()
-        if layout != self.layout:
-            if isinstance(layout, str):
-                raise StagingError("This layout is not the last one that this server was told: send it whole.", GONE)
-            await self._prepare(Layout.from_dict(layout))
-        asked = Policy.from_dict(policy)
-        self.arriving = Held(asked, _request_by_id(), asked.digest)
-
-    async def receive(self, policy: Mapping[str, Any]) -> None:
-        """Have the announced bytes received over NCCL, and checked."""
-        arriving, self.arriving = self.arriving, None
-        if arriving is None or arriving.policy.as_dict() != policy:
-            raise EngineStateError(f"This worker awaits {arriving and str(arriving.policy)}, not {policy}.")
-        await self._rpc("receive", digest=arriving.digest)
-        self.pending = arriving
-
-    async def find(self, policy: Mapping[str, Any]) -> None:
-        """Stage again an adapter that was sent under another version."""
-        self._begin()
-        asked = Policy.from_dict(policy)
-        self._check_receives()
-        await self._rpc("find", digest=asked.digest)
-        self.pending = Held(asked, _request_by_id(), asked.digest)
-
-    async def commit(self, policy: Mapping[str, Any], by_reference: bool = False) -> None:
-        """Have the engine serve what was staged. After an error it serves what it had. by_reference: through vLLM's own
+    async def commit(self, policy: Policy, by_reference: bool) -> None:
+        """Have the engine serve what was received. After an error it serves nothing. by_reference: through vLLM's own
         loader, even with a write plan."""
-        pending, before = self.pending, self.held
-        if pending is None or pending.policy.as_dict() != policy:
-            raise EngineStateError(f"This worker staged {pending and str(pending.policy)}, not {policy}.")
+        pending, self.pending = self.pending, None
+        if pending is None or pending.policy != policy:
+            raise EngineStateError(f"This worker has received {pending and str(pending.policy)}, not {policy}.")
         self._check_idle()
-        try:
-            await self._load(pending, by_reference)
-        except Exception as error:
-            await self._put_back(before, error)
-            raise
-        self.pending, self.held, self.before = None, pending, before
+        self.held = None
+        await self._load(pending, by_reference)
+        self.held = pending
         self._set_plain(False)
 
-    async def restore(self, policy: Mapping[str, Any]) -> None:
-        """Another worker could not commit ``policy``: go back to what was served before."""
-        if self.held is not None and self.held.policy.as_dict() == policy:
-            await self._put_back(self.before)
-
     async def drop(self) -> None:
-        """Serve nothing, because workers would serve different policies."""
-        self.held = self.before = self.pending = self.arriving = None
+        """Serve nothing until the next commit."""
+        self.held = self.pending = self.announced = None
+        self._set_plain(False)
 
     async def release(self) -> None:
         """A trainer without this package changes the adapter: forget what is known of it."""
         await self.drop()
-        self._set_plain(False)
         self.is_ours = Settings.from_environment().transport == "reload"
 
     async def pushed(self) -> None:
-        """Raise errors of ms-swift's own updates since the last call."""
-        failures, self.failures = self.failures, []
-        if failures:
-            raise EngineStateError(f"{len(failures)} updates over NCCL failed in vLLM, the first: {failures[0]}")
+        """Raise errors of ms-swift's own updates since ``forget_failures``."""
+        if self.failures:
+            first = self.failures[0]
+            raise EngineStateError(f"{len(self.failures)} updates over NCCL failed in vLLM, the first: {first}")
 
-    async def abort(self, policy: Mapping[str, Any]) -> None:
-        if self.pending is not None and self.pending.policy.as_dict() == policy:
-            self.pending = None
-        if self.arriving is not None and self.arriving.policy.as_dict() == policy:
-            self.arriving = None
+    async def forget_failures(self) -> None:
+        self.failures = []
 
     async def serve(self, plain: bool) -> None:
         """Serve with the adapter, or without it (``plain``), and drop the caches."""
@@ -233,81 +215,56 @@ class Stager:
 
     # ---- how --------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Drop what was staged before."""
-        self.is_ours, self.pending, self.arriving, self.before = True, None, None, None
-
-    def _why_none_receives(self) -> str | None:
-        """Why vLLM's workers have no `Receiver`, or would not keep what it gets, in words; None if they do."""
+    def _why_by_loader(self) -> str | None:
+        """Why adapters of the layout go through vLLM's own loader, in words; None if its workers have a `Receiver`, and
+        keep what that gets."""
         parallel = self.engine.engine.vllm_config.parallel_config
         if parallel.worker_extension_cls != EXTENSION:
-            return f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}"
+            return f"vLLM's worker_extension_cls is {parallel.worker_extension_cls!r}."
         if parallel.data_parallel_size > 1:
-            return "with data parallelism in one asynchronous engine vLLM drops adapters while a rank is idle"
+            return "with data parallelism in one asynchronous engine vLLM drops adapters while a rank is idle."
+        assert self.layout is not None
+        return "vLLM's workers could not take it before." if self.by_loader == self.layout.key else None
+
+    async def _prepare(self, layout: Layout, nccl: bool) -> str | None:
+        """Have vLLM's workers make room. Returns why they could not, in words; then its loader takes the adapter."""
+        try:
+            await self._rpc("prepare", layout=layout.as_dict(), nccl=nccl)
+        except EngineStateError as error:
+            self.by_loader = layout.key
+            info(f"adapters like this go through vLLM's own loader, its workers cannot take them themselves: {error}")
+            return str(error)
         return None
 
-    def _check_receives(self) -> None:
-        """Raise StagingError (`NO_NCCL`) when adapters cannot come over NCCL."""
-        why = self._why_none_receives()
-        if why is not None:
-            raise StagingError(f"This server takes no adapters over NCCL: {why}.", NO_NCCL)
-
-    async def _prepare(self, layout: Layout) -> None:
-        self._check_receives()
-        self._check_announced(layout)
-        before, self.layout = self.layout, ""
-        try:
-            await self._rpc("prepare", layout=layout.as_dict())
-        except StagingError as refused:  # refused before the workers changed anything
-            self.layout = before if refused.status == NO_NCCL else ""
-            raise
-        self.layout = layout.key
-
-    async def _has_room(self, layout: Layout, content: Any) -> bool:
-        """Whether vLLM's workers can read a file of this layout themselves; makes room if needed. Files never replace
-        the
-        buffers of the policy that is served: there would be no way back. (Over NCCL there is no other choice.)"""
-        if layout.key in (self.layout, self.no_room):
-            return layout.key != self.no_room
-        serves = self.held is not None and self.held.digest is not None
-        if self._why_none_receives() is not None or serves:
-            return False
-        self.layout = ""
-        scales = {name: scale for name, scale in scales_of(content) if scale != 1.0}
-        if await self._tries(layout.key, "make_room", layout=layout.as_dict(), scales=scales):
-            self.layout = layout.key
-        return bool(self.layout)
-
-    async def _reads(self, source: Source, digest: str, is_proved: bool) -> bool:
-        return await self._tries(self.layout, "read", path=source.weights, digest=digest, is_proved=is_proved)
-
-    async def _tries(self, key: str, command: str, **arguments: Any) -> bool:
-        """Run the command in vLLM's workers; whether they could. If not, later files of this layout go through vLLM's
-        loader. Errors in the file itself are raised."""
-        try:
-            await self._rpc(command, **arguments)
-        except EngineStateError as error:
-            self.no_room = key
-            info(f"adapters like this go through vLLM's own loader, its workers cannot take them themselves: {error}")
-            return False
-        return True
-
-    def _check_announced(self, layout: Layout) -> None:
-        dtype = getattr(torch, layout.dtype, None)
+    def _check(self, layout: Layout) -> None:
+        dtype, lora = getattr(torch, layout.dtype, None), self.engine.engine.vllm_config.lora_config
         if dtype not in DTYPES:
             raise ProtocolError(f"The layout's dtype is {layout.dtype!r}: one of {', '.join(map(str, DTYPES))}.")
+        if dtype != lora.lora_dtype:
+            raise StagingError(
+                f"An adapter comes as the engine holds it, in {lora.lora_dtype}, not in {layout.dtype} (--torch_dtype, "
+                "or lora_dtype of --vllm_engine_kwargs)."
+            )
         if not scales_nothing(layout.config):
             raise ProtocolError(
                 f"The layout's config has r={layout.config.get('r')!r} and lora_alpha="
-                f"{layout.config.get('lora_alpha')!r}: over NCCL the scaling is in B, and the config says 1 (r = "
-                "lora_alpha, no patterns, no rsLoRA)."
+                f"{layout.config.get('lora_alpha')!r}: the scaling is in B, and the config says 1 (r = lora_alpha, no "
+                "patterns, no rsLoRA)."
             )
+        if any(size < 1 for _, shape in layout.entries for size in shape):
+            raise ProtocolError("The layout has a shape with a size below 1.")
         tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in layout.entries}
-        check_names(tensors, layout.config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
+        check_names(tensors, layout.config, lora.max_lora_rank)
         check_shapes(tensors, self.base)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        # vLLM checks the config itself
+        ledger_of(self.engine.engine).check(LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, layout.config, tensors))
+        size = Received.size_of(layout)
         if size > self.limit:
-            raise too_large("The adapter", size, self.limit)
+            raise StagingError(
+                f"The adapter has {size} bytes, this server takes {self.limit}. Raise SWIFT_LORA_FIX_MAX_MIB (now "
+                f"{self.limit >> 20}) where it is started, if such an adapter is meant.",
+                413,
+            )
 
     async def _rpc(self, command: str, **arguments: Any) -> None:
         """Run a `Receiver` command in vLLM's workers. Raises the error of a worker that failed."""
@@ -316,28 +273,12 @@ class Stager:
         except Exception as error:
             raise told(error) from error
 
-    def _mapped(self, source: Source) -> tuple[Any, list[str] | None]:
-        """A request with the file's tensors, and their `ORDER` if the file has it. Names, shapes, config are
-        checked."""
-        config = parse_object(source.config, CONFIG)
-        try:
-            with safetensors.safe_open(source.weights, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                text = (file.metadata() or {}).get(ORDER)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise StagingError(f"{WEIGHTS} is no safetensors file, or half of one: {error}.") from error
-        check_names(tensors, config, self.engine.engine.vllm_config.lora_config.max_lora_rank)
-        check_shapes(tensors, self.base)
-        request = LoRATensorRequest(ADAPTER_NAME, ADAPTER_ID, config, tensors)
-        ledger_of(self.engine.engine).check(request)  # vLLM checks the config itself
-        return request, None if text is None else order_of(text, tensors)
-
-    async def _load(self, held: Held, by_reference: bool = False) -> None:
-        if held.digest is not None:
+    async def _load(self, held: Held, by_reference: bool) -> None:
+        if not held.is_loaded:
             try:
-                await self._rpc("serve", digest=held.digest, by_reference=by_reference)
+                await self._rpc("serve", digest=held.policy.digest, by_reference=by_reference)
             except Exception:
-                self.no_room = self.layout  # the next attempt uses vLLM's loader
+                self.by_loader = self.layout.key if self.layout is not None else ""  # for the next attempt
                 raise
         elif not await _value(update(self.engine.engine, held.request)):
             raise EngineStateError(f"vLLM did not load the adapter of {held.policy}, and gave no reason.")
@@ -354,17 +295,6 @@ class Stager:
                     "previous policy. Usually a request is still running or a KV connector holds blocks."
                 )
 
-    async def _put_back(self, before: Held | None, reason: Exception | None = None) -> None:
-        """Serve ``before`` again. Raises EngineStateError if that fails too; the worker then serves nothing."""
-        self.held = self.before = None
-        if before is not None:
-            try:
-                await self._load(before)
-            except Exception as error:
-                first = f"{reason} " if reason is not None else ""
-                raise EngineStateError(f"{first}The previous policy could not be put back either: {error}") from error
-        self.held = before
-
     def _check_idle(self) -> None:
         # the engine is not asked: with data parallelism that is a collective call
         if self.engine.engine.output_processor.has_unfinished_requests():
@@ -380,11 +310,6 @@ class Stager:
 
 async def _value(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
-
-
-def _request_by_id() -> Any:
-    """For adapters that the workers hold: while the id is loaded, vLLM does not look at the path."""
-    return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
 
 
 # ---- the hooks -----------------------------------------------------------------------------------------------------
@@ -483,7 +408,7 @@ def _is_probe(infer_requests: Sequence[Any], *args: Any, **kwargs: Any) -> bool:
 
 def tag(stager: Stager, served: Served, outputs: Any) -> Any:
     """Write the policy into ``rollout_infos`` of ms-swift's ``RolloutOutput``."""
-    if stager.served().held is not served.held:
+    if stager.served() != served:
         raise EngineStateError("The policy was switched while rollouts were made of it; they are not handed out.")
     for output in outputs if isinstance(outputs, list) else ():
         infos = getattr(output, "rollout_infos", None)

@@ -2,69 +2,111 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import httpx
 import requests
 import requests.adapters
+import requests.auth
 
 from ...common.log import info
 from ...errors import RolloutServerError
 from ..wire import PREFIX
 
 Answer = TypeVar("Answer")
-BUSY = {429, 502, 503, 504}  # retried, as is a connection that is refused or broken
+BUSY = {429, 502, 503, 504}  # retried, as is a connection that is refused, broken, or cut in the middle of an answer
 CONNECT_SECONDS = 5.0
+STALL_SECONDS = 30.0  # a body that is sent may make no progress for so long; the whole of it takes what it takes
 SLOW_SECONDS = 30.0  # after each of these the log says that a server keeps us waiting
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
+
+# httpx logs each request at INFO: not ours, several at each sync
+logging.getLogger("httpx").addFilter(lambda record: PREFIX not in record.getMessage())
 
 
 class Servers:
     """The rollout servers of one trainer, called in parallel.
 
     urls: as ms-swift's client has them. key: of ``--api_key``, or empty. deadline: seconds for one call, with all
-        retries and waits.
+        retries and waits, but without the time in which a body makes progress.
     """
 
     def __init__(self, urls: Sequence[str], key: str = "", deadline: float = 300.0) -> None:
         self.urls, self.deadline = tuple(url.rstrip("/") for url in urls), deadline
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._sessions = [requests.Session() for _ in self.urls]  # connections are kept between calls
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._clients = [httpx.Client(headers=headers) for _ in self.urls]  # connections are kept between calls
 
     def each(self, call: Callable[[int], Answer], only: Sequence[int] | None = None) -> list[Answer]:
         """Run ``call`` with the index of each server, or of those in ``only``, in parallel. Raises RolloutServerError
         with the message of each that failed."""
+        answers = self.tried(call, only)
+        failed = [answer for answer in answers if isinstance(answer, RolloutServerError)]
+        if failed:
+            error = RolloutServerError("; ".join(map(str, failed)))
+            error.status = failed[0].status if len({failure.status for failure in failed}) == 1 else None
+            raise error
+        return [answer for answer in answers if not isinstance(answer, RolloutServerError)]
+
+    def tried(
+        self, call: Callable[[int], Answer], only: Sequence[int] | None = None
+    ) -> list[Answer | RolloutServerError]:
+        """The same, with the error of a server that failed in place of its answer."""
         with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
             futures = [pool.submit(call, index) for index in (range(len(self.urls)) if only is None else only)]
-        failed = [error for error in (future.exception() for future in futures) if error is not None]
-        ours = [error for error in failed if isinstance(error, RolloutServerError)]
-        if len(ours) < len(failed):
-            raise next(error for error in failed if not isinstance(error, RolloutServerError))
-        if ours:
-            error = RolloutServerError("; ".join(map(str, ours)))
-            error.status = ours[0].status if len({failure.status for failure in ours}) == 1 else None
-            raise error
-        return [future.result() for future in futures]
+        problems = [future.exception() for future in futures]
+        for problem in problems:
+            if problem is not None and not isinstance(problem, RolloutServerError):
+                raise problem
+        return [
+            problem if isinstance(problem, RolloutServerError) else future.result()
+            for problem, future in zip(problems, futures)
+        ]
 
     def get(self, index: int, route: str, deadline: float | None = None) -> dict[str, Any]:
         return self._call("GET", index, route, deadline)
 
-    def post(self, index: int, route: str, deadline: float | None = None, **content: Any) -> dict[str, Any]:
-        """``content``: what ``requests`` takes, ``json=`` or ``data=`` and ``headers=``."""
-        return self._call("POST", index, route, deadline, **content)
+    def post(
+        self,
+        index: int,
+        route: str,
+        deadline: float | None = None,
+        json: Any = None,
+        blocks: Callable[[], Iterable[bytes]] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Send ``json``, or a body in blocks. blocks: called for each attempt; ``headers`` then say how long it is."""
+        return self._call("POST", index, route, deadline, json, blocks, headers)
 
-    def _call(self, method: str, index: int, route: str, deadline: float | None, **content: Any) -> dict[str, Any]:
+    def _call(
+        self,
+        method: str,
+        index: int,
+        route: str,
+        deadline: float | None,
+        json: Any = None,
+        blocks: Callable[[], Iterable[bytes]] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
         url = f"{self.urls[index]}{PREFIX}/{route}/"
-        content["headers"] = {**self.headers, **content.get("headers", {})}
         patience = _Patience(url, self.deadline if deadline is None else deadline)
         while True:
+            # no shorter read timeout: a slow server is not a lost one, it answers when it is done
+            left = patience.left()
+            timeout = httpx.Timeout(left, connect=min(left, CONNECT_SECONDS), write=min(left, STALL_SECONDS))
             try:
-                # no shorter read timeout: a slow server is not a lost one, it answers when it is done
-                timeout = (CONNECT_SECONDS, patience.left())
-                response = self._sessions[index].request(method, url, timeout=timeout, **content)
-            except (requests.ConnectionError, requests.Timeout) as error:
+                response = self._clients[index].request(
+                    method,
+                    url,
+                    json=json,
+                    content=blocks and patience.sending(blocks()),
+                    headers=headers,
+                    timeout=timeout,
+                )
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 patience.wait(_reason(error))
                 continue
             if response.status_code in BUSY:
@@ -83,7 +125,8 @@ class Fresh(requests.adapters.HTTPAdapter):
     """For a session that calls rarely, one call at a time: each call opens its own connection. A server closes an idle
     one (uvicorn: after 5 s), possibly just as the next call is sent.
 
-    seconds: read timeout for calls that set none; None: no limit."""
+    seconds: for calls that set no timeout, the limit on sending and on waiting for the answer, each; None: no limit.
+        (requests sends a body under its timeout for connecting, so that one must be as long.)"""
 
     def __init__(self, seconds: float | None = None) -> None:
         super().__init__()
@@ -91,9 +134,18 @@ class Fresh(requests.adapters.HTTPAdapter):
 
     def send(self, request: Any, stream: Any = False, timeout: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.close()  # pooled ones; calls in progress keep theirs
-        if timeout is None and self.seconds is not None:
-            timeout = (CONNECT_SECONDS, self.seconds)
-        return super().send(request, stream, timeout, *args, **kwargs)
+        return super().send(request, stream, self.seconds if timeout is None else timeout, *args, **kwargs)
+
+
+class Bearer(requests.auth.AuthBase):
+    """The key, for a session of ms-swift's client. (A header alone would be replaced by what .netrc has.)"""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, request: Any) -> Any:
+        request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
 
 
 class _Patience:
@@ -106,6 +158,13 @@ class _Patience:
 
     def left(self) -> float:
         return max(0.1, self.started + self.deadline - time.monotonic())
+
+    def sending(self, blocks: Iterable[bytes]) -> Iterable[bytes]:
+        """The blocks; the time that each takes to be sent does not count."""
+        for block in blocks:
+            before = time.monotonic()
+            yield block
+            self.started += time.monotonic() - before
 
     def wait(self, reason: str, retry_after: str | None = None) -> None:
         now = time.monotonic()
@@ -126,7 +185,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def _message(response: requests.Response) -> str:
+def _message(response: httpx.Response) -> str:
     """The server's own message, in our format or FastAPI's."""
     try:
         said = response.json()
@@ -137,7 +196,7 @@ def _message(response: requests.Response) -> str:
     return str(said)
 
 
-def _json(url: str, response: requests.Response) -> dict[str, Any]:
+def _json(url: str, response: httpx.Response) -> dict[str, Any]:
     try:
         said = response.json()
     except ValueError:

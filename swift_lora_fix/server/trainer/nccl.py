@@ -27,24 +27,25 @@ class Connections:
     """The connections that ms-swift's ``VLLMClient`` opened: ``pynccl_comms``, vLLM's ``PyNcclCommunicator``."""
 
     @classmethod
-    def of(cls, client: Any) -> Connections:
-        """The connections of this client; the same object each time."""
-        found: Connections = vars(client).setdefault(_CONNECTIONS, None) or cls(client)
+    def of(cls, client: Any, deadline: float) -> Connections:
+        """The connections of this client; the same object each time. deadline: seconds for opening one again."""
+        found: Connections = vars(client).setdefault(_CONNECTIONS, None) or cls(client, deadline)
         setattr(client, _CONNECTIONS, found)
         return found
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, deadline: float) -> None:
+        self._client, self._deadline = client, deadline
         self._lost: list[Any] = []  # kept alive: freeing one would make NCCL wait for a peer that is gone
+        self._stuck: set[int] = set()  # NCCL waits there for a peer, and so would anything after it
         self._closed = {index for index in range(client.num_servers) if not _works(client, index)}
         atexit.unregister(client.close_communicator)  # it waits for a server that hangs
         atexit.register(self._say_goodbye)
 
     def is_open(self, index: int) -> bool:
-        return index not in self._closed
+        return index not in self._closed | self._stuck
 
     def all_are_open(self) -> bool:
-        return not self._closed
+        return not self._closed | self._stuck
 
     def close(self, index: int, why: str) -> None:
         """Do not use this connection any more, and log why."""
@@ -61,14 +62,15 @@ class Connections:
         one.num_servers = 1
         for name in ("base_urls", "hosts", "sessions", "group_ports"):
             setattr(one, name, [getattr(client, name)[index]])
-        try:
-            one.init_communicator(device=client.pynccl_comms[index].device)
-            atexit.unregister(one.close_communicator)
-        except Exception as error:
-            self.close(index, f"the server restarted, and NCCL could not be opened again ({error}).")
+        device = client.pynccl_comms[index].device
+        problem = _within(lambda: one.init_communicator(device=device), self._deadline)
+        if problem is not None:
+            self.close(index, f"the server restarted, and NCCL could not be opened again ({problem}).")
             return
+        atexit.unregister(one.close_communicator)
         self._lost.append(client.pynccl_comms[index])
         client.pynccl_comms[index] = one.pynccl_comms[0]
+        self._stuck.discard(index)
         info(f"NCCL to rollout server {client.base_urls[index]} is open again.")
 
     def send(self, index: int, buffer: torch.Tensor, ask: Callable[[], Any], deadline: float) -> None:
@@ -84,7 +86,7 @@ class Connections:
                     break
                 time.sleep(POLL_SECONDS)
             if not broadcast.is_over():
-                self._closed.add(index)  # NCCL still waits for a peer, and so would anything after it
+                self._stuck.add(index)
             answer.result()
         broadcast.check(url, deadline)
 
@@ -92,7 +94,7 @@ class Connections:
         """What ms-swift does at exit, but with a time limit."""
         for url, session in zip(self._client.base_urls, self._client.sessions):
             with contextlib.suppress(requests.RequestException):
-                requests.post(f"{url}/close_communicator/", headers=dict(session.headers), timeout=GOODBYE_SECONDS)
+                requests.post(f"{url}/close_communicator/", auth=session.auth, timeout=GOODBYE_SECONDS)
 
 
 def drop(client: Any) -> None:
@@ -117,6 +119,22 @@ def _works(client: Any, index: int) -> bool:
     """Whether it can send. Without an NCCL library vLLM's communicator exists too, and does nothing."""
     made = client.pynccl_comms[index] if index < len(client.pynccl_comms) else None
     return made is not None and made.world_size > 1 and not getattr(made, "disabled", False)
+
+
+def _within(work: Callable[[], Any], seconds: float) -> str | None:
+    """Do it in a thread of its own. What went wrong, in words; None if it was done in time."""
+    problems: list[str] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=run, daemon=True, name="swift-lora-fix-nccl")
+    thread.start()
+    thread.join(seconds)
+    return f"not within {seconds:g} s" if thread.is_alive() else next(iter(problems), None)
 
 
 class _Broadcast(threading.Thread):

@@ -1,45 +1,51 @@
-"""Trainer side: one policy to send. One buffer on the trainer's device holds it; a folder is written if needed."""
+"""Trainer side: one policy to send. One buffer on the trainer's device holds it; host memory is filled if needed."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 
 import torch
 
-from ...engine.vllm.slots.staging import Staging
-from ...errors import EngineStateError
+from ..shared import Memory
 from ..wire import Layout, Policy
-from .store import Store, Stored
+
+BLOCK = 4 << 20  # bytes of a body that are sent at once
 
 
-@dataclass
+class Host:
+    """The host memory of one trainer: made at the first policy that needs it, used again by the next ones."""
+
+    def __init__(self) -> None:
+        self.memory: Memory | None = None
+
+    def filled(self, buffer: torch.Tensor) -> Memory:
+        content = buffer.view(torch.uint8)
+        if self.memory is None or self.memory.address.size != content.numel():
+            self.memory = None  # free it first
+            self.memory = Memory(content.numel())
+            if content.is_cuda:
+                self.memory.pin()
+        self.memory.tensor.copy_(content)
+        return self.memory
+
+
 class Parcel:
-    """A policy, and the ``staging`` buffer that holds it (LoRA dtype, scaling in B) until the next policy is staged."""
+    """A policy, and the staged ``buffer`` with the whole adapter (LoRA dtype, scaling in B; one-dimensional, on the
+    trainer's device). Valid until the next policy is staged."""
 
-    policy: Policy
-    layout: Layout
-    staging: Staging
-    store: Store
-    is_here: bool = True  # the staging buffer still holds it
-    folder: Stored | None = None
-    _making: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, policy: Policy, layout: Layout, buffer: torch.Tensor, host: Host) -> None:
+        self.policy, self.layout, self.buffer, self._host = policy, layout, buffer, host
+        self._filling = threading.Lock()
+        self._filled: Memory | None = None
 
-    @property
-    def buffer(self) -> torch.Tensor:
-        """The whole adapter, one-dimensional, on the trainer's device."""
-        return self.staging.buffer
+    def memory(self) -> Memory:
+        """Its bytes in shared memory, copied there at the first call. Raises SegmentError when there is no room."""
+        with self._filling:
+            self._filled = self._filled or self._host.filled(self.buffer)
+            return self._filled
 
-    def stored(self) -> Stored:
-        """The policy as a PEFT folder, written at the first call. Raises AdapterFileError, or EngineStateError when the
-        buffer holds another policy by now."""
-        with self._making:
-            if self.folder is None:
-                if not self.is_here:
-                    raise EngineStateError(f"The trainer no longer has the adapter of {self.policy}.")
-                self.folder = self.store.write(self.policy, self.layout.config, self.staging.on_host())
-            return self.folder
-
-    def again(self, version: int) -> Parcel:
-        """The same adapter under another version."""
-        return replace(self, policy=replace(self.policy, version=version))
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, in blocks."""
+        view = self.memory().view
+        return (bytes(view[at : at + BLOCK]) for at in range(0, len(view), BLOCK))

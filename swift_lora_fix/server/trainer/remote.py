@@ -1,14 +1,15 @@
 """Trainer side of server mode: the rollout servers as one engine for a sync, the gate and a rollout.
 
-All or nothing: every server stages and checks the policy, then all switch to it. Before each rollout, a server that
-restarted is recognised by its boot id and the policy it says it serves, and is sent everything again. Only the main
-rank talks to servers (ms-swift gives no other rank a client); the other ranks are told the result.
+All servers receive and prove the policy, then all switch to it. Every order names the process and the base that it is
+for: a server that restarted, or whose base somebody wrote over, refuses it, and is looked after. Only the main rank
+talks to servers (ms-swift gives no other rank a client); the other ranks are told the result.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,14 +21,11 @@ from ...common.log import info, warning
 from ...common.settings import Settings
 from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
 from ...trainer import TrainerPort
-from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, Layout, Policy
-from .client import Fresh, Servers
+from ..hosts import this_host, this_process
+from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, UNSEEN, Lease, Policy, Receive, To
+from .client import Bearer, Fresh, Servers
 from .nccl import Connections, drop
 from .parcel import Parcel
-from .store import Stored
-
-ABORT_SECONDS = 10.0  # short: a server that hangs has used up its deadline already
-MISSING = 404  # the status of a server that cannot see our folders
 
 
 class RemoteEngine:
@@ -40,13 +38,13 @@ class RemoteEngine:
     def __init__(self, trainer: TrainerPort) -> None:
         settings = Settings.from_environment()
         self.engine = trainer.server_client
+        self.run = uuid.uuid4().hex[:16]
         self.servers: Servers | None = None
         self.policy: Policy | None = None  # the one that all of them serve
         self.seconds: dict[str, float] = {}  # of the last switch: ``stage`` and ``commit``
         self._is_plain = self._has_restored = False
-        self._boots: dict[int, str] = {}  # boot id by server
+        self._proved: dict[int, To] = {}  # by server: the process and the base that orders are for
         self._restore: Callable[[list[int]], None] = lambda lost: None
-        self._inlined: set[int] = set()  # servers that cannot see our folders
         self._told: dict[int, str] = {}  # by server: key of the layout sent last
         self._only_nccl = settings.transport == "nccl"
         self.nccl: Connections | None = None
@@ -54,17 +52,15 @@ class RemoteEngine:
             if settings.transport == "reload":
                 drop(self.engine)
             else:
-                self.nccl = Connections.of(self.engine)
+                self.nccl = Connections.of(self.engine, settings.server_deadline)
             _mount(self.engine, settings.rollout_deadline)  # without a deadline it would wait for a rollout for ever
             self.servers = Servers(self.engine.base_urls, settings.api_key, settings.server_deadline)
             self.check_fit()
 
     @property
-    def lora_dtype(self) -> torch.dtype | None:
-        """The dtype that the servers hold the adapter in; None if they do not say, or differ."""
-        told = {status.get("lora_dtype") for status in self.statuses} if self.servers else set()
-        dtype = getattr(torch, str(told.pop()).removeprefix("torch."), None) if len(told) == 1 else None
-        return dtype if isinstance(dtype, torch.dtype) else None
+    def lora_dtype(self) -> torch.dtype:
+        """The dtype that all servers hold the adapter in; float32 on ranks that do not talk to them."""
+        return getattr(torch, self.statuses[0]["lora_dtype"]) if self.servers else torch.float32
 
     @property
     def max_lora_rank(self) -> int:
@@ -78,15 +74,19 @@ class RemoteEngine:
         """Set ``restore``, which sends the policy again to servers that lost it. It is called on the main rank."""
         self._restore = restore
 
-    def _ask(self) -> list[dict[str, Any]]:
-        assert self.servers is not None
-        return self.servers.each(lambda index: self.servers.get(index, "status"))  # type: ignore[union-attr]
+    def _ask(self, route: str = "status") -> list[dict[str, Any]]:
+        servers = self.servers
+        assert servers is not None
+        return servers.each(lambda index: servers.get(index, route))
 
     def check_fit(self) -> None:
-        """Raise RolloutServerError when a server cannot take policies from this trainer."""
-        assert self.servers is not None
+        """Take the servers. Raises RolloutServerError when one cannot take policies from this trainer, or is another
+        living trainer's."""
+        servers = self.servers
+        assert servers is not None
         self.statuses = self._ask()
-        for url, status in zip(self.servers.urls, self.statuses):
+        dtypes = {status.get("lora_dtype") for status in self.statuses}
+        for url, status in zip(servers.urls, self.statuses):
             if status.get("protocol") != PROTOCOL:
                 raise RolloutServerError(
                     f"Rollout server {url} speaks protocol {status.get('protocol')!r} of swift_lora_fix, this trainer "
@@ -94,15 +94,39 @@ class RemoteEngine:
                 )
             if not status.get("enable_lora"):
                 raise RolloutServerError(f"Rollout server {url} has no LoRA layers: add --vllm_enable_lora true there.")
+        if len(dtypes) != 1 or not isinstance(getattr(torch, str(*dtypes), None), torch.dtype):
+            raise RolloutServerError(
+                f"The rollout servers hold a LoRA in {sorted(map(str, dtypes))}: start all of them with the same "
+                "--torch_dtype."
+            )
+        lease = Lease(holder=this_process(self.run)).as_dict()
+        for url, answer in zip(servers.urls, servers.each(lambda index: servers.post(index, "lease", json=lease))):
+            if answer["before"] is not None:
+                warning(f"rollout server {url} was {answer['before']}'s until now: its orders are refused there.")
+
+    def prove(self, answers: list[dict[str, Any]]) -> None:
+        """From now on, orders are for the processes and bases that these answers came from."""
+        self._proved = {
+            index: To(boot=answer["boot"], epoch=answer["epoch"], run=self.run) for index, answer in enumerate(answers)
+        }
+
+    def base_sums(self) -> list[dict[str, Any]]:
+        return self._ask("base")
+
+    def _is_proved(self, index: int, answer: dict[str, Any]) -> bool:
+        to = self._proved.get(index)
+        return to is not None and (answer["boot"], answer["epoch"]) == (to.boot, to.epoch)
 
     def lost(self) -> list[int]:
         """Servers that do not serve ``policy``: they restarted, or were given another one. All must answer."""
         if self.servers is None or self.policy is None:
             return []
-        statuses = self._ask()
-        boots = [status["boot"] for status in statuses]
-        served = [status["policy"] == self.policy.as_dict() and not status["plain"] for status in statuses]
-        found = [i for i, fine in enumerate(served) if not fine or boots[i] != self._boots[i]]
+        policy = self.policy.as_dict()
+        found = [
+            index
+            for index, status in enumerate(self._ask())
+            if status["policy"] != policy or status["plain"] or not self._is_proved(index, status)
+        ]
         for index in found:
             warning(f"rollout server {self.servers.urls[index]} does not serve the policy of step {self.policy.step}.")
         return found
@@ -112,119 +136,100 @@ class RemoteEngine:
         """Whether NCCL is open to every server, so that ms-swift can send a base."""
         return self.nccl is not None and self.nccl.all_are_open()
 
-    def check_pushed(self) -> None:
-        """Called after ms-swift sent the base over NCCL. Raises RolloutServerError if a worker failed."""
-        self._post("pushed", {})
+    def push(self, ends: bool) -> list[dict[str, Any]]:
+        """Called before and after ms-swift sends the base over NCCL. Raises RolloutServerError if a worker failed."""
+        return self._order("push", {"ends": ends})
 
-    def forget_failures(self) -> None:
-        """Discard failures that earlier runs left behind."""
-        with contextlib.suppress(RolloutServerError):
-            self.check_pushed()
-
-    def restarted(self) -> list[int]:
-        """Servers that restarted since the last switch. All must answer."""
-        boots = [status["boot"] for status in self._ask()] if self._boots else []
-        return [index for index, boot in enumerate(boots) if boot != self._boots[index]]
+    def others(self) -> list[int]:
+        """Servers that are another process, or have another base, than was proved. All must answer."""
+        return [index for index, status in enumerate(self._ask()) if not self._is_proved(index, status)]
 
     def renew(self, lost: list[int]) -> None:
-        """Reopen NCCL to those of ``lost`` that restarted, and have the next rollout checked whole again. Raises
-        RolloutServerError for a server that cannot take policies."""
-        before, self._has_restored = self._boots, True
-        self.check_fit()  # it may be a different server now
-        for index in lost if self.nccl is not None else ():
-            if before[index] != self.statuses[index]["boot"]:
+        """Take ``lost`` again, reopen NCCL to those that restarted, and have the next rollout checked whole again.
+        Raises RolloutServerError for a server that cannot take policies."""
+        self._has_restored = True
+        statuses = self._ask()
+        for index in lost if self.nccl is not None else ():  # before it is anybody's: then it refuses to be connected
+            if index in self._proved and self._proved[index].boot != statuses[index]["boot"]:
                 self.nccl.reopen(index)  # type: ignore[union-attr]
-                self._boots[index] = self.statuses[index]["boot"]
+        self.check_fit()  # it may be a different server now
 
     def switch(self, parcel: Parcel, only: list[int] | None = None, by_reference: bool = False) -> None:
         """Have all servers (or those in ``only``) serve a policy. by_reference: through vLLM's own loader. Raises
-        RolloutServerError with the failing servers' own messages; all servers then serve what they served before,
-        unless the message says otherwise."""
+        RolloutServerError with the failing servers' own messages: before the first commit all serve what they served,
+        after it nothing is generated until a switch succeeds."""
         assert self.servers is not None
         policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
-        try:
-            self.servers.each(lambda index: self._stage(index, parcel), only)
-        except BaseException:
-            with contextlib.suppress(RolloutServerError):
-                self._post("abort", policy, only, ABORT_SECONDS)
-            raise
+        self.servers.each(lambda index: self._stage(index, parcel), only)
         clock.lap("stage")
-        self.policy = None  # until commit returns, servers may differ
-        answers = self._post("commit", {**policy, **({"by_reference": True} if by_reference else {})}, only)
-        for index, answer in zip(range(len(self.servers.urls)) if only is None else only, answers):
-            self._boots[index] = answer["boot"]
+        self.policy = None
+        self._order("commit", {**policy, "by_reference": by_reference}, only)
         self.policy = parcel.policy
         self._announce(parcel.policy)
         clock.lap("commit")
         self.seconds = clock.laps
 
-    def _post(
-        self, route: str, content: dict[str, Any], only: list[int] | None = None, deadline: float | None = None
-    ) -> list[dict[str, Any]]:
+    def _to(self, index: int) -> dict[str, Any]:
+        if index not in self._proved:
+            raise EngineStateError("No base was compared with this rollout server's yet.")
+        return {"to": self._proved[index].as_dict()}
+
+    def _order(self, route: str, content: dict[str, Any], only: list[int] | None = None) -> list[dict[str, Any]]:
         servers = self.servers
         assert servers is not None
-        return servers.each(lambda index: servers.post(index, route, deadline, json=content), only)
+        return servers.each(lambda index: servers.post(index, route, json={**self._to(index), **content}), only)
 
     def _stage(self, index: int, parcel: Parcel) -> None:
-        """Send over NCCL if that is open; otherwise by the folder if the server sees it, or in the body."""
-        assert self.servers is not None
-        policy = {"policy": parcel.policy.as_dict()}
+        """Over NCCL if that is open; otherwise by shared memory of this host, or in the body."""
+        servers = self.servers
+        assert servers is not None
+        order = {**self._to(index), "policy": parcel.policy.as_dict()}
         if self.nccl is not None and self.nccl.is_open(index):
             try:
-                if parcel.is_here:
-                    self._announce_to(index, parcel.layout, policy)
-                    self._send(index, parcel, policy)
-                else:
-                    self.servers.post(index, "find", json=policy)
-                return
+                self._announce_to(index, parcel, order, True)
             except RolloutServerError as error:
                 if error.status != NO_NCCL or self._only_nccl:
                     raise
                 self.nccl.close(index, str(error))
+            else:
+                ask = partial(servers.post, index, "receive", json=order)
+                self.nccl.send(index, parcel.buffer, ask, servers.deadline)
+                return
         elif self._only_nccl:
             raise RolloutServerError(
-                f"There is no NCCL connection to rollout server {self.servers.urls[index]}, which "
+                f"There is no NCCL connection to rollout server {servers.urls[index]}, which "
                 "SWIFT_LORA_FIX_TRANSPORT=nccl asks for: unset it, or use reload."
             )
-        self._hand_over(index, parcel.policy, parcel.stored())
+        self._announce_to(index, parcel, order, False)
+        memory = parcel.memory().address
+        if this_host() and self.statuses[index]["host"] == this_host():
+            try:
+                servers.post(index, "receive", json={**order, "memory": memory.as_dict()})
+                return
+            except RolloutServerError as error:
+                if error.status != UNSEEN:
+                    raise
+                info(f"rollout server {servers.urls[index]} gets the adapter as a body: {error}")
+        headers = {
+            POLICY_HEADER: Receive.model_validate(order).model_dump_json(),
+            "Content-Type": BYTES,
+            "Content-Length": str(memory.size),
+        }
+        servers.post(index, "receive", blocks=parcel.blocks, headers=headers)
 
-    def _announce_to(self, index: int, layout: Layout, policy: dict[str, Any]) -> None:
+    def _announce_to(self, index: int, parcel: Parcel, order: dict[str, Any], nccl: bool) -> None:
         """Announce the next bytes. The whole layout is sent only if this server does not have it yet."""
         assert self.servers is not None
+        order, layout = {**order, "nccl": nccl}, parcel.layout
         if self._told.get(index) == layout.key:
             try:
-                self.servers.post(index, "stage", json={**policy, "layout": layout.key})
+                self.servers.post(index, "stage", json={**order, "layout": layout.key})
                 return
             except RolloutServerError as error:
                 if error.status != GONE:
                     raise
-        self.servers.post(index, "stage", json={**policy, "layout": layout.as_dict()})
+        self.servers.post(index, "stage", json={**order, "layout": layout.as_dict()})
         self._told[index] = layout.key
-
-    def _send(self, index: int, parcel: Parcel, policy: dict[str, Any]) -> None:
-        servers, nccl = self.servers, self.nccl
-        assert servers is not None and nccl is not None
-        ask = partial(servers.post, index, "receive", json=policy)
-        nccl.send(index, parcel.buffer, ask, servers.deadline)
-
-    def _hand_over(self, index: int, policy: Policy, stored: Stored) -> None:
-        servers = self.servers
-        assert servers is not None
-        about = {"policy": policy.as_dict(), "digest": stored.digest}
-        if index not in self._inlined:
-            try:
-                servers.post(index, "stage", json={**about, "folder": str(stored.folder)})
-                return
-            except RolloutServerError as error:
-                if error.status != MISSING:
-                    raise
-            self._inlined.add(index)
-            info(f"rollout server {servers.urls[index]} does not see {stored.folder.parent}: adapters go over HTTP.")
-        headers = {
-            POLICY_HEADER: json.dumps({**about, "config": stored.config}),
-            "Content-Type": BYTES,
-        }
-        servers.post(index, "stage", data=stored.weights, headers=headers)
 
     def _announce(self, policy: Policy | None) -> None:
         """Make ms-swift's own rollout requests name the policy that they need."""
@@ -239,18 +244,18 @@ class RemoteEngine:
         self._announce(None)
         self._is_plain = True
         try:
-            self._post("serve", {"plain": True})
+            self._order("serve", {"plain": True})
             yield
         finally:
             self._is_plain = False
             try:
-                self._post("serve", {"plain": False})
+                self._order("serve", {"plain": False})
             finally:
                 self._announce(self.policy)
 
     def reset_caches(self) -> None:
         """Make all servers drop their caches."""
-        self._post("serve", {"plain": False})
+        self._order("serve", {"plain": False})
 
     def make_ready(self) -> bool:
         """Before rollouts: send the policy again to servers that lost it. Returns whether any did. Raises
@@ -275,6 +280,7 @@ class RemoteEngine:
             if not self._came_back(error):
                 raise
             outputs = infer()
+        proved = {(to.boot, to.epoch) for to in self._proved.values()}
         for output in outputs:
             infos = getattr(output, "rollout_infos", None) or {}
             if plain and not infos.get("policy_plain"):
@@ -283,6 +289,11 @@ class RemoteEngine:
                 raise PolicyMismatchError(
                     f"A rollout was made by policy {infos.get('policy_digest')} of step {infos.get('policy_step')}, "
                     f"asked for was {policy.digest} of step {policy.step}. Nothing of this batch was used."
+                )
+            if (infos.get("server_boot"), infos.get("server_epoch")) not in proved:
+                raise PolicyMismatchError(
+                    f"A rollout was made by a server process (boot {infos.get('server_boot')}) or on a base (epoch "
+                    f"{infos.get('server_epoch')}) that nobody proved. Nothing of this batch was used."
                 )
         return outputs
 
@@ -306,7 +317,7 @@ def prepare_client(client: Any) -> None:
     if client is None:
         return
     for session in client.sessions if settings.api_key else ():
-        session.headers["Authorization"] = f"Bearer {settings.api_key}"
+        session.auth = Bearer(settings.api_key)
     _mount(client, settings.rollout_deadline if settings.transport == "reload" else None)
 
 
@@ -318,17 +329,29 @@ def _mount(client: Any, seconds: float | None) -> None:
 
 
 def why_not(trainer: TrainerPort) -> str | None:
-    """Why the trainer's rollout servers cannot take policies, in words; None when they can. All ranks together."""
+    """Why the trainer's rollout servers cannot take policies, in words; None when they can. All ranks together.
+
+    Only servers that are all without this package are a reason. Raises RolloutServerError for anything else: a run that
+    stepped aside because of it would train on what this package exists to prevent.
+    """
     settings = Settings.from_environment()
-    reason: list[str | None] = [None]
+    reason: list[str | None] = [None, None]
     if trainer.is_main_rank:
         servers = Servers(trainer.server_client.base_urls, settings.api_key, settings.server_deadline)
-        try:
-            servers.each(lambda index: servers.get(index, "status"))
-        except RolloutServerError as error:
-            reason = [str(error)]
-            if error.status == MISSING:
-                reason = ["the rollout server is without swift_lora_fix: start it with --external_plugins, too"]
+        answers = servers.tried(lambda index: servers.get(index, "status"))
+        failed = [answer for answer in answers if isinstance(answer, RolloutServerError)]
+        bare = [error for error in failed if error.status == UNSEEN]
+        if len(bare) == len(answers):
+            reason[0] = "the rollout server is without swift_lora_fix: start it with --external_plugins, too"
+        elif bare == failed != []:
+            reason[1] = (
+                f"{len(bare)} of {len(answers)} rollout servers are without swift_lora_fix, start them with "
+                f"--external_plugins, too: {'; '.join(map(str, bare))}."
+            )
+        elif failed:
+            reason[1] = "; ".join(map(str, failed))
     if trainer.ranks > 1:
         torch.distributed.broadcast_object_list(reason, src=0, device=trainer.device)
+    if reason[1] is not None:
+        raise RolloutServerError(f"{reason[1]} Nothing was trained.")
     return reason[0]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
+import re
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,10 +23,9 @@ from ...install import releases
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...trainer import TrainerPort
-from ..wire import Layout, Policy, plain_config, root_of
-from .parcel import Parcel
+from ..wire import ANOTHER, Layout, Policy, plain_config
+from .parcel import Host, Parcel
 from .remote import RemoteEngine
-from .store import Store
 
 Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
 
@@ -43,17 +41,16 @@ class RemoteWriter:
         self.trainer, self.engine, self.adapter = trainer, engine, adapter
         self.device, self.ranks = trainer.device, trainer.ranks
         self.serving: ServingPort = RemoteServing(engine, adapter)
-        self._dtype = engine.lora_dtype or torch.bfloat16
+        self._dtype = engine.lora_dtype
+        self._host = Host()
         self._staging: Staging | None = None
         self._sent: Parcel | None = None
         self._layout: Layout | None = None
         self._version = 0
         self._sums: Sums = {}
         self._has_pushed = False  # the base was sent over NCCL
-        self._run = uuid.uuid4().hex[:16]
         self._check = FiniteCheck(adapter, self._dtype, self.device, self.all_ranks)
         if engine.servers is not None:
-            self._store = Store(Path(root_of()), self._run)
             if adapter.max_rank > engine.max_lora_rank:
                 raise UnsupportedAdapterError(
                     f"Adapter {adapter.name!r} has rank {adapter.max_rank}, a rollout server has room for "
@@ -89,51 +86,63 @@ class RemoteWriter:
         All ranks together. Raises BaseMismatchError when it differs and cannot be sent.
         """
         self._sums = _sums(self.trainer.model, self.adapter, self.device)
-        problem = self._on_main(lambda: self._compare(self._sums))
+        problem = self._on_main(self._look_and_compare)
         if problem is None:
             return
         sends = isinstance(problem, BaseMismatchError) and self.engine.reaches_all
         if not self.all_ranks(sends or self.engine.servers is None):
             raise problem
         self._push_base(str(problem))
-        failed = self._on_main(self.engine.check_pushed)
-        if failed is not None:
-            raise failed
 
     def _push_base(self, why: str) -> None:
         """All ranks together, because sharded parameters are all-gathered."""
-        if self.engine.servers is not None:
-            info(f"the base is sent over NCCL, unmerged. {why}")
-            self.engine.forget_failures()
+        problem = self._on_main(lambda: self._begin_push(why))
+        if problem is None:
+            self._send_whole_base()
+            problem = self._on_main(self._end_push)
+        if problem is not None:
+            raise problem
+
+    def _begin_push(self, why: str) -> None:
+        info(f"the base is sent over NCCL, unmerged. {why}")
+        self.engine.prove(self.engine.statuses)
+        self.engine.prove(self.engine.push(ends=False))
+
+    def _send_whole_base(self) -> None:
         base.send(self.trainer, self.adapter)
         self._has_pushed = True
 
-    def _compare(self, sums: Sums) -> None:
-        servers = self.engine.servers
+    def _end_push(self) -> None:
+        self.engine.prove(self.engine.push(ends=True))
+
+    def _look_and_compare(self) -> None:
+        self.engine.check_fit()
+        self._compare()
+
+    def _compare(self) -> None:
+        """Compare the trainer's base with each server's. Raises BaseMismatchError."""
+        servers, sums = self.engine.servers, self._sums
         assert servers is not None
-        for url, status in zip(servers.urls, self.engine.statuses):
-            if status["base_is_pushed"]:
+        answers = self.engine.base_sums()
+        for url, answer in zip(servers.urls, answers):
+            if answer["epoch"]:
                 raise BaseMismatchError(
                     f"Rollout server {url} has a base that was sent to it over NCCL, in place of its model folder's: "
                     "restart it, or leave SWIFT_LORA_FIX_TRANSPORT unset on both sides, so that it is sent this one."
                 )
-        for url, answer in zip(servers.urls, servers.each(lambda index: servers.get(index, "base"))):
-            held = {name: (dtype, tuple(shape), value) for name, (dtype, shape, value) in answer["sums"].items()}
-            values, shapes = {(s, v) for _, s, v in held.values()}, {s for _, s, _ in held.values()}
-            differing = [name for name, (_, shape, value) in sums.items() if (shape, value) not in values]
-            elsewhere = [name for name in differing if sums[name][1] not in shapes]
-            if len(differing) > len(elsewhere):
-                name = next(name for name in differing if name not in elsewhere)
+            differing, elsewhere = _compared(sums, answer["sums"])
+            if differing:
                 raise BaseMismatchError(
                     f"The trainer's base differs from the model folder of rollout server {url} in {len(differing)} of "
-                    f"{len(sums)} parameters ({name}, ...). Start the server from the trainer's own model, in the same "
-                    "--torch_dtype; PiSSA and OLoRA change the base: that takes NCCL, or colocated engines."
+                    f"{len(sums)} parameters ({differing[0]}, ...). Start the server from the trainer's own model, in "
+                    "the same --torch_dtype; PiSSA and OLoRA change the base: that takes NCCL, or colocated engines."
                 )
             if elsewhere:
                 warning(
                     f"{len(elsewhere)} of {len(sums)} parameters have another layout in the files of rollout server "
                     f"{url} ({elsewhere[0]}) and were not compared; the agreement gate looks at what it computes."
                 )
+        self.engine.prove(answers)
 
     def begin_validation(self) -> None:
         self._check.begin([parameter.data_ptr() for parameter in self.adapter.parameters])
@@ -170,8 +179,7 @@ class RemoteWriter:
     @torch.no_grad()
     def _stage(self) -> tuple[Staging, str]:
         """The whole adapter as the servers should hold it, on the trainer's device, and its policy digest."""
-        if self._sent is not None:
-            self._sent.is_here = False
+        self._sent = None  # its buffer gets the next one
         if self._staging is None:
             self._staging = Staging(self.adapter, self._dtype, self.device, whole=True)
         for chunk in self.adapter.chunks:
@@ -180,66 +188,53 @@ class RemoteWriter:
         return self._staging, self._staging.digest()
 
     def _send(self, digest: str, staging: Staging, by_reference: bool) -> None:
-        restarted = self.engine.restarted()
-        if restarted:
-            self._renew(restarted)
-        policy = Policy(self._version, self.trainer.step, digest, self._run)
+        policy = Policy(version=self._version, step=self.trainer.step, digest=digest, run=self.engine.run)
         self._layout = self._layout or self._describe()
-        parcel = Parcel(policy, self._layout, staging, self._store)
+        parcel = Parcel(policy, self._layout, staging.buffer, self._host)
         try:
             self.engine.switch(parcel, by_reference=by_reference)
-        except Exception:
-            if self.engine.policy is None and self._sent is not None:
-                self._go_back(self._sent)
-            raise
+        except RolloutServerError as error:
+            others = self.engine.others() if error.status == ANOTHER else []
+            if not others:
+                raise
+            info(f"{len(others)} rollout servers are not those that were looked at before: {error}")
+            self._renew(others)
+            self.engine.switch(parcel, by_reference=by_reference)
         self._sent = parcel
 
     def _describe(self) -> Layout:
         entries = tuple((entry.key, tuple(entry.shape)) for entry in self.adapter.entries)
         config = plain_config(loader.plain_config(self.adapter))
-        return Layout(str(self._dtype).removeprefix("torch."), entries, config)
-
-    def _go_back(self, previous: Parcel) -> None:
-        """Some servers may have switched: send the previous policy to all of them, under a new version."""
-        self._version += 1
-        again = previous.again(self._version)
-        try:
-            self.engine.switch(again)
-        except Exception as error:
-            warning(f"nor could the rollout servers be given the previous policy again: {error}.")
-            return
-        self._sent = again
-        info(f"the rollout servers serve the previous policy, of step {previous.policy.step}.")
+        return Layout(dtype=str(self._dtype).removeprefix("torch."), entries=entries, config=config)
 
     def _send_to(self, lost: list[int]) -> None:
         if self._sent is None:
-            raise EngineStateError("A rollout server restarted before the first policy was sent.")
+            raise EngineStateError("A rollout server restarted, and the trainer has no policy that was sent.")
         self._renew(lost)
+        only = None if self._has_pushed else lost  # a push ends the policy of all of them
         try:
-            self.engine.switch(self._sent, lost)
+            self.engine.switch(self._sent, only)
         except RolloutServerError:
             self.engine.policy = self._sent.policy  # the others serve it, and this one should
             raise
         info(f"sent the policy of step {self._sent.policy.step} again to {len(lost)} rollout servers.")
 
     def _renew(self, lost: list[int]) -> None:
-        """These servers may have restarted: connect again, and make sure that they have the trainer's base."""
+        """These servers may have restarted: take them again, and make sure that they have the trainer's base."""
         self.engine.renew(lost)
-        if self._has_pushed:
-            self._push_again(lost)
-        elif self._sums:
-            self._compare(self._sums)
-
-    def _push_again(self, lost: list[int]) -> None:
-        """Called on the main rank alone. Sends to all servers, because ms-swift can only send a base to all of them."""
+        if not self._has_pushed:
+            self._compare()
+            return
+        # called on the main rank alone; ms-swift can only send a base to all servers
         if not self.engine.reaches_all or self.adapter.sharding != "none":
             raise BaseMismatchError(
                 f"{len(lost)} rollout servers restarted and have lost the base that went to them over NCCL, and it "
                 "cannot be sent again while a run goes on (a sharded trainer, or NCCL is gone): resume from a "
                 "checkpoint."
             )
-        self._push_base(f"{len(lost)} rollout servers restarted.")
-        self.engine.check_pushed()
+        self._begin_push(f"{len(lost)} rollout servers restarted.")
+        self._send_whole_base()
+        self._end_push()
 
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
         """Run it on the main rank. Every rank gets its error, or None."""
@@ -264,6 +259,35 @@ def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sum
         with adapters.whole([parameter], adapter.sharding, device) as (value,):
             found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
     return found
+
+
+def _compared(sums: Sums, answer: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the trainer's parameters that differ from a server's files, and of those that have no counterpart there.
+
+    A name that both have is compared as such. Files may name a layer otherwise than the trainer: then one of the same
+    layer number, shape and content must be there, and where the numbers differ too, one of the same content.
+    """
+    held = {name: (tuple(shape), value) for name, (_, shape, value) in answer.items()}
+    places = {(_place(name), *content) for name, content in held.items()}
+    numbered = {(_place(name), shape) for name, (shape, _) in held.items()}
+    values, shapes = set(held.values()), {shape for shape, _ in held.values()}
+    differing: list[str] = []
+    elsewhere: list[str] = []
+    for name, (_, shape, value) in sums.items():
+        if name in held:
+            fine = held[name] == (shape, value)
+        elif (_place(name), shape) in numbered:
+            fine = (_place(name), shape, value) in places
+        else:
+            fine = (shape, value) in values
+        if not fine:
+            (differing if name in held or shape in shapes else elsewhere).append(name)
+    return differing, elsewhere
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """The numbers in a parameter's name: its layer, its expert."""
+    return tuple(re.findall(r"\d+", name))
 
 
 class RemoteServing:

@@ -38,7 +38,8 @@ def variables_of(environment: Mapping[str, str]) -> Iterator[Variable]:
         yield Variable(name, "(hidden)" if value and name in SECRETS else value, problem, "")
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in {*known, *INTERNAL}:
-            yield Variable(name, environment[name], None, UNKNOWN_SETTING)
+            shown = "(hidden)" if name.startswith(f"{PREFIX}_API") else environment[name]  # maybe a mistyped key
+            yield Variable(name, shown, None, UNKNOWN_SETTING)
     for name, note in VLLM_VARIABLES.items():
         value = environment.get(name)
         yield Variable(name, value, None if value is None else _problem_of_number(name, value), note)

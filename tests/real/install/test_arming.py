@@ -304,6 +304,18 @@ def test_the_trainers_of_the_coming_version_are_not_passed_over_in_silence() -> 
     assert "a run with these trainers is not protected" in output and "swift.dev is loaded" in output
 
 
+def test_rollouts_that_ray_started_are_named_and_left_alone() -> None:
+    output = run_fresh("""
+        import types, wrapt, swift_lora_fix
+        from swift_lora_fix.install import releases
+        (name,) = releases.ray_modules()  # a stand-in, as above: Ray is not installed
+        sys.modules[name] = types.ModuleType(name)
+        wrapt.notify_module_loaded(sys.modules[name])
+        assert not swift_lora_fix.status().applied
+    """)
+    assert "stepping aside, rollouts that Ray started run as they are" in output and "for a Megatron trainer" in output
+
+
 @pytest.mark.parametrize("value, message", [("maybe", "SWIFT_LORA_FIX='maybe'")])
 def test_a_setting_that_is_not_understood(value: str, message: str) -> None:
     done = subprocess.run(

@@ -5,26 +5,23 @@ With SLF_SERVER_ASYNC=1 in the environment its engine is the asynchronous one.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-import safetensors.torch
 import torch
 
-from swift_lora_fix.server.wire import CONFIG, PREFIX, WEIGHTS, Policy
+from swift_lora_fix.server.wire import PREFIX, Policy
 from tests.support.driver import make_model, this_python
-from tests.support.reload_client import ReloadServer, digest_of, make_adapter
+from tests.support.parcels import Sent
+from tests.support.reload_client import ReloadServer, made_adapter, sent_of
+from tests.support.shm import names
 
 pytestmark = pytest.mark.e2e
 
 RUN = "5eed"
-LIMIT_MIB = 2
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -33,13 +30,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReloadServer]:
     folder = tmp_path_factory.mktemp("server")
     model = make_model(this_python(), folder, "qwen2")
     arguments = {"vllm_use_async_engine": "true"} if os.environ.get("SLF_SERVER_ASYNC") else {}
-    with ReloadServer(model, folder, arguments, environment={"SWIFT_LORA_FIX_MAX_MIB": str(LIMIT_MIB)}) as running:
+    with ReloadServer(model, folder, arguments) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def adapters(server: ReloadServer) -> list[Path]:
-    return [make_adapter(server.model, server.root / f"adapter-{seed}", seed) for seed in (1, 2)]
+def adapters(server: ReloadServer) -> list[Sent]:
+    return [sent_of(made_adapter(server.model, seed)) for seed in (1, 2)]
 
 
 class Versions:
@@ -48,9 +45,9 @@ class Versions:
     def __init__(self) -> None:
         self.version = 0
 
-    def next(self) -> Policy:
+    def next(self, sent: Sent) -> Policy:
         self.version += 1
-        return Policy(self.version, 10 * self.version, f"digest-{self.version}", RUN)
+        return Policy(version=self.version, step=10 * self.version, digest=sent.digest, run=RUN)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +56,10 @@ def versions() -> Versions:
 
 
 @pytest.fixture
-def served(server: ReloadServer, adapters: list[Path], versions: Versions) -> Policy:
+def served(server: ReloadServer, adapters: list[Sent], versions: Versions) -> Policy:
     """The first adapter, committed."""
-    policy = versions.next()
+    policy = versions.next(adapters[0])
+    assert server.lease(RUN).status_code == 200
     assert server.stage(policy, adapters[0]).status_code == 200
     assert server.commit(policy).status_code == 200
     return policy
@@ -74,16 +72,11 @@ def refused(response: requests.Response, status: int, kind: str, *phrases: str) 
         assert phrase in body["message"], body["message"]
 
 
-def altered(source: Path, name: str, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
-    """A sibling of ``source`` with another config or other tensors."""
-    folder = source.parent / name
-    shutil.copytree(source, folder)
-    config = json.loads((folder / CONFIG).read_text())
-    tensors = safetensors.torch.load_file(str(folder / WEIGHTS))
-    change(config, tensors)
-    (folder / CONFIG).write_text(json.dumps(config, sort_keys=True))
-    safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, str(folder / WEIGHTS))
-    return folder
+def altered(server: ReloadServer, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Sent:
+    """The second adapter with another config or other tensors."""
+    made = made_adapter(server.model, 2)
+    change(made["config"], made["tensors"])
+    return sent_of({**made, "tensors": {name: tensor.contiguous() for name, tensor in made["tensors"].items()}})
 
 
 # ---- before the first policy (in the order of this file) ------------------------------------------------------------
@@ -91,9 +84,17 @@ def altered(source: Path, name: str, change: Callable[[dict[str, Any], dict[str,
 
 def test_it_says_what_it_is(server: ReloadServer) -> None:
     status = server.status()
-    expected = {"protocol": 2, "enable_lora": True, "max_lora_rank": 16, "policy": None, "plain": False, "workers": 1}
+    expected = {
+        "protocol": 3,
+        "enable_lora": True,
+        "max_lora_rank": 16,
+        "policy": None,
+        "plain": False,
+        "workers": 1,
+        "epoch": 0,
+    }
     assert {name: status[name] for name in expected} == expected
-    assert status["root"] == str(server.root) and status["lora_dtype"] == "bfloat16" and len(status["boot"]) == 16
+    assert status["lora_dtype"] == "bfloat16" and len(status["boot"]) == 16
 
 
 def test_no_rollouts_before_a_policy(server: ReloadServer) -> None:
@@ -115,84 +116,82 @@ def test_the_base_is_the_trainers(server: ReloadServer) -> None:
 
 
 def test_rollouts_come_from_what_was_committed(
-    server: ReloadServer, adapters: list[Path], versions: Versions, served: Policy
+    server: ReloadServer, adapters: list[Sent], versions: Versions, served: Policy
 ) -> None:
     first, infos = server.rollouts(served)
-    assert infos == [{f"policy_{name}": value for name, value in served.as_dict().items()}] * 2
+    status, before = server.status(), names()
+    by = {"server_boot": status["boot"], "server_epoch": 0}
+    assert infos == [{**{f"policy_{name}": value for name, value in served.as_dict().items()}, **by}] * 2
 
-    other = versions.next()
-    assert server.stage_bytes(other, adapters[1]).status_code == 200
+    other = versions.next(adapters[1])
+    assert server.stage_body(other, adapters[1]).status_code == 200
     assert server.rollouts(served)[0] == first, "what is staged is served already"
     assert server.commit(other).status_code == 200
     assert server.status()["policy"] == other.as_dict()
     second, infos = server.rollouts(other)
     assert second != first and infos[0]["policy_version"] == other.version
 
-    again = versions.next()
+    again = versions.next(adapters[0])
     assert server.stage(again, adapters[0]).status_code == 200 and server.commit(again).status_code == 200
     assert server.rollouts(again)[0] == first
     assert server.commit(again).status_code == 200, "a commit that is repeated"
     assert server.stage(again, adapters[0]).status_code == 200, "a stage that is repeated"
 
     for seed, expected in ((1, second), (0, first)):  # as a repair does it, and back to the usual way
-        repaired = versions.next()
+        repaired = versions.next(adapters[seed])
         assert server.stage(repaired, adapters[seed]).status_code == 200
-        answer = server.post("commit", policy=repaired.as_dict(), by_reference=seed == 1)
+        answer = server.commit(repaired, by_reference=seed == 1)
         assert answer.status_code == 200, answer.text
         assert server.rollouts(repaired)[0] == expected
+    assert server.log.count("goes straight into vLLM's LoRA slots") == 1
+    assert names() <= before, "no transport leaves a name"
 
 
-def folded(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """The same adapter with its scaling in B."""
-    scale, config["lora_alpha"] = config["lora_alpha"] / config["r"], config["r"]
-    assert scale == 1.5
-    for name in tensors:
-        tensors[name] *= scale if "lora_B" in name else 1.0
-
-
-def test_it_is_scaled_as_its_config_says(
-    server: ReloadServer, adapters: list[Path], versions: Versions, served: Policy
-) -> None:
-    """The other one goes by vLLM's own loader: its config is another, and what is served is not given up for it."""
-    with_adapter, twin = server.rollouts(served)[0], versions.next()
-    reads = server.log.count("goes straight into vLLM's LoRA slots")
-    assert reads == 1
-    assert server.stage(twin, altered(adapters[0], "folded", folded)).status_code == 200
-    assert server.commit(twin).status_code == 200
-    assert server.rollouts(twin)[0] == with_adapter
-    assert server.log.count("goes straight into vLLM's LoRA slots") == reads
+def test_another_layout(server: ReloadServer, versions: Versions, served: Policy) -> None:
+    """Of another rank, and back: what is served stays until it is switched."""
+    first = server.rollouts(served)[0]
+    small = sent_of(made_adapter(server.model, 3, rank=4))
+    policy = versions.next(small)
+    assert server.stage(policy, small).status_code == 200
+    assert server.rollouts(served)[0] == first
+    assert server.commit(policy).status_code == 200
+    assert server.rollouts(policy)[0] != first
 
 
 def test_rollouts_of_another_policy_are_refused(server: ReloadServer, served: Policy) -> None:
-    wrong = Policy(served.version + 1, served.step, served.digest, RUN)
+    wrong = served.model_copy(update={"version": served.version + 1})
     refused(server.infer(wrong), 409, "PolicyMismatchError", f"version {wrong.version} ", f"version {served.version} ")
     refused(
         server.call("POST", "/infer/", headers={"X-Swift-Lora-Fix-Policy": "nonsense"}),
         400,
         "ProtocolError",
-        "not JSON",
+        "Invalid JSON",
     )
 
 
-def test_plain_rollouts(server: ReloadServer, adapters: list[Path], versions: Versions, served: Policy) -> None:
+def test_plain_rollouts(server: ReloadServer, adapters: list[Sent], versions: Versions, served: Policy) -> None:
     with_adapter = server.rollouts(served)[0]
-    assert server.post("serve", plain=True).status_code == 200 and server.status()["plain"] is True
+    assert server.order("serve", plain=True).status_code == 200 and server.status()["plain"] is True
     plain, infos = server.rollouts()
-    assert infos == [{"policy_plain": True}] * 2 and plain != with_adapter
+    assert all(info["policy_plain"] and "policy_digest" not in info for info in infos) and plain != with_adapter
     refused(server.infer(served), 409, "PolicyMismatchError", "the plain base")
-    assert server.post("serve", plain=False).status_code == 200
+    assert server.order("serve", plain=False).status_code == 200
     assert server.rollouts(served)[0] == with_adapter
 
-    assert server.post("serve", plain=True).status_code == 200  # a trainer that ended within its gate
-    policy = versions.next()
+    assert server.order("serve", plain=True).status_code == 200  # a trainer that ended within its gate
+    policy = versions.next(adapters[0])
     assert server.stage(policy, adapters[0]).status_code == 200 and server.commit(policy).status_code == 200
     assert server.rollouts(policy)[0] == with_adapter and server.status()["plain"] is False
 
 
-def test_another_run_begins_with_its_first_version(server: ReloadServer, adapters: list[Path], served: Policy) -> None:
-    policy = Policy(0, 0, "first", "abc")
+def test_another_run_begins_with_its_first_version(server: ReloadServer, adapters: list[Sent], served: Policy) -> None:
+    """Of the same process; one of another is refused while this one lives (test_server_routes.py)."""
+    policy = Policy(version=0, step=0, digest=adapters[1].digest, run="abc")
+    refused(server.announce(policy, adapters[1]), 409, "StagingError", "is not run abc's but run 5eed")
+    assert server.lease("abc").status_code == 200 and server.status()["policy"] is None
     assert server.stage(policy, adapters[1]).status_code == 200 and server.commit(policy).status_code == 200
     assert server.rollouts(policy)[1][0]["policy_run"] == "abc"
+    refused(server.order("commit", policy=served.as_dict()), 409, "StagingError", "is not run 5eed's but run abc")
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -211,13 +210,13 @@ def nan(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 
 
 def tall(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    config["r"] *= 4
+    config["r"] = config["lora_alpha"] = 32
     for name, tensor in tensors.items():
         tensors[name] = torch.cat([tensor] * 4, dim=0 if "lora_A" in name else 1)
 
 
 def lying(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    config["r"] *= 2
+    config["r"] = config["lora_alpha"] = 4
 
 
 def renamed(module: str) -> Callable[[dict[str, Any], dict[str, torch.Tensor]], None]:
@@ -244,9 +243,14 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "name, change, kind, phrase",
     [
-        ("nan", nan, "NonFiniteAdapterError", f"not finite in torch.bfloat16: {Q_PROJ}.lora_A.weight (1 tensors)"),
+        (
+            "nan",
+            nan,
+            "NonFiniteAdapterError",
+            f"1 of the adapter's tensors are not finite in torch.bfloat16, the first '{Q_PROJ}.lora_A.weight'",
+        ),
         ("tall", tall, "StagingError", "has rank 32, this server has room for 16"),
-        ("lying", lying, "StagingError", "has rank 8, adapter_config.json says ['16']"),
+        ("lying", lying, "StagingError", "has rank 8"),
         (
             "module",
             renamed("model.layers.0.self_attn.nope"),
@@ -260,93 +264,58 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_what_is_no_adapter_of_this_model(
-    server: ReloadServer,
-    adapters: list[Path],
-    versions: Versions,
-    unchanged: Policy,
-    name: str,
-    change: Any,
-    kind: str,
-    phrase: str,
+    server: ReloadServer, versions: Versions, unchanged: Policy, name: str, change: Any, kind: str, phrase: str
 ) -> None:
-    policy = versions.next()
-    for send in (server.stage, server.stage_bytes):
-        folder = altered(adapters[1], f"{name}-{send.__name__}", change)
-        refused(send(policy, folder), 422, kind, phrase)
+    sent = altered(server, change)
+    policy = versions.next(sent)
+    for send in (server.stage, server.stage_body):
+        refused(send(policy, sent), 422, kind, phrase)
     refused(server.commit(policy), 409, "StagingError", "nothing is staged")
 
 
 def test_what_is_not_what_was_sent(
-    server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy
+    server: ReloadServer, adapters: list[Sent], versions: Versions, unchanged: Policy
 ) -> None:
-    policy = versions.next()
-    folder = server.root / "truncated"
-    shutil.copytree(adapters[1], folder)
-    whole = digest_of(folder)
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-    for send in (server.stage, server.stage_bytes):
-        refused(send(policy, folder, whole), 422, "StagingError", "digest", "truncated or changed")
-        refused(send(policy, folder), 422, "StagingError", "no safetensors file, or half of one")
-    (folder / WEIGHTS).write_bytes(b"\x80\x04}.")  # a pickle
-    refused(server.stage(policy, folder), 422, "StagingError", "no safetensors file")
+    policy, body = versions.next(adapters[1]), bytearray(adapters[1].body)
+    refused(server.stage_body(policy, adapters[1], bytes(body[:-100])), 422, "StagingError", "bytes where")
+    body[1000] ^= 1
+    refused(server.stage_body(policy, adapters[1], bytes(body)), 422, "StagingError", "What arrived has digest")
+    refused(server.stage(policy, adapters[0]), 422, "StagingError", "What arrived has digest", policy.digest)
+    refused(server.commit(policy), 409, "StagingError", "nothing is staged")
 
 
-def test_paths_are_confined(
-    server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy, tmp_path: Path
-) -> None:
-    policy, inside = versions.next(), adapters[1]
-    outside = tmp_path / "adapter"
-    shutil.copytree(inside, outside)
-    (server.root / "link").symlink_to(outside)
-    linked = server.root / "linked-file"
-    shutil.copytree(inside, linked)
-    (linked / WEIGHTS).unlink()
-    (linked / WEIGHTS).symlink_to(outside / WEIGHTS)
-    digest = digest_of(inside)
-    for path in (outside, server.root / ".." / "adapter", server.root / "adapter-1" / "..", server.root, "adapter-1"):
-        refused(server.stage(policy, Path(path), digest), 403, "AccessError", "not right below this server's root")
-    refused(server.stage(policy, server.root / "link", digest), 403, "AccessError", "a link")
-    refused(server.stage(policy, linked, digest), 403, "AccessError", "a link")
-    refused(server.stage(policy, server.root / "absent", digest), 404, "StagingError", "No such file")
-
-
-def test_too_large(server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy) -> None:
-    folder = server.root / "large"
-    shutil.copytree(adapters[1], folder)
-    (folder / WEIGHTS).write_bytes(b"\0" * ((LIMIT_MIB << 20) + 1))
-    for send in (server.stage, server.stage_bytes):
-        refused(send(versions.next(), folder), 413, "StagingError", "SWIFT_LORA_FIX_MAX_MIB")
-
-
-def test_the_key(server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy) -> None:
-    policy = versions.next()
+def test_the_key(server: ReloadServer, adapters: list[Sent], versions: Versions, unchanged: Policy) -> None:
+    policy = versions.next(adapters[1])
     for key in (None, "", "wrong"):
         refused(server.stage(policy, adapters[1], key=key), 401, "AccessError", "--api_key")
-        refused(server.post("commit", key, policy=policy.as_dict()), 401, "AccessError", "SWIFT_LORA_FIX_API_KEY")
+        refused(server.order("commit", key, policy=policy.as_dict()), 401, "AccessError", "SWIFT_LORA_FIX_API_KEY")
         refused(server.call("GET", f"{PREFIX}/status/", key), 401, "AccessError")
 
 
 def test_old_versions_and_what_is_not_staged(
-    server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy
+    server: ReloadServer, adapters: list[Sent], versions: Versions, unchanged: Policy
 ) -> None:
-    older = Policy(unchanged.version - 1, 0, "older", RUN)
-    refused(server.stage(older, adapters[1]), 409, "StagingError", "is not newer")
-    changed = Policy(unchanged.version, 0, "same version, other policy".replace(" ", "-"), RUN)
-    refused(server.stage(changed, adapters[1]), 409, "StagingError", "is not newer")
-    staged = versions.next()
+    older = unchanged.model_copy(update={"version": unchanged.version - 1})
+    refused(server.announce(older, adapters[0]), 409, "StagingError", "is not newer")
+    changed = unchanged.model_copy(update={"digest": adapters[1].digest})
+    refused(server.announce(changed, adapters[1]), 409, "StagingError", "is not newer")
+    staged = versions.next(adapters[1])
     assert server.stage(staged, adapters[1]).status_code == 200
-    refused(server.commit(versions.next()), 409, "StagingError", f"staged is version {staged.version}")
-    assert server.post("abort", policy=staged.as_dict()).status_code == 200
-    refused(server.commit(staged), 409, "StagingError", "nothing is staged")
+    refused(server.commit(versions.next(adapters[1])), 409, "StagingError", f"staged is version {staged.version}")
+
+
+def test_another_process_or_base(server: ReloadServer, adapters: list[Sent], unchanged: Policy) -> None:
+    for to in ({"boot": "0" * 16}, {"epoch": 1}):
+        refused(server.order("commit", to=to, policy=unchanged.as_dict()), 412, "StagingError", "it restarted, or its")
 
 
 def test_what_the_protocol_does_not_know(server: ReloadServer, unchanged: Policy) -> None:
-    refused(server.post("stage", policy={}), 400, "ProtocolError", "has no digest, folder")
-    refused(
-        server.post("commit", policy={**unchanged.as_dict(), "version": "1"}), 400, "ProtocolError", "version is '1'"
-    )
-    refused(server.post("serve", plain="yes"), 400, "ProtocolError", "plain is 'yes'")
-    refused(server.call("POST", f"{PREFIX}/commit/", data=b"\xff"), 400, "ProtocolError", "not JSON")
+    refused(server.order("stage", policy={}), 400, "ProtocolError", "layout is", "policy.version is")
+    wrong = {**unchanged.as_dict(), "version": "1"}
+    refused(server.order("commit", policy=wrong), 400, "ProtocolError", "version is '1'")
+    refused(server.order("serve", plain="yes"), 400, "ProtocolError", "plain is 'yes'")
+    for data in (b"\xff", b"[" * 50_000):
+        refused(server.call("POST", f"{PREFIX}/commit/", data=data), 400, "ProtocolError", "")
 
 
 def test_nccl_is_refused(server: ReloadServer, unchanged: Policy) -> None:
@@ -355,11 +324,18 @@ def test_nccl_is_refused(server: ReloadServer, unchanged: Policy) -> None:
     refused(response, 409, "ProtocolError", "SWIFT_LORA_FIX_TRANSPORT=reload")
 
 
-def test_what_vllm_refuses_is_taken_back(
-    server: ReloadServer, adapters: list[Path], versions: Versions, unchanged: Policy
+def test_what_vllm_refuses_ends_what_is_served(
+    server: ReloadServer, adapters: list[Sent], versions: Versions, served: Policy
 ) -> None:
     """The model's files do not tell that there are no experts, so this is found out by vLLM's loader, at the commit."""
-    policy, module = versions.next(), "model.layers.0.mlp.experts.0.q_proj"
-    assert server.stage(policy, altered(adapters[1], "experts", renamed(module))).status_code == 200
-    serves = f"Every worker serves version {unchanged.version} "
-    refused(server.commit(policy), 500, "UnsupportedAdapterError", "vLLM refused adapter", module, serves)
+    module = "model.layers.0.mlp.experts.0.q_proj"
+    sent = altered(server, renamed(module))
+    policy = versions.next(sent)
+    assert server.stage(policy, sent).status_code == 200
+    answer = server.commit(policy)
+    assert answer.status_code == 500 and "serves nothing until another policy" in answer.json()["message"]
+    assert module in answer.json()["message"]
+    refused(server.infer(served), 503, "EngineStateError", "No policy was committed")
+    again = versions.next(adapters[0])
+    assert server.stage(again, adapters[0]).status_code == server.commit(again).status_code == 200
+    assert server.rollouts(again)[1][0]["policy_digest"] == adapters[0].digest

@@ -31,8 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[list[RolloutServer]]:
-    environment = {**TRANSPORT, "SWIFT_LORA_FIX_ROOT": str(folder / "root")}
-    with running([RolloutServer(model, folder / name, environment=environment) for name in ("one", "two")]) as servers:
+    with running([RolloutServer(model, folder / name, environment=TRANSPORT) for name in ("one", "two")]) as servers:
         yield servers
 
 

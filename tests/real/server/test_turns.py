@@ -34,11 +34,10 @@ def assert_took_turns(run: Run) -> None:
 def test_in_a_rollout_server(model: Path, folder: Path) -> None:
     """Which the asynchronous engine makes; stock ms-swift before 4.5.0 makes them without the adapter (9855). Here with
     two tensor-parallel workers, each of which reads and proves the adapter."""
-    root = {"SWIFT_LORA_FIX_ROOT": str(folder / "root")}
     turns = folder / "turns.txt"
     arguments = {"vllm_use_async_engine": "true", "vllm_tensor_parallel_size": 2, **TURNS}
     awake = {"VLLM_SLEEP_WHEN_IDLE": "1"}  # such workers spin while they wait
-    environment = {**TRANSPORT, **root, **awake, "SLF_TURNS_FILE": str(turns)}
+    environment = {**TRANSPORT, **awake, "SLF_TURNS_FILE": str(turns)}
     made = RolloutServer(model, folder / "one", arguments, environment, plugins=(SCHEDULER,))
     with running([made]) as servers:
         run = trainer("train", model, folder, servers, TRANSPORT, max_steps=3).start()

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from peft import LoraConfig
 from swift_lora_fix import errors
 from swift_lora_fix.memory import LoRATensorRequest, from_peft_model, from_safetensors, segment
 from swift_lora_fix.memory.loading import mark, unmark
-from swift_lora_fix.memory.request import PENDING, has_tensors
+from swift_lora_fix.memory.request import PENDING, Content, has_tensors
 from tests.support import forks, shm
 from tests.support.peft_models import peft_model
 
@@ -338,3 +339,24 @@ def test_the_entry_point_does_nothing_unless_the_parent_imported_this() -> None:
     """
     assert run(script).split()[-1] == "False"
     assert run(script, SWIFT_LORA_FIX_MEMORY="1").split()[-1] == "True"
+
+
+@pytest.mark.parametrize("side, value, alpha", [("A", 70_000.0, 2), ("B", 70_000.0, 2), ("B", 40_000.0, 4)])
+def test_what_overflows_in_the_engines_dtype_is_not_served(side: str, value: float, alpha: int) -> None:
+    """A direct write casts, and scales B, in the LoRA dtype: 70,000 is infinity in float16."""
+    from swift_lora_fix.memory.update import DirectWriter
+
+    names = {s: f"base_model.model.a.q_proj.lora_{s}.weight" for s in "AB"}
+    content = {names["A"]: torch.ones(2, 4), names["B"]: torch.ones(6, 2)}
+    staged = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in content.items()}
+    slot = torch.zeros(2, 4, dtype=torch.float16)
+    copy = SimpleNamespace(destination=slot, entry=SimpleNamespace(key=names["A"]), region=lambda tensor: tensor)
+    plan = SimpleNamespace(copies=[(None, [copy])], slots=[slot], index=0)
+    writer = DirectWriter(None, plan, staged, torch.float16)  # type: ignore[arg-type]
+    config = {"r": 2, "lora_alpha": alpha, "target_modules": ["q_proj"]}
+    writer.write(Content(config, content))
+    assert slot.eq(1).all()
+    content[names[side]] = torch.full_like(content[names[side]], value)
+    with pytest.raises(errors.NonFiniteAdapterError, match=f"lora_{side}"):
+        writer.write(Content(config, content))
+    assert slot.eq(1).all() and staged[names["B"]].eq(alpha / 2).all(), "nothing was written"

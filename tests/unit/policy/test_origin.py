@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swift_lora_fix import errors
-from swift_lora_fix.policy import adapter, origin
+from swift_lora_fix.policy import adapter, files, origin
 from tests.support.peft_models import peft_model
 
 
@@ -109,3 +109,15 @@ def test_a_resume_that_loaded_nothing_at_all_is_an_error(checkpoint: Path) -> No
     """Neither weights nor step: the trainer stands at step 0, the checkpoint at 7."""
     with pytest.raises(errors.ResumeMismatchError, match="every lora_B zero"):
         decide(peft_model(seed=1, zero_b=True), checkpoint, step=0)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"")
+
+    def denied(self: Path, *_: object) -> object:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(errors.AdapterFileError, match=f"{file} cannot be read.*Permission denied"):
+        files.sha256_of(file)

@@ -1,29 +1,31 @@
-"""What a vLLM worker of a rollout server makes of a file. No engine: what it serves is shown in tests/real/server."""
+"""What a vLLM worker of a rollout server makes of what arrives. No engine: what it serves is in tests/real/server."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from swift_lora_fix import errors
-from swift_lora_fix.common.digest import checksum, combine
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
 from swift_lora_fix.server.rollout import receiver
-from swift_lora_fix.server.wire import GONE, Layout
+from swift_lora_fix.server.shared import Memory, opened
+from swift_lora_fix.server.wire import GONE, NO_NCCL, UNSEEN, Address, Layout
+from tests.support.parcels import Sent, staged
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
-LAYOUT = Layout("bfloat16", ((B, (6, 2)), (A, (2, 8))), {"r": 2, "lora_alpha": 3})
+CONFIGURATION = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+LAYOUT = Layout(dtype="bfloat16", entries=((B, (6, 2)), (A, (2, 8))), config=CONFIGURATION)
 
 
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
+def sent(value: float, digest: str | None = None) -> Sent:
+    """B begins with ``value``."""
     torch.manual_seed(0)
-    return {A: torch.randn(2, 8), B: torch.randn(6, 2)}
+    tensors = {B: torch.randn(6, 2), A: torch.randn(2, 8)}
+    tensors[B][0, 0] = value
+    return staged({name: tensor.bfloat16() for name, tensor in tensors.items()}, CONFIGURATION, digest)
 
 
 @pytest.fixture
@@ -32,57 +34,74 @@ def made(monkeypatch: pytest.MonkeyPatch) -> receiver.Receiver:
     runner = SimpleNamespace(device=torch.device("cpu"))
     config = SimpleNamespace(lora_config=SimpleNamespace(lora_dtype=torch.bfloat16))
     found = receiver.Receiver(SimpleNamespace(model_runner=runner, vllm_config=config, communicator=None))
-    found.do("make_room", layout=LAYOUT.as_dict(), scales={B: 1.5})
+    found.do("prepare", layout=LAYOUT.as_dict(), nccl=False)
     return found
 
 
-def file_of(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
-    safetensors.torch.save_file(tensors, str(folder / "adapter.safetensors"))
-    return str(folder / "adapter.safetensors")
+def arrive(made: receiver.Receiver, what: Sent) -> None:
+    made.do("receive", digest=what.digest, memory=what.memory.address.as_dict())
 
 
-def held(made: receiver.Receiver) -> dict[str, torch.Tensor]:
-    assert made.other is not None
-    return {entry.key: entry.parameter.clone() for entry in made.other.adapter.entries}
+def test_what_arrives_is_laid_out_as_it_was_staged(made: receiver.Receiver) -> None:
+    arrive(made, sent(1.5))
+    assert made.received is not None and made.received.digest == sent(1.5).digest
+    held = made.received.tensors()
+    assert list(held) == [B, A] and held[B].shape == (6, 2) and held[B][0, 0] == 1.5
 
 
-def test_a_file_is_laid_out_scaled_and_cast(
-    made: receiver.Receiver, tmp_path: Path, tensors: dict[str, torch.Tensor]
+@pytest.mark.parametrize(
+    "what, kind, phrase",
+    [
+        (sent(1.5, "0123456789abcdef"), errors.StagingError, "has digest .*, 0123456789abcdef was announced"),
+        (sent(float("nan")), errors.NonFiniteAdapterError, "lora_B"),
+        (sent(float("inf")), errors.NonFiniteAdapterError, "lora_B"),
+    ],
+)
+def test_what_is_not_the_policy_is_refused(
+    made: receiver.Receiver, slots: Slots, what: Sent, kind: Any, phrase: str
 ) -> None:
-    made.do("read", path=file_of(tmp_path, tensors), digest="a-file", is_proved=False)
-    expected = {B: (tensors[B] * 1.5).bfloat16(), A: tensors[A].bfloat16()}
-    assert list(held(made)) == [B, A] and all(torch.equal(held(made)[key], expected[key]) for key in expected)
-    made.do("find", digest="a-file")
-    with pytest.raises(errors.StagingError, match="no longer has the adapter with digest other") as caught:
-        made.do("find", digest="other")
-    assert caught.value.status == GONE
+    arrive(made, sent(1.5))
+    with pytest.raises(kind, match=phrase):
+        arrive(made, what)
+    for digest in (what.digest, sent(1.5).digest):  # what there was is overwritten
+        with pytest.raises(errors.StagingError, match="no longer has the adapter") as caught:
+            made.do("serve", digest=digest)
+        assert caught.value.status == GONE
+    assert slots.served == []
 
 
-def test_the_policys_digest_is_proved(
-    made: receiver.Receiver, tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
-    scaled = torch.cat(
-        [(tensors[B] * 1.5).bfloat16().view(-1), tensors[A].bfloat16().view(-1), torch.zeros(4)]
-    ).bfloat16()
-    digest = combine([int(checksum(scaled))])
-    path = file_of(tmp_path, tensors)
-    made.do("read", path=path, digest=digest, is_proved=True)
-    made.do("find", digest=digest)
-    with pytest.raises(errors.StagingError, match=f"What was read has digest {digest}, 0123 was announced"):
-        made.do("read", path=path, digest="0123", is_proved=True)
-    with pytest.raises(errors.StagingError, match="no longer has"):  # what there was is overwritten
-        made.do("find", digest=digest)
+def test_memory_of_another_size(made: receiver.Receiver) -> None:
+    memory = Memory(60)
+    with pytest.raises(errors.StagingError, match="60 bytes came where 64 were announced"):
+        made.do("receive", digest="0", memory=memory.address.as_dict())
+    lying = memory.address.model_copy(update={"size": 64})
+    with pytest.raises(errors.StagingError, match="has 60 bytes where 64 were announced"), opened(lying):
+        pass
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
-def test_what_is_not_finite_as_the_engine_holds_it(
-    made: receiver.Receiver, tmp_path: Path, tensors: dict[str, torch.Tensor], value: float
-) -> None:
-    tensors[B][0, 0] = value
-    with pytest.raises(errors.NonFiniteAdapterError, match="lora_B"):
-        made.do("read", path=file_of(tmp_path, tensors), digest="a-file", is_proved=False)
-    with pytest.raises(errors.StagingError):
-        made.do("find", digest="a-file")
+def test_what_is_no_policys_memory_is_not_opened() -> None:
+    with open("/etc/passwd") as file:
+        address = Address(pid=Memory(8).address.pid, descriptor=file.fileno(), size=8)
+        with pytest.raises(errors.StagingError, match="is '/etc/passwd' and not a policy's") as caught, opened(address):
+            pass
+    assert caught.value.status == UNSEEN
+
+
+def test_memory_that_is_gone(made: receiver.Receiver) -> None:
+    what = sent(1.5)
+    digest, address = what.digest, what.memory.address.as_dict()
+    del what
+    with pytest.raises(errors.StagingError, match="cannot be opened here") as caught:
+        made.do("receive", digest=digest, memory=address)
+    assert caught.value.status == UNSEEN
+
+
+def test_a_worker_without_nccl(made: receiver.Receiver) -> None:
+    for communicator in (None, SimpleNamespace(disabled=True)):
+        made.worker.communicator = communicator
+        with pytest.raises(errors.StagingError, match="no NCCL connection") as caught:
+            made.do("prepare", layout=LAYOUT.as_dict(), nccl=True)
+        assert caught.value.status == NO_NCCL
 
 
 class Slots:
@@ -91,8 +110,8 @@ class Slots:
     plan = None
 
     def __init__(self, made: receiver.Receiver) -> None:
-        assert made.served is not None
-        self.adapter, self.staging = made.served.adapter, made.served.staging
+        assert made.received is not None
+        self.adapter, self.staging = made.received.adapter, made.received.staging
         self.served: list[float] = []
         self.ways: list[str] = []
         self.fail: list[Exception] = []
@@ -118,46 +137,35 @@ class Slots:
 
 
 @pytest.fixture
-def slots(made: receiver.Receiver, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Slots:
-    """The policy ``one``, whose B begins with 1.5, is served."""
-    slots = Slots(made)
-    made.writer = slots  # type: ignore[assignment]
-    arrive(made, tmp_path, tensors, 1.0, "one")
-    made.do("serve", digest="one")
-    return slots
+def slots(made: receiver.Receiver) -> Slots:
+    made.writer = Slots(made)  # type: ignore[assignment]
+    return made.writer  # type: ignore[return-value]
 
 
-def arrive(made: receiver.Receiver, folder: Path, tensors: dict[str, torch.Tensor], value: float, digest: str) -> None:
-    tensors[B][0, 0] = value
-    made.do("read", path=file_of(folder, tensors), digest=digest, is_proved=False)
-
-
-def test_what_was_served_before_is_there_to_go_back_to(
-    made: receiver.Receiver, slots: Slots, tmp_path: Path, tensors: dict[str, torch.Tensor]
-) -> None:
-    arrive(made, tmp_path, tensors, 2.0, "two")
+def test_it_is_written_when_it_is_to_be_served(made: receiver.Receiver, slots: Slots) -> None:
+    first, second = sent(1.5), sent(3.0)
+    arrive(made, first)
+    made.do("serve", digest=first.digest)
+    arrive(made, second)
     assert slots.served == [1.5], "what arrives is not served yet"
     slots.fail = [RuntimeError("no")]
-    with pytest.raises(errors.EngineStateError, match="RuntimeError"):
-        try:
-            made.do("serve", digest="two")
-        except RuntimeError as error:
-            raise receiver.told(RuntimeError(receiver._tell(error))) from error
-    made.do("serve", digest="one")
-    made.do("serve", digest="two", by_reference=True)
-    made.do("serve", digest="one")
-    made.do("serve", digest="one")
-    assert slots.served == [1.5, 1.5, 3.0, 1.5, 1.5] and slots.ways[1:3] == ["direct", "loader"]
-    arrive(made, tmp_path, tensors, 4.0, "three")
-    made.do("find", digest="one")
-    with pytest.raises(errors.StagingError, match="no longer has"):
-        made.do("serve", digest="two")
-
-
-def test_what_was_written_is_what_was_to_be_served(made: receiver.Receiver, slots: Slots) -> None:
+    with pytest.raises(RuntimeError):
+        made.do("serve", digest=second.digest)
+    made.do("serve", digest=second.digest, by_reference=True)
+    assert slots.served == [1.5, 3.0] and slots.ways == ["direct", "loader"]
     slots.digest = "0123"
-    with pytest.raises(errors.EngineStateError, match="were given 0123 where [0-9a-f]+ was to be served"):
-        made.do("serve", digest="one")
+    with pytest.raises(errors.EngineStateError, match=f"were given 0123 where {second.digest} was to be served"):
+        made.do("serve", digest=second.digest)
+
+
+def test_room_is_kept_for_the_same_layout(made: receiver.Receiver) -> None:
+    arrive(made, sent(1.5))
+    before = made.received
+    made.do("prepare", layout=LAYOUT.as_dict(), nccl=False)
+    assert made.received is before
+    made.do("prepare", layout={**LAYOUT.as_dict(), "config": {"r": 2, "lora_alpha": 2}}, nccl=False)
+    with pytest.raises(errors.StagingError, match="no longer has"):
+        made.do("serve", digest=sent(1.5).digest)
 
 
 @pytest.mark.parametrize("asked, direct", [("", True), ("direct", True), ("loader", False)])
@@ -165,7 +173,7 @@ def test_the_writer_that_was_asked_for(
     made: receiver.Receiver, monkeypatch: pytest.MonkeyPatch, asked: str, direct: bool
 ) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_WRITER", asked)
-    made.do("make_room", layout={**LAYOUT.as_dict(), "config": {"r": 2, "lora_alpha": 2}}, scales={})
+    made.do("prepare", layout={**LAYOUT.as_dict(), "config": {"r": 2, "lora_alpha": 2}}, nccl=False)
     assert made.writer is not None and made.writer.wants_plan is direct
 
 
@@ -200,12 +208,3 @@ def test_what_fails_in_one_worker_is_raised_in_the_last(monkeypatch: pytest.Monk
             receiver.raise_together(mine)
         told = receiver.told(caught.value)
         assert isinstance(told, errors.StagingError) and str(told) == str(problem) and told.status == 422
-
-
-def test_room_is_kept_for_the_same_layout(made: receiver.Receiver, tmp_path: Path, tensors: dict[str, Any]) -> None:
-    made.do("read", path=file_of(tmp_path, tensors), digest="a-file", is_proved=False)
-    made.do("make_room", layout=LAYOUT.as_dict(), scales={B: 1.5})
-    made.do("find", digest="a-file")
-    made.do("make_room", layout={**LAYOUT.as_dict(), "config": {"r": 2, "lora_alpha": 2}}, scales={})
-    with pytest.raises(errors.StagingError):
-        made.do("find", digest="a-file")

@@ -1,17 +1,22 @@
-"""The routes of a rollout server, all workers or none: real files and a real stager, no processes, no vLLM engine."""
+"""The routes of a rollout server, all workers or none: real memory and a real stager, no processes, no vLLM engine."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors
 import safetensors.torch
 import torch
 from fastapi import FastAPI
@@ -19,28 +24,31 @@ from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
+from swift_lora_fix.server import hosts
 from swift_lora_fix.server import wire as protocol
-from swift_lora_fix.server.content import content_digest
 from swift_lora_fix.server.rollout import checks, installing, receiver, routes, worker
-from swift_lora_fix.server.rollout.files import Source
+from swift_lora_fix.server.shared import opened
 from swift_lora_fix.server.wire import (
     BYTES,
-    CONFIG,
     EXTENSION,
-    ORDER,
+    GONE,
+    METHOD,
     POLICY_HEADER,
     PREFIX,
     RPC,
-    WEIGHTS,
-    Layout,
+    UNSEEN,
+    Address,
+    Holder,
     Policy,
 )
+from tests.support.parcels import Sent, staged
 
 MODULE = "model.layers.0.self_attn.q_proj"
-CONFIGURATION = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
+CONFIGURATION = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
 A, B = (f"base_model.model.{MODULE}.lora_{side}.weight" for side in "AB")
 KEY = {"Authorization": "Bearer sesame"}
 SWIFTS = "swift.pipelines.infer.rollout.WeightSyncWorkerExtension"
+RUN = "ab"
 
 
 class FakeLLM:
@@ -79,9 +87,12 @@ class FakeLLM:
         if self.fail:
             raise self.fail.pop(0)
         command, digest = self.rpcs[-1][0], arguments.get("digest", "")
-        if command == "read":
-            with safetensors.safe_open(arguments["path"], framework="pt") as file:
-                self._read[digest] = file.get_tensor(A)[0, 0].item()
+        if command == "receive" and arguments["memory"] is not None:
+            try:
+                with opened(Address.model_validate(arguments["memory"])) as content:
+                    self._read[digest] = content[:2].clone().view(torch.bfloat16).item()
+            except errors.StagingError as error:
+                raise RuntimeError(receiver._tell(error)) from error
         if command == "serve" and digest in self._read:
             self.loads.append(self._read[digest])
         return [None]
@@ -96,7 +107,8 @@ class FakeAsyncLLM(FakeLLM):
 
 
 class FakeConnection:
-    """A worker in this process: what ``llm_worker`` does with an order."""
+    """A worker in this process: what ``llm_worker`` does with an order. ``sending``, ``answering``: set while it takes
+    orders, and while it answers them."""
 
     def __init__(self, model: Path) -> None:
         self.engine = SimpleNamespace(engine=FakeLLM(), model_dir=str(model), enable_lora=True)
@@ -105,6 +117,9 @@ class FakeConnection:
         self.answers: list[Any] = []
         self.orders: list[str] = []
         self.is_gone = self.is_mute = False
+        self.sending, self.answering = threading.Event(), threading.Event()
+        self.sending.set()
+        self.answering.set()
 
     @property
     def llm(self) -> FakeLLM:
@@ -118,15 +133,14 @@ class FakeConnection:
     def send(self, order: dict[str, Any]) -> None:
         if self.is_gone:
             raise BrokenPipeError
+        self.sending.wait()
         assert order["type"] == "call" and not self.answers
         self.orders.append(order["args"][0])
         method = getattr(self.engine, order["method"])
         self.answers.append(None if self.is_mute else method(*order["args"], **order["kwargs"]))
 
-    def poll(self, seconds: float) -> bool:
-        return bool(self.answers)
-
     def recv(self) -> Any:
+        self.answering.wait()
         return self.answers.pop()
 
 
@@ -134,8 +148,6 @@ class Server:
     """What the routes see of ms-swift's ``SwiftRolloutDeploy``; ``folder`` has a model of one layer."""
 
     def __init__(self, folder: Path, workers: int = 2, **arguments: Any) -> None:
-        self.root = folder / "root"
-        self.root.mkdir()
         safetensors.torch.save_file({f"{MODULE}.weight": torch.zeros(6, 8)}, str(folder / "model.safetensors"))
         defaults = dict(
             api_key="sesame",
@@ -151,9 +163,8 @@ class Server:
         self.num_connections = workers
         self.connections = [FakeConnection(folder) for _ in range(workers)]
         self.app = FastAPI()
-        self.app.post("/infer/")(self.infer)
-        self.app.post("/update_named_param/")(self.infer)
-        self.app.post("/update_adapter_param/")(self.infer)
+        for path in ("infer", "update_named_param", "update_adapter_param", "init_communicator", "health"):
+            self.app.post(f"/{path}/")(self.infer)
 
     async def infer(self) -> str:
         return "rollouts"
@@ -161,7 +172,6 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     made = Server(tmp_path)
@@ -169,50 +179,74 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     return made
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[TestClient]:
-    with TestClient(server.app, headers=KEY) as made:
+def leased(app: FastAPI) -> Iterator[TestClient]:
+    """For the run ``RUN`` of this process."""
+    with TestClient(app, headers=KEY) as made:
+        assert lease(made).status_code == 200
         yield made
 
 
-def policy(version: int) -> Policy:
-    return Policy(version, 10 * version, f"digest-{version}", "ab")
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    yield from leased(server.app)
 
 
-def adapter(
-    server: Server,
-    value: float,
-    change: Callable[[dict[str, Any]], None] | None = None,
-    about: dict[str, str] | None = None,
-    **config: Any,
-) -> Path:
-    """A folder whose A begins with ``value``. about: its safetensors metadata."""
-    folder = server.root / f"adapter-{len(list(server.root.iterdir()))}"
-    folder.mkdir()
-    a = torch.full((2, 8), value)
-    tensors = {A: a, B: torch.ones(6, 2)}
-    if change is not None:
-        change(tensors)
-    safetensors.torch.save_file(tensors, str(folder / WEIGHTS), about)
-    (folder / CONFIG).write_text(json.dumps({**CONFIGURATION, **config}, sort_keys=True))
-    return folder
+def adapter(value: float, digest: str | None = None, config: Any = None, **tensors: Any) -> Sent:
+    """Its A begins with ``value``."""
+    content = {A: torch.full((2, 8), value), B: torch.ones(6, 2), **tensors}
+    return staged({n: t.bfloat16() for n, t in content.items() if t is not None}, config or CONFIGURATION, digest)
 
 
-def digest_of(folder: Path) -> str:
-    return content_digest((folder / CONFIG).read_bytes(), (folder / WEIGHTS).read_bytes())
+def policy(version: int, sent: Sent | None = None) -> Policy:
+    return Policy(version=version, step=10 * version, digest=sent.digest if sent else f"digest-{version}", run=RUN)
 
 
-def stage(client: TestClient, version: int, folder: Path) -> Any:
-    body = {"policy": policy(version).as_dict(), "digest": digest_of(folder), "folder": str(folder)}
-    return client.post(f"{PREFIX}/stage/", json=body)
+def to(client: TestClient, **changes: Any) -> dict[str, Any]:
+    told = status(client)
+    return {"boot": told["boot"], "epoch": told["epoch"], "run": RUN, **changes}
 
 
-def commit(client: TestClient, version: int) -> Any:
-    return client.post(f"{PREFIX}/commit/", json={"policy": policy(version).as_dict()})
+def order(client: TestClient, route: str, content: dict[str, Any], **changes: Any) -> Any:
+    return client.post(f"{PREFIX}/{route}/", json={"to": to(client, **changes), **content})
+
+
+def lease(client: TestClient, run: str = RUN, **changes: Any) -> Any:
+    holder = hosts.this_process(run).model_copy(update=changes)
+    return client.post(f"{PREFIX}/lease/", json={"holder": holder.as_dict()})
+
+
+def announce(client: TestClient, version: int, sent: Sent, nccl: bool = False, layout: Any = None) -> Any:
+    content = {"policy": policy(version, sent).as_dict(), "layout": layout or sent.layout.as_dict(), "nccl": nccl}
+    return order(client, "stage", content)
+
+
+def receive(client: TestClient, version: int, sent: Sent, memory: Any = "its own") -> Any:
+    address = sent.memory.address.as_dict() if memory == "its own" else memory
+    return order(client, "receive", {"policy": policy(version, sent).as_dict(), "memory": address})
+
+
+def send_body(client: TestClient, version: int, sent: Sent, content: Any = None) -> Any:
+    about = {"to": to(client), "policy": policy(version, sent).as_dict()}
+    headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps(about)}
+    return client.post(f"{PREFIX}/receive/", content=sent.body if content is None else content, headers=headers)
+
+
+def stage(client: TestClient, version: int, sent: Sent) -> Any:
+    """Announced, and received from shared memory."""
+    answer = announce(client, version, sent)
+    return receive(client, version, sent) if answer.status_code == 200 else answer
+
+
+def commit(client: TestClient, version: int, sent: Sent, **more: Any) -> Any:
+    return order(client, "commit", {"policy": policy(version, sent).as_dict(), **more})
 
 
 def status(client: TestClient) -> dict[str, Any]:
-    return dict(client.get(f"{PREFIX}/status/").json())
+    return dict(client.get(f"{PREFIX}/status/", headers=KEY).json())
+
+
+def served_by(client: TestClient) -> Any:
+    return status(client)["policy"]
 
 
 def refused(response: Any, code: int, kind: str, *phrases: str) -> None:
@@ -220,99 +254,296 @@ def refused(response: Any, code: int, kind: str, *phrases: str) -> None:
     assert all(phrase in response.json()["message"] for phrase in phrases), response.text
 
 
+def rpcs(server: Server) -> list[list[str]]:
+    return [[name for name, _ in connection.llm.rpcs] for connection in server.connections]
+
+
+def broken(error: Exception) -> RuntimeError:
+    """As vLLM passes on what a worker raised."""
+    return RuntimeError(f"Call to collective_rpc method failed: {receiver._tell(error)}")
+
+
 @pytest.fixture
-def served(server: Server, client: TestClient) -> int:
+def served(server: Server, client: TestClient) -> Sent:
     """Version 1, whose A begins with 1, is what both workers serve."""
-    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
-    assert commit(client, 1).status_code == 200
-    return 1
+    sent = adapter(1.0)
+    assert stage(client, 1, sent).status_code == 200
+    assert commit(client, 1, sent).status_code == 200
+    return sent
 
 
 # ---- the way it goes -----------------------------------------------------------------------------------------------
 
 
-def test_all_workers_serve_what_was_staged(server: Server, client: TestClient, served: int) -> None:
+def test_all_workers_serve_what_was_received(server: Server, client: TestClient, served: Sent) -> None:
     assert [c.llm.loads for c in server.connections] == [[1.0], [1.0]]
-    assert status(client)["policy"] == policy(1).as_dict() and status(client)["workers"] == 2
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
+    assert served_by(client) == policy(1, served).as_dict() and status(client)["workers"] == 2
+    second = adapter(2.0)
+    assert stage(client, 2, second).status_code == 200
     assert [c.llm.loads for c in server.connections] == [[1.0], [1.0]], "staging touches no engine"
-    assert commit(client, 2).status_code == commit(client, 2).status_code == 200
+    assert served_by(client) == policy(1, served).as_dict()
+    assert commit(client, 2, second).status_code == commit(client, 2, second).status_code == 200
     assert [c.llm.loads for c in server.connections] == [[1.0, 2.0]] * 2, "the second commit loads nothing"
-    assert [c.stager.served().infos()["policy_version"] for c in server.connections] == [2, 2]
+    infos = [c.stager.served().infos() for c in server.connections]
+    assert [(i["policy_version"], i["server_boot"], i["server_epoch"]) for i in infos] == [
+        (2, status(client)["boot"], 0)
+    ] * 2
+    assert rpcs(server) == [["prepare", "receive", "serve"] * 2] * 2
+    assert [c.llm.loader for c in server.connections] == [[], []]
+
+
+def test_what_is_repeated_is_done_once(server: Server, client: TestClient) -> None:
+    """The trainer did not hear the answer."""
+    sent = adapter(1.0)
+    assert [announce(client, 1, sent).status_code for _ in range(2)] == [200] * 2
+    assert [receive(client, 1, sent).status_code for _ in range(2)] == [200] * 2
+    assert [commit(client, 1, sent).status_code for _ in range(2)] == [200] * 2
+    assert rpcs(server)[0] == ["prepare", "prepare", "receive", "serve"]
+    assert stage(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
+
+
+def test_the_layout_is_told_once(server: Server, client: TestClient, served: Sent) -> None:
+    assert announce(client, 2, served, layout=served.layout.key).status_code == 200
+    refused(announce(client, 2, served, layout="0" * 64), GONE, "StagingError", "send it whole")
 
 
 def test_bytes_in_the_body(server: Server, client: TestClient) -> None:
-    folder = adapter(server, 3.0)
-    about = {"policy": policy(1).as_dict(), "digest": digest_of(folder), "config": CONFIGURATION}
-    headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps(about)}
-    body = (folder / WEIGHTS).read_bytes()
-    wrong = {**headers, POLICY_HEADER: json.dumps({**about, "digest": "0" * 64})}
-    refused(client.post(f"{PREFIX}/stage/", content=body, headers=wrong), 422, "StagingError", "truncated")
-    assert [c.orders for c in server.connections] == [[], []], "another digest is not shown to the workers"
-    assert client.post(f"{PREFIX}/stage/", content=body, headers=headers).status_code == 200
-    assert commit(client, 1).status_code == 200
+    sent = adapter(3.0)
+    assert announce(client, 1, sent).status_code == 200
+    refused(send_body(client, 1, sent, sent.body[:-4]), 422, "StagingError", "has 60 bytes where 64 were announced")
+    assert [c.orders[-1] for c in server.connections] == ["stage"] * 2, "what is cut is not shown to the workers"
+    assert send_body(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
     assert [c.llm.loads for c in server.connections] == [[3.0], [3.0]]
 
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_that_is_too_large(client: TestClient, announced: bool) -> None:
-    body = b"\0" * ((1 << 20) + 1)
-    about = {"policy": policy(1).as_dict(), "digest": "0" * 64, "config": CONFIGURATION}
-    headers = {"Content-Type": BYTES, POLICY_HEADER: json.dumps(about)}
-    content: Any = body if announced else iter([body[:1000], body[1000:]])
-    refused(client.post(f"{PREFIX}/stage/", content=content, headers=headers), 413, "StagingError", "MAX_MIB")
+    sent = adapter(1.0)
+    assert announce(client, 1, sent).status_code == 200
+    content: Any = sent.body * 2 if announced else iter([sent.body, sent.body])
+    refused(send_body(client, 1, sent, content), 413, "StagingError", "128 bytes or more where 64")
+    config = {**CONFIGURATION, "target_modules": ["q_proj"] * (17 << 18)}
+    refused(
+        announce(client, 1, replace(sent, layout=sent.layout.model_copy(update={"config": config}))),
+        413,
+        "StagingError",
+    )
 
 
-def test_a_folder_outside_the_root(server: Server, client: TestClient, served: int) -> None:
-    body = {"policy": policy(2).as_dict(), "digest": "0" * 64, "folder": str(server.root.parent)}
-    refused(client.post(f"{PREFIX}/stage/", json=body), 403, "AccessError", "not right below this server's root")
-    body["folder"] = str(server.root / "absent")
-    refused(client.post(f"{PREFIX}/stage/", json=body), 404, "StagingError", "cannot be opened on the server")
+def test_an_adapter_that_is_too_large(server: Server, client: TestClient) -> None:
+    for connection in server.connections:
+        connection.stager.base = {}
+    refused(announce(client, 1, adapter(1.0, **{A: torch.ones(2, 1 << 19)})), 413, "StagingError", "MAX_MIB (now 1)")
 
 
-def test_a_file_goes_straight_to_vllms_workers(server: Server, client: TestClient) -> None:
-    """Which are told once what it looks like, and how its B is scaled."""
-    folders = [adapter(server, value) for value in (1.0, 2.0)]
-    for version, folder in enumerate(folders, 1):
-        assert stage(client, version, folder).status_code == commit(client, version).status_code == 200
-    first, second = (digest_of(folder) for folder in folders)
-    calls = ["make_room", f"read {first}", f"serve {first}", f"read {second}", f"serve {second}"]
-    assert rpcs(server) == [calls] * 2
-    layout = Layout("bfloat16", ((A, (2, 8)), (B, (6, 2))), CONFIGURATION)
-    room, read = (arguments for _, arguments in server.connections[0].llm.rpcs[:2])
-    assert room == {"layout": layout.as_dict(), "scales": {B: 2.0}}
-    assert read["is_proved"] is False, "the policy's digest is of a trainer's order, which this file does not tell"
-    assert [c.llm.loader for c in server.connections] == [[], []]
+def test_memory_that_cannot_be_opened(server: Server, client: TestClient) -> None:
+    """It is in another container, or another user's: then the body carries it."""
+    sent = adapter(1.0)
+    for address in (
+        {**sent.memory.address.as_dict(), "pid": 1 << 21},
+        {**sent.memory.address.as_dict(), "descriptor": 1 << 20},
+        {**sent.memory.address.as_dict(), "descriptor": os.open("/etc/passwd", os.O_RDONLY)},
+    ):
+        assert announce(client, 1, sent).status_code == 200
+        refused(receive(client, 1, sent, address), UNSEEN, "StagingError", "/proc/")
+    assert announce(client, 1, sent).status_code == send_body(client, 1, sent).status_code == 200
 
 
-def bfloat16(tensors: dict[str, Any]) -> None:
-    tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+def test_by_reference(server: Server, client: TestClient) -> None:
+    sent = adapter(1.0)
+    assert stage(client, 1, sent).status_code == 200
+    refused(commit(client, 1, sent, by_reference="yes"), 400, "ProtocolError", "by_reference is 'yes'")
+    assert commit(client, 1, sent, by_reference=True).status_code == 200
+    assert server.connections[0].llm.rpcs[-1][1]["by_reference"] is True
 
 
-def test_a_trainers_file_is_proved_by_the_policys_digest(server: Server, client: TestClient) -> None:
-    folder = adapter(server, 1.0, bfloat16, {ORDER: json.dumps([B, A])}, lora_alpha=2)
-    assert stage(client, 1, folder).status_code == commit(client, 1).status_code == 200
-    (_, room), (_, read), (_, serve) = server.connections[1].llm.rpcs
-    assert [key for key, _ in room["layout"]["entries"]] == [B, A] and room["scales"] == {}
-    assert read["is_proved"] is True and read["digest"] == serve["digest"] == policy(1).digest
+# ---- which process, and which base ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["", "{}", "[1, 2]", json.dumps([A]), json.dumps([A, B, B])])
-def test_an_order_that_is_not_the_files(server: Server, client: TestClient, order: str) -> None:
-    refused(stage(client, 1, adapter(server, 1.0, about={ORDER: order})), 422, "StagingError", "list of its 2 tensors")
+@pytest.mark.parametrize("changes", [{"boot": "0" * 16}, {"epoch": 1}])
+def test_orders_for_another_process_or_base_are_refused(server: Server, client: TestClient, changes: Any) -> None:
+    sent = adapter(1.0)
+    named = policy(1, sent).as_dict()
+    orders: list[tuple[str, dict[str, Any]]] = [
+        ("stage", {"policy": named, "layout": sent.layout.as_dict(), "nccl": False}),
+        ("receive", {"policy": named, "memory": sent.memory.address.as_dict()}),
+        ("commit", {"policy": named}),
+        ("serve", {"plain": True}),
+        ("push", {"ends": False}),
+    ]
+    for route, content in orders:
+        refused(order(client, route, content, **changes), 412, "StagingError", "it restarted, or its base was written")
+        if route != "push":
+            assert order(client, route, content).status_code == 200
 
 
-def short(tensors: dict[str, Any]) -> None:
-    tensors.update({A: tensors[A][:1].clone(), B: tensors[B][:, :1].clone()})
+def test_a_base_that_is_written_over_ends_the_policy(open_server: Server, nccl: TestClient) -> None:
+    """By its own trainer, which says so before and after."""
+    sent = adapter(1.0)
+    assert stage(nccl, 1, sent).status_code == commit(nccl, 1, sent).status_code == 200
+    refused(nccl.post("/update_named_param/"), 409, "StagingError", "is alive")
+    assert order(nccl, "push", {"ends": False}).json()["epoch"] == 1
+    assert served_by(nccl) is None
+    refused(nccl.post("/infer/"), 503, "EngineStateError")
+    refused(announce(nccl, 2, sent), 409, "StagingError", "begun to be sent to this server and not ended")
+    assert nccl.post("/update_named_param/").status_code == 200
+    assert order(nccl, "push", {"ends": True}).json()["epoch"] == 1
+    assert stage(nccl, 2, sent).status_code == commit(nccl, 2, sent).status_code == 200
 
 
-def test_what_is_served_is_not_given_up_for_another_layout(server: Server, client: TestClient, served: int) -> None:
-    """It goes by vLLM's loader, the next one of its kind straight again."""
-    for version in (2, 3):
-        folder = adapter(server, float(version), short, r=1, lora_alpha=1)
-        assert stage(client, version, folder).status_code == commit(client, version).status_code == 200
-    assert [c.llm.loads for c in server.connections] == [[1.0, 2.0, 3.0]] * 2
-    assert [c.llm.loader for c in server.connections] == [[2.0]] * 2
+def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) -> None:
+    """Each time that it is asked: the answer may have been lost."""
+    engine = open_server.connections[1].llm
+    assert order(nccl, "push", {"ends": False}).status_code == 200
+    for method in ("init_communicator", "update_flattened_params"):
+        with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
+            engine.collective_rpc(method=method, args=([],))
+    for _ in range(2):
+        refused(order(nccl, "push", {"ends": True}), 500, "EngineStateError", "1 updates over NCCL failed")
+    refused(announce(nccl, 2, adapter(1.0)), 409, "StagingError", "not ended")
+    assert order(nccl, "push", {"ends": False}).status_code == order(nccl, "push", {"ends": True}).status_code == 200
+
+
+# ---- whose server it is --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other() -> Iterator[Holder]:
+    """A living process that is another run's trainer."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield hosts.this_process("cd").model_copy(update={"pid": process.pid, "start": hosts._started(process.pid)})
+        process.kill()
+
+
+def test_a_second_trainer_is_refused(server: Server, client: TestClient, served: Sent, other: Holder) -> None:
+    refused(lease(client, **other.as_dict()), 409, "StagingError", f"run {RUN} (process {os.getpid()} on", "is alive")
+    refused(order(client, "serve", {"plain": True}, run="cd"), 409, "StagingError", "is not run cd's but run ab")
+    assert served_by(client) == policy(1, served).as_dict()
+    assert lease(client).json()["before"] is None, "its own again"
+    refused(client.post("/update_adapter_param/"), 409, "ProtocolError")
+
+
+def test_a_dead_trainers_server_is_anybodys(open_server: Server, other: Holder) -> None:
+    for client in leased(open_server.app):
+        sent = adapter(1.0)
+        assert stage(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
+        for gone in (
+            hosts.this_process(RUN).model_copy(update={"pid": 1 << 21}),  # there is no such process
+            hosts.this_process(RUN).model_copy(update={"start": 1}),  # it has another one's number now
+            hosts.this_process(RUN).model_copy(update={"host": "another", "name": "elsewhere"}),  # who knows
+        ):
+            policies_of(open_server).holder = gone
+            answer = lease(client, **other.as_dict())
+            assert answer.json()["before"] == str(gone), answer.text
+            assert served_by(client) is None, "what the other one committed is not its"
+            refused(order(client, "serve", {"plain": True}), 409, "StagingError", "is not run ab's but run cd")
+
+
+def policies_of(server: Server) -> routes.Policies:
+    found: routes.Policies = server.app.user_middleware[0].kwargs["policies"]
+    return found
+
+
+def test_nccl_of_a_living_trainer_is_not_taken(open_server: Server, nccl: TestClient, other: Holder) -> None:
+    refused(nccl.post("/init_communicator/"), 409, "StagingError", "/init_communicator/ is refused", "is alive")
+    refused(nccl.post("/update_adapter_param/"), 409, "StagingError", "is alive")
+    policies_of(open_server).holder = hosts.this_process(RUN).model_copy(update={"start": 1})
+    assert nccl.post("/init_communicator/").status_code == 200
+    assert status(nccl)["holder"] is None
+
+
+# ---- one of the workers fails --------------------------------------------------------------------------------------
+
+
+def test_one_worker_that_cannot_stage(server: Server, client: TestClient, served: Sent) -> None:
+    server.connections[1].llm.vllm_config.lora_config.max_lora_rank = 1
+    sent = adapter(2.0)
+    refused(stage(client, 2, sent), 422, "StagingError", "has rank 2, this server has room for 1")
+    refused(receive(client, 2, sent), 409, "StagingError", "was not announced")
+    refused(commit(client, 2, sent), 409, "StagingError", "nothing is staged")
+    assert served_by(client) == policy(1, served).as_dict()
+
+
+def test_one_worker_that_does_not_get_it(server: Server, client: TestClient, served: Sent) -> None:
+    sent = adapter(2.0)
+    assert announce(client, 2, sent).status_code == 200
+    server.connections[1].llm.fail = [broken(errors.StagingError("What arrived has digest x."))]
+    refused(receive(client, 2, sent), 422, "StagingError", "What arrived has digest x.")
+    refused(commit(client, 2, sent), 409, "StagingError", "nothing is staged")
+    assert served_by(client) == policy(1, served).as_dict(), "which goes on"
+    assert client.post("/infer/", headers={POLICY_HEADER: json.dumps(served_by(client))}).status_code == 200
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_worker_that_cannot_commit(server: Server, client: TestClient, served: Sent, failing: int) -> None:
+    """None serves anything until it is told again."""
+    sent = adapter(2.0)
+    assert stage(client, 2, sent).status_code == 200
+    server.connections[failing].llm.fail = [errors.UnsupportedAdapterError("vLLM says no.")]
+    refused(commit(client, 2, sent), 500, "UnsupportedAdapterError", "vLLM says no.", "serves nothing until another")
+    assert served_by(client) is None
+    refused(client.post("/infer/"), 503, "EngineStateError")
+    for connection in server.connections:
+        with pytest.raises(errors.EngineStateError, match="No policy was committed"):
+            connection.stager.served()
+    third = adapter(3.0)
+    assert stage(client, 3, third).status_code == commit(client, 3, third).status_code == 200
+    assert [c.llm.loads[-1] for c in server.connections] == [3.0, 3.0]
+    assert [c.llm.loader for c in server.connections] == [[[], [3.0]][index == failing] for index in (0, 1)]
+
+
+def test_a_cache_that_is_not_reset(server: Server, client: TestClient, served: Sent) -> None:
+    sent = adapter(2.0)
+    assert stage(client, 2, sent).status_code == 200
+    server.connections[1].llm.resets = False
+    refused(commit(client, 2, sent), 500, "CacheResetError", "reset_prefix_cache()", "serves nothing")
+
+
+def test_requests_that_are_not_finished(server: Server, client: TestClient, served: Sent) -> None:
+    sent = adapter(2.0)
+    assert stage(client, 2, sent).status_code == 200
+    server.connections[0].llm.unfinished = True
+    refused(order(client, "serve", {"plain": True}), 500, "EngineStateError", "unfinished requests")
+    assert status(client)["plain"] is False and [c.stager.plain for c in server.connections] == [False, False]
+    assert served_by(client) is None
+    assert stage(client, 3, sent).status_code == 200
+    refused(commit(client, 3, sent), 500, "EngineStateError", "unfinished requests", "serves nothing")
+
+
+def test_workers_that_ended_or_do_not_know_us(server: Server, client: TestClient, served: Sent) -> None:
+    sent = adapter(2.0)
+    server.connections[0].is_mute = True
+    refused(stage(client, 2, sent), 500, "EngineStateError", "Worker 0", "its log says why")
+    server.connections[0].is_mute = False
+    assert stage(client, 2, sent).status_code == 200
+    server.connections[1].is_gone = True
+    refused(commit(client, 2, sent), 500, "EngineStateError", "Worker 1 of this rollout server has ended", "nothing")
+    assert served_by(client) is None
+
+
+@pytest.mark.parametrize("what", ["sending", "answering"])
+def test_a_worker_that_hangs(server: Server, client: TestClient, served: Sent, what: str) -> None:
+    """Its pipe takes no order, or brings no answer: the next answer would be to something else, ms-swift's rollouts
+    too. Meanwhile the server answers what needs no worker."""
+    policies_of(server).workers._seconds = 1
+    sent = adapter(2.0)
+    assert announce(client, 2, sent).status_code == 200
+    hangs = getattr(server.connections[0], what)
+    hangs.clear()
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(receive(client, 2, sent)))
+    thread.start()
+    started = time.monotonic()
+    assert client.post("/health/").status_code == 200 and time.monotonic() - started < 0.5
+    thread.join()
+    refused(answers[0], 500, "EngineStateError", "Worker 0", "restart the server")
+    hangs.set()
+    refused(announce(client, 3, sent), 500, "EngineStateError", "Worker 0")
+    refused(client.post("/infer/"), 500, "EngineStateError", "Worker 0")
+    refused(client.post("/infer/", headers={POLICY_HEADER: json.dumps(served_by(client))}), 500, "EngineStateError")
+
+
+# ---- by vLLM's own loader ------------------------------------------------------------------------------------------
 
 
 def test_where_vllms_workers_cannot_take_it_its_loader_does(
@@ -321,117 +552,114 @@ def test_where_vllms_workers_cannot_take_it_its_loader_does(
     logging.getLogger("swift").propagate = True
     one, other = (connection.llm for connection in server.connections)
     one.vllm_config.parallel_config.data_parallel_size = 2
-    other.fail = [RuntimeError(receiver._tell(torch.OutOfMemoryError("Tried to allocate 20 GiB.")))]
+    other.fail = [broken(torch.OutOfMemoryError("Tried to allocate 20 GiB."))]
     for version in (1, 2):
+        sent = adapter(float(version))
         with caplog.at_level(logging.INFO, "swift.lora_fix"):
-            assert stage(client, version, adapter(server, float(version))).status_code == 200
-        assert commit(client, version).status_code == 200
+            assert stage(client, version, sent).status_code == 200
+        assert commit(client, version, sent).status_code == 200
     assert one.loader == other.loader == [1.0, 2.0]
     assert caplog.text.count("Tried to allocate") == 1
-    assert [name for name, _ in other.rpcs] == ["make_room", "check_served", "check_served"]
-    bad = adapter(server, float("nan"))
-    refused(stage(client, 3, bad), 422, "NonFiniteAdapterError", "1 of the adapter's 2 tensors")
+    assert [name for name, _ in other.rpcs] == ["prepare", "check_served", "check_served"]
+    refused(
+        stage(client, 3, adapter(float("nan"))), 422, "NonFiniteAdapterError", "1 of the adapter's tensors", "lora_A"
+    )
+    refused(stage(client, 3, adapter(3.0, "0123456789abcdef")), 422, "StagingError", "0123456789abcdef was announced")
+    assert served_by(client)["version"] == 2
 
 
-def test_a_worker_that_cannot_read_it_has_vllms_loader_do_so(server: Server, client: TestClient, served: int) -> None:
-    llm = server.connections[1].llm
-    llm.fail = [RuntimeError(receiver._tell(torch.OutOfMemoryError("Tried to allocate 2 GiB.")))]
-    for version in (2, 3):
-        assert stage(client, version, adapter(server, float(version))).status_code == 200
-        assert commit(client, version).status_code == 200
-    assert [c.llm.loader for c in server.connections] == [[], [2.0, 3.0]]
-    assert [c.llm.loads for c in server.connections] == [[1.0, 2.0, 3.0]] * 2
-    corrupt = errors.StagingError("What was read has digest a, b was announced: send it again.")
-    server.connections[0].llm.fail = [RuntimeError(receiver._tell(corrupt))]
-    refused(stage(client, 4, adapter(server, 4.0)), 422, "StagingError", "What was read has digest a")
+def test_what_vllm_does_not_know_is_refused(server: Server, client: TestClient, served: Sent) -> None:
+    server.connections[0].llm.vllm_config.parallel_config.data_parallel_size = 2
+    sent = adapter(2.0, config={**CONFIGURATION, "use_dora": True})
+    refused(stage(client, 2, sent), 422, "UnsupportedAdapterError", "DoRA")
 
 
-def test_what_could_not_be_switched_to_is_tried_by_vllms_loader(
-    server: Server, client: TestClient, served: int
+# ---- over NCCL -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def open_server(tmp_path: Path) -> Server:
+    """Where no transport is asked for by name."""
+    made = Server(tmp_path)
+    installing.install(made)
+    return made
+
+
+@pytest.fixture
+def nccl(open_server: Server) -> Iterator[TestClient]:
+    yield from leased(open_server.app)
+
+
+def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> None:
+    sent = adapter(1.0)
+    assert announce(nccl, 1, sent, nccl=True).status_code == 200
+    refused(commit(nccl, 1, sent), 409, "StagingError", "nothing is staged")
+    refused(receive(nccl, 2, sent, None), 409, "StagingError", "was not announced")
+    assert receive(nccl, 1, sent, None).status_code == commit(nccl, 1, sent).status_code == 200
+    assert rpcs(open_server) == [["prepare", "receive", "serve"]] * 2
+    prepare, received, _ = (arguments for _, arguments in open_server.connections[0].llm.rpcs)
+    assert prepare == {"layout": sent.layout.as_dict(), "nccl": True}
+    assert received == {"digest": sent.digest, "memory": None}
+    request = open_server.connections[0].stager.served().request
+    assert (request.lora_int_id, request.load_inplace) == (ADAPTER_ID, False)
+
+
+def test_a_server_without_nccl_says_so_and_takes_it_otherwise(open_server: Server, nccl: TestClient) -> None:
+    sent = adapter(1.0)
+    closed = errors.StagingError("The server's vLLM workers have no NCCL connection to this trainer.", 501)
+    for connection in open_server.connections:
+        connection.llm.fail = [broken(closed)]
+    refused(announce(nccl, 1, sent, nccl=True), 501, "StagingError", "no NCCL connection")
+    assert stage(nccl, 1, sent).status_code == commit(nccl, 1, sent).status_code == 200
+    assert [c.llm.loader for c in open_server.connections] == [[], []], "straight, as before"
+    open_server.connections[1].llm.fail = [broken(torch.OutOfMemoryError("Tried to allocate 20 GiB."))]
+    refused(announce(nccl, 2, sent, nccl=True), 501, "StagingError", "Tried to allocate")
+    assert stage(nccl, 2, sent).status_code == commit(nccl, 2, sent).status_code == 200
+    assert [c.llm.loader for c in open_server.connections] == [[], [1.0]]
+    for attribute, value in (("data_parallel_size", 2), ("worker_extension_cls", SWIFTS)):
+        setattr(open_server.connections[0].llm.vllm_config.parallel_config, attribute, value)
+        refused(announce(nccl, 3, sent, nccl=True), 501, "StagingError", "data parallelism" if value == 2 else SWIFTS)
+
+
+IN_A = f"base_model.model.{MODULE.replace('q_proj', 'in_A_proj')}"
+
+
+@pytest.mark.parametrize(
+    "tensors, changes, status_code, phrase",
+    [
+        ({B: torch.ones(6, 3)}, {}, 422, "A has rank 2 and B 3"),
+        ({B: torch.ones(7, 2)}, {}, 422, "are for (7, 8)"),
+        ({B: None}, {}, 422, "has only lora_A"),
+        ({A: None, B: None, "a.b": torch.ones(2, 2)}, {}, 422, "no LoRA matrix"),
+        ({f"{IN_A}.lora_A.weight": torch.ones(2, 8), f"{IN_A}.lora_B.weight": torch.ones(5, 2)}, {}, 422, "in_A_proj"),
+        ({}, {"dtype": "int8"}, 400, "dtype is 'int8'"),
+        ({}, {"dtype": "float32"}, 422, "in torch.bfloat16, not in float32"),
+        ({}, {"entries": ()}, 422, "has no tensors"),
+        ({}, {"config": {**CONFIGURATION, "r": 1, "lora_alpha": 1}}, 422, "rank 2"),
+        ({}, {"config": {**CONFIGURATION, "lora_alpha": 4}}, 400, "r=2 and lora_alpha=4: the scaling is in B"),
+    ],
+)
+def test_what_is_announced_is_checked_before_any_byte(
+    tmp_path: Path, open_server: Server, nccl: TestClient, tensors: Any, changes: Any, status_code: int, phrase: str
 ) -> None:
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
-    server.connections[0].llm.fail = [RuntimeError("no memory for the plan")]
-    refused(commit(client, 2), 500, "RuntimeError", "no memory", "Every worker serves version 1 ")
-    assert stage(client, 3, adapter(server, 3.0)).status_code == commit(client, 3).status_code == 200
-    assert [c.llm.loader for c in server.connections] == [[3.0], []]
+    weights = {f"{m}.weight": torch.zeros(6, 8) for m in (MODULE, MODULE.replace("q_proj", "in_A_proj"))}
+    safetensors.torch.save_file(weights, str(tmp_path / "model.safetensors"))
+    for connection in open_server.connections:
+        connection.stager.base = worker.base_shapes(str(tmp_path))
+    sent = adapter(1.0, **tensors)
+    answer = announce(nccl, 1, replace(sent, layout=sent.layout.model_copy(update=changes)), nccl=True)
+    assert answer.status_code == status_code and phrase in answer.json()["message"], answer.text
+    assert rpcs(open_server) == [[], []]
+    assert receive(nccl, 1, sent, None).status_code == 409
 
 
-def test_by_reference(server: Server, client: TestClient) -> None:
-    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
-    body = {"policy": policy(1).as_dict(), "by_reference": "yes"}
-    refused(client.post(f"{PREFIX}/commit/", json=body), 400, "ProtocolError", "by_reference is 'yes'")
-    assert client.post(f"{PREFIX}/commit/", json={**body, "by_reference": True}).status_code == 200
-    assert server.connections[0].llm.rpcs[-1][1]["by_reference"] is True
-
-
-# ---- one of the workers fails --------------------------------------------------------------------------------------
-
-
-def test_one_worker_that_cannot_stage(server: Server, client: TestClient, served: int) -> None:
-    server.connections[1].llm.vllm_config.lora_config.max_lora_rank = 1
-    refused(stage(client, 2, adapter(server, 2.0)), 422, "StagingError", "has rank 2, this server has room for 1")
-    assert [c.stager.pending for c in server.connections] == [None, None]
-    refused(commit(client, 2), 409, "StagingError", "nothing is staged")
-    assert status(client)["policy"] == policy(1).as_dict()
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_one_worker_that_cannot_commit(server: Server, client: TestClient, served: int, failing: int) -> None:
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
-    server.connections[failing].llm.fail = [errors.UnsupportedAdapterError("vLLM says no.")]
-    refused(commit(client, 2), 500, "UnsupportedAdapterError", "vLLM says no.", "Every worker serves version 1 ")
-    assert [c.llm.loads[-1] for c in server.connections] == [1.0, 1.0], "each has the previous policy again"
-    assert [c.stager.served().infos()["policy_version"] for c in server.connections] == [1, 1]
-    assert status(client)["policy"] == policy(1).as_dict()
-    assert client.post("/infer/", headers={POLICY_HEADER: json.dumps(policy(1).as_dict())}).status_code == 200
-    assert stage(client, 3, adapter(server, 3.0)).status_code == commit(client, 3).status_code == 200
-
-
-def test_a_cache_that_is_not_reset(server: Server, client: TestClient, served: int) -> None:
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
-    answers = iter([False, True])
-    server.connections[1].llm.reset_prefix_cache = lambda: next(answers)  # type: ignore[method-assign]
-    refused(commit(client, 2), 500, "CacheResetError", "reset_prefix_cache()", "Every worker serves version 1 ")
-
-
-def test_requests_that_are_not_finished(server: Server, client: TestClient, served: int) -> None:
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
-    server.connections[0].llm.unfinished = True
-    refused(commit(client, 2), 500, "EngineStateError", "unfinished requests", "serves version 1 ")
-    refused(client.post(f"{PREFIX}/serve/", json={"plain": True}), 500, "EngineStateError", "unfinished requests")
-    assert status(client)["plain"] is False and [c.stager.plain for c in server.connections] == [False, False]
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_worker_that_cannot_go_back(server: Server, client: TestClient, served: int, failing: int) -> None:
-    assert stage(client, 2, adapter(server, 2.0)).status_code == 200
-    server.connections[failing].llm.fail = [ValueError("out of memory"), ValueError("still out of memory")]
-    refused(commit(client, 2), 500, "EngineStateError", "out of memory", "still out of memory", "serves nothing")
-    assert status(client)["policy"] is None
-    refused(client.post("/infer/"), 503, "EngineStateError")
-    for connection in server.connections:
-        with pytest.raises(errors.EngineStateError, match="No policy was committed"):
-            connection.stager.served()
-    assert stage(client, 2, adapter(server, 2.0)).status_code == commit(client, 2).status_code == 200
-
-
-def test_the_first_policy_fails(server: Server, client: TestClient) -> None:
-    assert stage(client, 1, adapter(server, 1.0)).status_code == 200
-    server.connections[1].llm.fail = [ValueError("no")]
-    refused(commit(client, 1), 500, "ValueError", "Every worker serves nothing, as before")
-    assert status(client)["policy"] is None
-    refused(client.post("/infer/"), 503, "EngineStateError")
-
-
-def test_workers_that_ended_or_do_not_know_us(server: Server, client: TestClient, served: int) -> None:
-    folder = adapter(server, 2.0)
-    server.connections[0].is_mute = True
-    refused(stage(client, 2, folder), 500, "EngineStateError", "Worker 0", "its log says why")
-    server.connections[0].is_mute = False
-    assert stage(client, 2, folder).status_code == 200
-    server.connections[1].is_gone = True
-    refused(commit(client, 2), 500, "EngineStateError", "Worker 1 of this rollout server has ended", "serves nothing")
-    assert status(client)["policy"] is None
+def test_a_layout_that_is_none(nccl: TestClient) -> None:
+    sent = adapter(1.0)
+    for layout in (None, [], {"dtype": "bfloat16"}, {**sent.layout.as_dict(), "more": 1}):
+        content = {"policy": policy(1, sent).as_dict(), "layout": layout, "nccl": False}
+        refused(order(nccl, "stage", content), 400, "ProtocolError", "layout")
+    shape = {**sent.layout.as_dict(), "entries": [[A, [0, 8]]]}
+    refused(announce(nccl, 1, sent, layout=shape), 400, "ProtocolError", "size below 1")
 
 
 # ---- who may ask, and for what -------------------------------------------------------------------------------------
@@ -440,29 +668,84 @@ def test_workers_that_ended_or_do_not_know_us(server: Server, client: TestClient
 @pytest.mark.parametrize("header", [{}, {"Authorization": "sesame"}, {"Authorization": "Bearer sesam"}])
 def test_the_key(server: Server, header: dict[str, str]) -> None:
     with TestClient(server.app, headers=header) as client:
-        for verb in ("stage", "commit", "abort", "serve"):
+        for verb in ("lease", "push", "stage", "receive", "commit", "serve"):
             refused(client.post(f"{PREFIX}/{verb}/", json={}), 401, "AccessError", "SWIFT_LORA_FIX_API_KEY")
         for verb in ("status", "base"):
             refused(client.get(f"{PREFIX}/{verb}/"), 401, "AccessError", "Bearer")
 
 
+def test_a_body_is_not_read_before_the_key(server: Server) -> None:
+    with TestClient(server.app) as client:
+        asked: list[int] = []
+
+        def content() -> Iterator[bytes]:
+            for index in range(300):
+                asked.append(index)
+                yield bytes(1 << 20)
+
+        refused(client.post(f"{PREFIX}/stage/", content=content()), 401, "AccessError")
+
+
+@pytest.mark.parametrize(
+    "changes, phrase",
+    [
+        ({"version": -1}, "policy.version is '-1'"),
+        ({"version": "3"}, "policy.version is '3'"),
+        ({"version": True}, "policy.version is 'True'"),
+        ({"version": 1 << 63}, "policy.version is"),
+        ({"step": 1.5}, "policy.step is '1.5'"),
+        ({"digest": ""}, "policy.digest is ''"),
+        ({"digest": "a b"}, "policy.digest is 'a b'"),
+        ({"digest": "x" * 129}, "policy.digest is"),
+        ({"run": "0AF1"}, "policy.run is '0AF1'"),
+        ({"run": "../x"}, "policy.run is '../x'"),
+        ({"run": None}, "policy.run is 'None'"),
+        ({"more": 1}, "policy.more is '1'"),
+    ],
+)
+def test_what_is_no_policy_is_named(client: TestClient, changes: Any, phrase: str) -> None:
+    named = {**policy(1).as_dict(), **changes}
+    refused(order(client, "commit", {"policy": named}), 400, "ProtocolError", phrase)
+    answer = client.post("/infer/", headers={POLICY_HEADER: json.dumps(named)})
+    assert answer.status_code in (400, 503)
+
+
+def test_what_is_no_json(client: TestClient, served: Sent) -> None:
+    headers = {"Content-Type": "application/json"}
+    for body in (b"", b"\xff", b"[]", b"[" * 50_000):
+        answer = client.post(f"{PREFIX}/commit/", content=body, headers=headers)
+        assert answer.status_code == 400 and answer.json()["error"] == "ProtocolError", answer.text
+    for header in ("nonsense", "[" * 50_000, "{}"):
+        refused(client.post("/infer/", headers={POLICY_HEADER: header}), 400, "ProtocolError", POLICY_HEADER)
+        headers = {"Content-Type": BYTES, POLICY_HEADER: header}
+        refused(client.post(f"{PREFIX}/receive/", content=b"", headers=headers), 400, "ProtocolError", POLICY_HEADER)
+
+
 def test_the_base(server: Server, client: TestClient) -> None:
     first = client.get(f"{PREFIX}/base/").json()
-    assert first == {"sums": {f"{MODULE}.weight": ["bfloat16", [6, 8], 0]}}
+    assert first == {"sums": {f"{MODULE}.weight": ["bfloat16", [6, 8], 0]}, "boot": to(client)["boot"], "epoch": 0}
     Path(server.args.model_dir, "model.safetensors").unlink()
     assert client.get(f"{PREFIX}/base/").json() == first, "computed once"
 
 
-def test_plain(server: Server, client: TestClient, served: int) -> None:
-    expected = {POLICY_HEADER: json.dumps(policy(1).as_dict())}
-    assert client.post(f"{PREFIX}/serve/", json={"plain": True}).status_code == 200
+def test_plain(server: Server, client: TestClient, served: Sent) -> None:
+    expected = {POLICY_HEADER: json.dumps(policy(1, served).as_dict())}
+    assert order(client, "serve", {"plain": True}).status_code == 200
     assert [c.engine.enable_lora for c in server.connections] == [False, False]
     assert [c.stager.served().request for c in server.connections] == [None, None]
     assert client.post("/infer/").status_code == 200
     refused(client.post("/infer/", headers=expected), 409, "PolicyMismatchError", "the plain base")
-    assert commit(client, 1).status_code == 200, "repeated"
+    assert commit(client, 1, served).status_code == 200, "repeated"
     assert [c.engine.enable_lora for c in server.connections] == [True, True]
     assert client.post("/infer/", headers=expected).status_code == 200
+    other = {POLICY_HEADER: json.dumps(policy(2).as_dict())}
+    refused(client.post("/infer/", headers=other), 409, "PolicyMismatchError", "version 2 ", "version 1 ")
+
+
+def test_old_versions(client: TestClient, served: Sent) -> None:
+    assert stage(client, 2, served).status_code == commit(client, 2, served).status_code == 200
+    for version, sent in ((1, served), (2, adapter(5.0))):
+        refused(announce(client, version, sent), 409, "StagingError", "is not newer")
 
 
 def test_nccl_routes_are_refused(client: TestClient) -> None:
@@ -499,181 +782,36 @@ def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: A
     assert phrase in caplog.text if phrase else not caplog.text
 
 
-# ---- over NCCL -----------------------------------------------------------------------------------------------------
+def test_a_trainer_without_us_is_served_as_before(open_server: Server) -> None:
+    with TestClient(open_server.app, headers=KEY) as nccl:
+        assert nccl.post("/infer/").status_code == 200, "there may be no policy"
+        assert worker.stager_of(open_server.connections[0].engine) is None
+        assert nccl.post("/update_named_param/").status_code == 200
+        assert status(nccl)["epoch"] == 1
+        gone = hosts.this_process(RUN).model_copy(update={"pid": 1 << 21})
+        assert lease(nccl, **gone.as_dict()).status_code == 200
+        sent = adapter(1.0)
+        refused(nccl.post("/infer/"), 503, "EngineStateError", "No policy was committed")
+        assert stage(nccl, 1, sent).status_code == commit(nccl, 1, sent).status_code == 200
+        assert nccl.post("/update_named_param/").status_code == 200
+        assert status(nccl)["epoch"] == 2 and served_by(nccl) is None, "on another base"
+        assert stage(nccl, 2, sent).status_code == commit(nccl, 2, sent).status_code == 200
+        assert nccl.post("/update_adapter_param/").status_code == 200, "now another trainer's"
+        assert served_by(nccl) is None and status(nccl)["holder"] is None
+        assert nccl.post("/infer/").status_code == 200
+        assert worker.stager_of(open_server.connections[0].engine) is None
 
 
-LAYOUT = Layout(
-    "bfloat16",
-    ((A, (2, 8)), (B, (6, 2))),
-    {**CONFIGURATION, "lora_alpha": 2},
-)
-
-
-@pytest.fixture
-def open_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """Where no transport is asked for by name."""
-    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
-    made = Server(tmp_path)
-    installing.install(made)
-    return made
-
-
-@pytest.fixture
-def nccl(open_server: Server) -> Iterator[TestClient]:
-    with TestClient(open_server.app, headers=KEY) as made:
-        yield made
-
-
-def announce(client: TestClient, version: int, layout: Layout = LAYOUT) -> Any:
-    body = {"policy": policy(version).as_dict(), "layout": layout.as_dict()}
-    return client.post(f"{PREFIX}/stage/", json=body)
-
-
-def ask(client: TestClient, route: str, version: int) -> Any:
-    return client.post(f"{PREFIX}/{route}/", json={"policy": policy(version).as_dict()})
-
-
-def rpcs(server: Server) -> list[list[str]]:
-    return [
-        [f"{name} {arguments.get('digest', '')}".strip() for name, arguments in c.llm.rpcs] for c in server.connections
-    ]
-
-
-def test_a_layout_that_is_refused_leaves_what_there_is(open_server: Server, nccl: TestClient) -> None:
-    """Over NCCL, which may not be open to a server that takes files."""
-    assert stage(nccl, 1, adapter(open_server, 1.0)).status_code == commit(nccl, 1).status_code == 200
-    closed = errors.StagingError("The server's vLLM workers have no NCCL connection to this trainer.", 501)
-    for connection in open_server.connections:
-        connection.llm.fail = [RuntimeError(receiver._tell(closed))]
-    refused(announce(nccl, 2), 501, "StagingError", "no NCCL connection")
-    assert stage(nccl, 2, adapter(open_server, 2.0)).status_code == commit(nccl, 2).status_code == 200
-    assert [c.llm.loader for c in open_server.connections] == [[], []], "straight, as before"
-
-
-def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> None:
-    assert announce(nccl, 1).status_code == 200
-    refused(commit(nccl, 1), 409, "StagingError", "nothing is staged")
-    refused(ask(nccl, "receive", 2), 409, "StagingError", "was not announced")
-    assert ask(nccl, "receive", 1).status_code == 200
-    assert commit(nccl, 1).status_code == 200
-    assert rpcs(open_server) == [["prepare", "receive digest-1", "serve digest-1"]] * 2
-    assert open_server.connections[0].llm.rpcs[0][1] == {"layout": LAYOUT.as_dict()}
-    assert status(nccl)["policy"] == policy(1).as_dict()
-    request = open_server.connections[0].stager.served().request
-    assert (request.lora_int_id, request.load_inplace) == (ADAPTER_ID, False)
-    assert ask(nccl, "find", 2).status_code == 200, "what was sent before, as another version"
-    assert commit(nccl, 2).status_code == 200
-    assert rpcs(open_server)[1][3:] == ["find digest-2", "serve digest-2"]
-
-
-@pytest.mark.parametrize(
-    "changes, status_code, phrase",
-    [
-        ({"entries": (*LAYOUT.entries[:1], (LAYOUT.entries[1][0], (6, 3)))}, 422, "A has rank 2 and B 3"),
-        ({"entries": (*LAYOUT.entries[:1], (LAYOUT.entries[1][0], (7, 2)))}, 422, "are for (7, 8)"),
-        ({"entries": ()}, 422, "has no tensors"),
-        ({"dtype": "int8"}, 400, "dtype is 'int8'"),
-        ({"config": {**CONFIGURATION, "r": 1, "lora_alpha": 1}}, 422, "rank 2"),
-        ({"config": CONFIGURATION}, 400, "r=2 and lora_alpha=4: over NCCL the scaling is in B"),
-    ],
-)
-def test_what_is_announced_is_checked_before_any_byte(
-    open_server: Server, nccl: TestClient, changes: Any, status_code: int, phrase: str
-) -> None:
-    import dataclasses
-
-    answer = announce(nccl, 1, dataclasses.replace(LAYOUT, **changes))
-    assert answer.status_code == status_code and phrase in answer.json()["message"], answer.text
-    assert rpcs(open_server) == [[], []]
-    assert ask(nccl, "receive", 1).status_code == 409
-
-
-def test_a_layout_that_is_none(nccl: TestClient) -> None:
-    for layout in (None, [], {"dtype": "bfloat16"}, {**LAYOUT.as_dict(), "entries": [["a", [0, 1]]]}):
-        body = {"policy": policy(1).as_dict(), "layout": layout}
-        refused(nccl.post(f"{PREFIX}/stage/", json=body), 400, "ProtocolError", "layout")
-
-
-def test_a_worker_that_cannot_receive(open_server: Server, nccl: TestClient) -> None:
-    error = errors.StagingError("What arrived over NCCL has digest x.")
-    open_server.connections[1].llm.fail = [
-        RuntimeError(f"Call to collective_rpc method failed: {receiver._tell(error)}")
-    ]
-    refused(announce(nccl, 1), 422, "StagingError", "What arrived over NCCL has digest x.")
-    assert announce(nccl, 1).status_code == 200
-    open_server.connections[0].llm.fail = [RuntimeError("NCCL error: unhandled system error")]
-    refused(ask(nccl, "receive", 1), 422, "RuntimeError", "NCCL error")
-    refused(commit(nccl, 1), 409, "StagingError", "nothing is staged")
-
-
-def test_an_engine_that_takes_nothing_over_nccl_says_so(open_server: Server, nccl: TestClient) -> None:
-    open_server.connections[1].llm.vllm_config.parallel_config.data_parallel_size = 2
-    refused(announce(nccl, 1), 501, "StagingError", "data parallelism")
-    open_server.connections[0].llm.vllm_config.parallel_config.worker_extension_cls = SWIFTS
-    refused(announce(nccl, 1), 501, "StagingError", "worker_extension_cls")
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_one_worker_that_cannot_serve_takes_the_others_back(
-    open_server: Server, nccl: TestClient, failing: int
-) -> None:
-    for version in (1, 2):
-        assert announce(nccl, version).status_code == ask(nccl, "receive", version).status_code == 200
-        if version == 1:
-            assert commit(nccl, 1).status_code == 200
-    open_server.connections[failing].llm.fail = [RuntimeError("no room")]
-    refused(commit(nccl, 2), 500, "RuntimeError", "no room", "version 1", "as before")
-    assert [calls[-1] for calls in rpcs(open_server)] == ["serve digest-1"] * 2
-    assert status(nccl)["policy"] == policy(1).as_dict()
-
-
-def test_a_trainer_without_us_is_served_as_before(open_server: Server, nccl: TestClient) -> None:
-    assert nccl.post("/infer/").status_code == 200, "there may be no policy"
-    assert worker.stager_of(open_server.connections[0].engine) is None
-    assert announce(nccl, 1).status_code == 200
-    refused(nccl.post("/infer/"), 503, "EngineStateError", "No policy was committed")
-    assert ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
-    assert not status(nccl)["base_is_pushed"]
-    assert nccl.post("/update_named_param/").status_code == 200
-    assert status(nccl)["base_is_pushed"] and status(nccl)["policy"] == policy(1).as_dict()
-    assert nccl.post("/update_adapter_param/").status_code == 200, "now another trainer's"
-    assert status(nccl)["policy"] is None
-    assert nccl.post("/infer/").status_code == 200
-    assert worker.stager_of(open_server.connections[0].engine) is None
-
-
-def test_a_trainer_with_another_key_changes_nothing(open_server: Server, nccl: TestClient) -> None:
-    assert announce(nccl, 1).status_code == ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
-    open_server._require_api_key = None  # type: ignore[attr-defined]  # from 4.6.0 on
-    for path in ("/update_adapter_param/", "/update_named_param/"):
-        nccl.get(path)
-        nccl.post(path, headers={"Authorization": "Bearer other"})
-    assert status(nccl)["policy"] == policy(1).as_dict() and not status(nccl)["base_is_pushed"]
-
-
-def test_a_worker_that_does_not_answer_is_not_asked_again(
-    open_server: Server, nccl: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert announce(nccl, 1).status_code == ask(nccl, "receive", 1).status_code == commit(nccl, 1).status_code == 200
-    assert announce(nccl, 2).status_code == 200
-    waited: list[float] = []
-    connection = open_server.connections[0]
-    monkeypatch.setattr(connection, "poll", lambda seconds: bool(waited.append(seconds)))
-    refused(ask(nccl, "receive", 2), 500, "EngineStateError", "Worker 0", "restart the server")
-    assert waited == [300]
-    connection.answers.clear()
-    refused(announce(nccl, 2), 500, "EngineStateError", "Worker 0")
-    assert waited == [300], "its next answer would be to something else"
-
-
-def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) -> None:
-    assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200
-    engine = open_server.connections[1].llm
-    for method in ("init_communicator", "update_flattened_params"):
-        with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
-            engine.collective_rpc(method=method, args=([],))
-    refused(nccl.post(f"{PREFIX}/pushed/", json={}), 500, "EngineStateError", "1 updates over NCCL failed")
-    assert nccl.post(f"{PREFIX}/pushed/", json={}).status_code == 200, "told once"
+def test_a_trainer_with_another_key_changes_nothing(open_server: Server) -> None:
+    with TestClient(open_server.app, headers=KEY) as nccl:
+        assert lease(nccl, pid=1 << 21).status_code == 200
+        sent = adapter(1.0)
+        assert stage(nccl, 1, sent).status_code == commit(nccl, 1, sent).status_code == 200
+        open_server._require_api_key = None  # type: ignore[attr-defined]  # from 4.6.0 on
+        for path in ("/update_adapter_param/", "/update_named_param/"):
+            nccl.get(path)
+            nccl.post(path, headers={"Authorization": "Bearer other"})
+        assert served_by(nccl) == policy(1, sent).as_dict() and status(nccl)["epoch"] == 0
 
 
 # ---- in the worker -------------------------------------------------------------------------------------------------
@@ -695,23 +833,29 @@ def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
     worker.build_engine(lambda arguments: engine, SimpleNamespace(vllm_use_async_engine=True))
     scheduler = SimpleNamespace(infer_engine=engine, async_infer=_turns)
     worker.tag_scheduler(scheduler)
-    folder, command = adapter(server, 4.0), getattr(engine, routes.METHOD)
-    source = Source(digest_of(folder), (folder / CONFIG).read_bytes(), str(folder / WEIGHTS))
+    sent, command = adapter(4.0), getattr(engine, METHOD)
+    orders = {
+        "stage": {"layout": sent.layout.as_dict(), "nccl": False},
+        "receive": {"memory": sent.memory.address.as_dict()},
+        "commit": {"by_reference": False},
+    }
     sample, probe = SimpleNamespace(uuid="f00"), {"uuid": f"{protocol.PROBE}0"}
     nobody = SimpleNamespace(uuid=None, messages=[{"role": "user", "content": "<placeholder>"}])
 
     async def everything() -> list[Any]:
         with pytest.raises(errors.EngineStateError):
             await scheduler.async_infer([sample])
-        for name, arguments in (("stage", {"source": source}), ("commit", {})):
-            answer = await command(name, policy=policy(1).as_dict(), **arguments)
+        for name, arguments in orders.items():
+            answer = await command(name, ("b00", 3), policy=policy(1, sent).as_dict(), **arguments)
             assert "error" not in answer, answer
         return [output for asked in (sample, probe, nobody) for output in await scheduler.async_infer([asked])]
 
     output, answer, none = asyncio.run(everything())
     assert answer.rollout_infos == none.rollout_infos == {}, "the gate asks the engine, not the scheduler"
     assert engine.engine.loads == [4.0]
-    assert output.rollout_infos == {"num_turns": 2, **{f"policy_{k}": v for k, v in policy(1).as_dict().items()}}
+    by = {"server_boot": "b00", "server_epoch": 3}
+    named = {f"policy_{k}": v for k, v in policy(1, sent).as_dict().items()}
+    assert output.rollout_infos == {"num_turns": 2, **named, **by}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,30 +18,38 @@ from typing import Any
 
 import pytest
 import requests
-import safetensors
 import torch
 
 from swift_lora_fix import errors
 from swift_lora_fix.common.digest import checksum
-from swift_lora_fix.engine.vllm.slots.staging import host_digest
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.policy import adapter
+from swift_lora_fix.server.hosts import this_host
+from swift_lora_fix.server.rollout.receiver import Received
+from swift_lora_fix.server.shared import opened
 from swift_lora_fix.server.trainer import remote
+from swift_lora_fix.server.trainer import writer as writing
 from swift_lora_fix.server.trainer.client import Servers
 from swift_lora_fix.server.trainer.writer import RemoteWriter
-from swift_lora_fix.server.wire import CONFIG, ORDER, POLICY_HEADER, PREFIX, WEIGHTS
+from swift_lora_fix.server.wire import POLICY_HEADER, PREFIX, PROTOCOL, UNSEEN, Address, Layout
 from tests.support.peft_models import peft_model
 
 
 class Scripted:
     """One server: keeps what it is told, and answers ``faults[route]`` (status, body, headers) once each, first."""
 
+    all: list[Scripted] = []  # those of this test
+
     def __init__(self, sums: dict[str, Any]) -> None:
         self.policy: Any = None
         self.staged: Any = None
-        self.plain, self.boot, self.sums = False, "first", sums
-        self.is_pushed = False
+        self.plain, self.boot, self.epoch, self.sums = False, "first", 0, sums
+        self.host = this_host()
+        self.lora_dtype = "bfloat16"
+        self.before: Any = None
+        self.layout: Any = None
+        self.content = b""  # of the policy that was received last
         self.calls: list[tuple[str, Any]] = []
         self.faults: dict[str, list[Any]] = {}
         self.headers: list[dict[str, str]] = []
@@ -49,7 +62,7 @@ class Scripted:
                 inline = self.headers.get("Content-Type") == "application/octet-stream"
                 content = json.loads(self.headers[POLICY_HEADER] if inline else body or b"{}")
                 script.headers.append(dict(self.headers))
-                status, answer, more = script.answer(route, content, len(body) if inline else None)
+                status, answer, more = script.answer(route, content, body if inline else None)
                 text = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
                 self.send_response(status)
                 for name, value in {**more, "Content-Length": str(len(text))}.items():
@@ -69,30 +82,53 @@ class Scripted:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http.server_address[1]}"
 
-    def answer(self, route: str, content: Any, size: int | None) -> tuple[int, Any, dict[str, str]]:
-        self.calls.append((route, content if size is None else {**content, "size": size}))
+    def restart(self, changed: int = 0) -> None:
+        """As another process. changed: added to the checksums of its base."""
+        self.policy, self.boot, self.epoch, self.plain = None, f"{self.boot}+", 0, False
+        self.sums = {name: [dtype, shape, value + changed] for name, (dtype, shape, value) in self.sums.items()}
+
+    def answer(self, route: str, content: Any, body: bytes | None) -> tuple[int, Any, dict[str, str]]:
+        self.calls.append((route, content if body is None else {**content, "size": len(body)}))
         if self.faults.get(route):
             fault = self.faults[route].pop(0)
             if callable(fault):
                 fault = fault()
             if fault is not None:
                 return fault
-        if route in ("stage", "find"):
+        to = content.get("to", {})
+        if to and (to["boot"], to["epoch"]) != (self.boot, self.epoch):
+            return 412, {"message": "another process or base"}, {}
+        if route == "stage" and not isinstance(content["layout"], str):
+            self.layout = Layout.model_validate(content["layout"])
+        elif route == "receive":
             self.staged = content["policy"]
+            if body is not None:
+                self.content = body
+            elif content.get("memory"):
+                with opened(Address.model_validate(content["memory"])) as tensor:
+                    self.content = tensor.numpy().tobytes()
         elif route == "commit":
             if self.staged != content["policy"]:
                 return 409, {"message": "not staged"}, {}
             self.policy = self.staged
         elif route == "serve":
             self.plain = content["plain"]
+        elif route == "push" and not content["ends"]:
+            self.epoch, self.policy = self.epoch + 1, None
         elif route == "base":
-            return 200, {"sums": self.sums}, {}
-        about = {"protocol": 2, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": "bfloat16", "boot": self.boot}
-        about["base_is_pushed"] = self.is_pushed
+            return 200, {"sums": self.sums, "boot": self.boot, "epoch": self.epoch}, {}
+        about = {"protocol": PROTOCOL, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": self.lora_dtype}
+        about.update(boot=self.boot, epoch=self.epoch, host=self.host, before=self.before)
         return 200, {**about, "policy": self.policy, "plain": self.plain}, {}
 
+    def digest(self) -> str:
+        """As a server's vLLM workers prove it, of the bytes that came."""
+        received = Received(self.layout, torch.device("cpu"))
+        received.fill(torch.frombuffer(bytearray(self.content), dtype=torch.uint8))
+        return received.staging.digest()
+
     def routes(self) -> list[str]:
-        return [route for route, _ in self.calls if route != "status"]
+        return [route for route, _ in self.calls if route not in ("status", "lease")]
 
 
 @pytest.fixture
@@ -101,13 +137,12 @@ def model() -> Any:
 
 
 @pytest.fixture
-def scripts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scripted]]:
-    monkeypatch.setenv("SWIFT_LORA_FIX_ROOT", str(tmp_path / "root"))
+def scripts(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Scripted]]:
     monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "3")
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
     frozen = adapter.frozen_parameters(model)
     sums = {name: ["float32", list(p.shape), int(checksum(p.detach()))] for name, p in frozen}
-    made = [Scripted(sums), Scripted(sums)]
+    Scripted.all = made = [Scripted(sums), Scripted(sums)]
     yield made
     for script in made:
         script.http.shutdown()
@@ -126,7 +161,7 @@ class Trainer(SimpleNamespace):
 
 
 def trainer_for(model: Any, scripts: list[Scripted]) -> Any:
-    sessions = [SimpleNamespace(headers={}, mount=lambda *_: None) for _ in scripts]
+    sessions = [SimpleNamespace(headers={}, auth=None, mount=lambda *_: None) for _ in scripts]
     return Trainer(
         model=model,
         vllm_client=Client(
@@ -154,7 +189,14 @@ def remote_writer(trainer: Any, model: Any) -> RemoteWriter:
     return RemoteWriter(port, remote.RemoteEngine(port), adapter.bind(model))
 
 
+SENT = ["stage", "receive", "commit"]
+
+
 def send(writer: RemoteWriter) -> str:
+    if not writer._sums:
+        writer.send_base()
+        for script in Scripted.all:
+            script.calls.clear()
     writer.begin_validation()
     writer.validate()
     return writer.write().digest
@@ -167,76 +209,94 @@ def change(model: Any) -> None:
                 parameter.mul_(1.5)
 
 
-def test_every_server_stages_before_any_switches(model: Any, scripts: list[Scripted], tmp_path: Path) -> None:
+def test_every_server_has_it_before_any_switches(model: Any, scripts: list[Scripted]) -> None:
     trainer, writer = writer_for(model, scripts)
     trainer.state.global_step = 7
     digest = send(writer)
     for script in scripts:
-        assert script.routes() == ["stage", "commit"]
+        assert script.routes() == SENT
         assert script.policy == {"version": 1, "step": 7, "digest": digest, "run": script.policy["run"]}
-        assert Path(script.calls[1][1]["folder"]).parent == tmp_path / "root"
+        assert script.digest() == digest and script.calls[1][1]["memory"]["size"] == len(script.content)
     assert writer.is_current()
     assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
     assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
-    assert digest == digest_in_its_own_order(Path(scripts[0].calls[1][1]["folder"]))
+    first = scripts[0].calls[1][1]["memory"]
     change(model)
     assert send(writer) != digest and scripts[0].policy["version"] == 2
+    assert scripts[0].digest() == scripts[0].policy["digest"] and scripts[0].calls[-2][1]["memory"] == first
+    assert [isinstance(c["layout"], str) for r, c in scripts[0].calls if r == "stage"] == [False, True], "told once"
 
 
-def digest_in_its_own_order(folder: Path) -> str:
-    """As a server's vLLM workers compute it, of the file as it says itself that it is to be read."""
-    with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in json.loads(file.metadata()[ORDER])}
-    config = json.loads((folder / CONFIG).read_text())
-    return host_digest(adapter.of_tensors("default", tensors, config), tensors, torch.bfloat16, fold=False)
-
-
-def test_old_folders_are_pruned_and_the_last_are_gone_at_the_end(
-    model: Any, scripts: list[Scripted], tmp_path: Path
-) -> None:
-    trainer, writer = writer_for(model, scripts)
-    for trainer.state.global_step in range(5):
-        change(model)
-        send(writer)
-    names = sorted(path.name.split("-")[1] for path in (tmp_path / "root").iterdir())
-    assert names == ["v3", "v4", "v5"]
-    writer._store.clear()
-    assert not list((tmp_path / "root").iterdir())
-
-
-def test_a_server_that_cannot_stage_leaves_all_with_the_previous_policy(model: Any, scripts: list[Scripted]) -> None:
+def test_a_server_that_cannot_receive_leaves_all_with_the_previous_policy(model: Any, scripts: list[Scripted]) -> None:
     _, writer = writer_for(model, scripts)
     first = send(writer)
     change(model)
-    scripts[1].faults["stage"] = [(422, {"error": "StagingError", "message": "worker 0: NaN in q_proj"}, {})]
+    scripts[1].faults["receive"] = [(422, {"error": "StagingError", "message": "worker 0: NaN in q_proj"}, {})]
     with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*422: worker 0: NaN in q_proj"):
         send(writer)
-    assert [script.policy["digest"] for script in scripts] == [first, first]
-    assert all(script.routes()[-1] == "abort" for script in scripts) and writer.is_current()
+    assert [script.policy["digest"] for script in scripts] == [first, first] and writer.is_current()
 
 
-def test_where_one_server_fails_to_switch_all_go_back(model: Any, scripts: list[Scripted]) -> None:
-    trainer, writer = writer_for(model, scripts)
-    first = send(writer)
+def test_where_one_server_fails_to_switch_nothing_is_generated(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    send(writer)
     change(model)
     scripts[0].faults["commit"] = [(500, {"message": "out of memory"}, {})]
     with pytest.raises(errors.RolloutServerError, match="out of memory"):
         send(writer)
-    assert [script.policy["digest"] for script in scripts] == [first, first]
-    assert [script.policy["version"] for script in scripts] == [3, 3] and writer.is_current()
-    assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [3, 3]
+    with pytest.raises(errors.EngineStateError, match="may serve different policies"):
+        writer.engine.generate(list)
+    digest = send(writer)
+    assert [script.policy["digest"] for script in scripts] == [digest] * 2 and writer.is_current()
 
 
-def test_a_server_without_the_folder_gets_the_bytes(model: Any, scripts: list[Scripted]) -> None:
+@pytest.mark.parametrize("host", ["another", ""])
+def test_a_server_of_another_host_gets_a_body(model: Any, scripts: list[Scripted], host: str) -> None:
+    scripts[1].host = host
     _, writer = writer_for(model, scripts)
-    scripts[1].faults["stage"] = [(404, {"message": "no such folder"}, {})]
-    send(writer)
-    change(model)
-    send(writer)
-    sizes = [[content.get("size") for route, content in script.calls if route == "stage"] for script in scripts]
-    assert sizes[0] == [None, None] and sizes[1][0] is None and sizes[1][1] == sizes[1][2] > 500
-    inline = next(content for route, content in scripts[1].calls if content.get("size"))
-    assert inline["config"]["r"] == writer.adapter.max_rank and inline["config"]["lora_alpha"] == inline["config"]["r"]
+    digest = send(writer)
+    sizes = [[content.get("size") for route, content in script.calls if route == "receive"] for script in scripts]
+    assert sizes[0] == [None] and sizes[1] == [len(scripts[0].content)]
+    assert [script.digest() for script in scripts] == [digest] * 2
+
+
+def test_memory_that_a_server_cannot_open_goes_as_a_body_this_time(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    for faults in ([(UNSEEN, {"message": "no such file"}, {})], []):
+        scripts[1].faults["receive"] = list(faults)
+        digest = send(writer)
+        assert [script.digest() for script in scripts] == [digest] * 2
+        assert scripts[1].routes()[-4:].count("receive") == 1 + len(faults)
+
+
+def test_nothing_is_left_of_a_trainer_that_is_killed(tmp_path: Path) -> None:
+    """Neither a name nor memory: a server maps it only while it copies it."""
+    code = (
+        "import os, signal, sys; from swift_lora_fix.server.shared import Memory; "
+        "made = Memory(1 << 26); print(made.address.model_dump_json(), flush=True); sys.stdin.read()"
+    )
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        names, before = set(os.listdir("/dev/shm")), shmem()
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            address = Address.model_validate_json(process.stdout.readline())
+            with opened(address) as content:
+                assert content.numel() == 1 << 26 and shmem() - before > 50 << 10
+                assert set(os.listdir("/dev/shm")) <= names
+                process.send_signal(number)
+                process.wait()
+        deadline = time.monotonic() + 10
+        while shmem() - before > 32 << 10 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert shmem() - before < 32 << 10 and set(os.listdir("/dev/shm")) <= names
+        with pytest.raises(errors.StagingError, match="cannot be opened here"), opened(address):
+            pass
+
+
+def shmem() -> int:
+    """Shared memory of this host, in KiB."""
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:"))
+    return int(line.split()[1])
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -270,19 +330,20 @@ def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: 
     _, writer = writer_for(model, scripts)
     digest = send(writer)
     engine = writer.engine
-    answers = [SimpleNamespace(rollout_infos={"policy_digest": digest, "policy_step": 0})]
+    by = {"server_boot": "first", "server_epoch": 0}
+    answers = [SimpleNamespace(rollout_infos={"policy_digest": digest, "policy_step": 0, **by})]
     tries: list[int] = []
 
     def infer() -> Any:
         tries.append(1)
         if len(tries) == 1:
-            scripts[1].policy, scripts[1].boot = None, "second"
+            scripts[1].restart()
             raise RuntimeError("Multiple errors: [ConnectionError()]")
         return answers
 
     assert engine.generate(infer) is answers and len(tries) == 2
-    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == ["stage", "commit"] * 2
-    assert scripts[0].routes() == ["stage", "commit"], "the other one kept it"
+    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == [*SENT, "base", *SENT]
+    assert scripts[0].routes() == [*SENT, "base"], "the other one kept it"
     with pytest.raises(RuntimeError, match="out of memory"):  # nobody lost anything: it is not ours to repeat
         engine.generate(lambda: exec("raise RuntimeError('out of memory')"))
 
@@ -292,31 +353,56 @@ def test_a_server_that_restarted_between_two_steps_is_looked_after(model: Any, s
     _, writer = writer_for(model, scripts)
     writer.send_base()
     send(writer)
-    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].restart()
     scripts[1].calls.clear()
     change(model)
     send(writer)
-    assert scripts[1].routes() == ["base", "stage", "commit"], "the base is compared with this one's"
+    assert scripts[1].routes() == ["stage", "base", *SENT], "the base is compared with this one's"
+    assert scripts[0].policy == scripts[1].policy
     assert writer.engine.make_ready() and not writer.engine.make_ready(), "and the gate is due, once"
-    scripts[1].policy, scripts[1].boot = None, "third"
-    scripts[1].sums = {name: [dtype, shape, value + 1] for name, (dtype, shape, value) in scripts[1].sums.items()}
+    scripts[1].restart(changed=1)
     with pytest.raises(errors.BaseMismatchError):
         send(writer)
+
+
+@pytest.mark.parametrize("route", ["stage", "receive", "commit"])
+def test_a_server_that_restarts_within_a_switch_is_not_served_without_its_base(
+    model: Any, scripts: list[Scripted], route: str
+) -> None:
+    """It is back before the retry, and has another base than the one that was compared."""
+    _, writer = writer_for(model, scripts)
+    writer.send_base()
+    send(writer)
+    change(model)
+
+    def restart() -> Any:
+        scripts[1].restart(changed=1)
+        return 503, {"detail": "starting"}, {}
+
+    scripts[1].faults[route] = [restart]
+    with pytest.raises(errors.BaseMismatchError, match=scripts[1].url):
+        send(writer)
+    assert scripts[1].policy is None
 
 
 def test_a_rollout_of_another_policy_is_refused(model: Any, scripts: list[Scripted]) -> None:
     _, writer = writer_for(model, scripts)
     digest = send(writer)
-    for infos in ({}, {"policy_digest": "other", "policy_step": 3}):
-        outputs = [SimpleNamespace(rollout_infos={"policy_digest": digest}), SimpleNamespace(rollout_infos=infos)]
+    by = {"server_boot": "first", "server_epoch": 0}
+    good = SimpleNamespace(rollout_infos={"policy_digest": digest, **by})
+    for infos in ({}, {"policy_digest": "other", "policy_step": 3, **by}):
         with pytest.raises(errors.PolicyMismatchError, match=f"policy {infos.get('policy_digest')}.*asked for was"):
-            writer.engine.generate(lambda outputs=outputs: outputs)
+            writer.engine.generate(lambda infos=infos: [good, SimpleNamespace(rollout_infos=infos)])
+    for wrong in ({"server_boot": "second"}, {"server_epoch": 1}):
+        infos = {**good.rollout_infos, **wrong}
+        with pytest.raises(errors.PolicyMismatchError, match="that nobody proved"):
+            writer.engine.generate(lambda infos=infos: [good, SimpleNamespace(rollout_infos=infos)])
 
 
 def test_a_server_that_cannot_be_given_the_policy_again_stays_lost(model: Any, scripts: list[Scripted]) -> None:
     _, writer = kept = writer_for(model, scripts)
     send(writer)
-    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].restart()
     scripts[1].faults["stage"] = [(422, {"message": "no memory"}, {})]
     with pytest.raises(errors.RolloutServerError, match="no memory"):
         writer.engine.make_ready()
@@ -328,8 +414,7 @@ def test_a_server_that_comes_back_with_another_base_is_refused(model: Any, scrip
     _, writer = kept = writer_for(model, scripts)
     writer.send_base()
     send(writer)
-    scripts[1].policy, scripts[1].boot = None, "second"
-    scripts[1].sums = {name: [dtype, shape, total + 1] for name, (dtype, shape, total) in scripts[1].sums.items()}
+    scripts[1].restart(changed=1)
     with pytest.raises(errors.BaseMismatchError, match=scripts[1].url):
         writer.engine.make_ready()
     assert scripts[1].policy is None and kept
@@ -348,7 +433,8 @@ def test_the_plain_base_is_asked_for_and_given_back(model: Any, scripts: list[Sc
     with pytest.raises(ZeroDivisionError), writer.engine.plain():
         assert all(script.plain for script in scripts)
         assert POLICY_HEADER not in trainer.vllm_client.sessions[0].headers
-        plain = [SimpleNamespace(rollout_infos={"policy_plain": True})]
+        by = {"server_boot": "first", "server_epoch": 0}
+        plain = [SimpleNamespace(rollout_infos={"policy_plain": True, **by})]
         assert writer.engine.generate(lambda: plain) is plain
         with pytest.raises(errors.PolicyMismatchError, match="while the base was asked for"):
             writer.engine.generate(lambda: [SimpleNamespace(rollout_infos={"policy_digest": "x"})])
@@ -369,8 +455,20 @@ def test_a_base_that_is_not_the_servers_is_refused(model: Any, scripts: list[Scr
         writer.send_base()
 
 
+def test_servers_that_do_not_fit_together(model: Any, scripts: list[Scripted]) -> None:
+    scripts[1].lora_dtype = "float16"
+    with pytest.raises(errors.RolloutServerError, match="'bfloat16', 'float16'.*the same --torch_dtype"):
+        writer_for(model, scripts)
+
+
+def test_a_second_trainer_is_refused_before_it_begins(model: Any, scripts: list[Scripted]) -> None:
+    scripts[1].faults["lease"] = [(409, {"message": "is run ab's, which is alive"}, {})]
+    with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url}.*which is alive"):
+        writer_for(model, scripts)
+
+
 def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
-    scripts[1].answer = lambda *_: (200, {"protocol": 2, "enable_lora": False}, {})  # type: ignore[method-assign]
+    scripts[1].answer = lambda *_: (200, {"protocol": PROTOCOL, "enable_lora": False}, {})  # type: ignore[method-assign]
     with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} has no LoRA layers.*--vllm_enable_lora"):
         writer_for(model, scripts)
     scripts[1].answer = lambda *_: (404, b"Not Found", {})  # type: ignore[method-assign]
@@ -386,7 +484,7 @@ def test_the_key_goes_with_every_call(model: Any, scripts: list[Scripted], monke
     remote.prepare_client(trainer.vllm_client)
     send(writer)
     assert {headers["Authorization"] for script in scripts for headers in script.headers} == {"Bearer secret"}
-    assert trainer.vllm_client.sessions[0].headers["Authorization"] == "Bearer secret"
+    assert trainer.vllm_client.sessions[0].auth.key == "secret"
 
 
 def test_a_server_that_hangs_in_a_rollout_is_given_up(scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +532,7 @@ def test_a_connection_that_was_idle_is_not_used_again() -> None:
 
 def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     servers = Servers(["http://127.0.0.1:9"], deadline=1)
-    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectionError"):
+    with pytest.raises(errors.RolloutServerError, match="127.0.0.1:9/.*within 1 s.*ConnectError"):
         servers.get(0, "status")
 
 
@@ -465,14 +563,14 @@ def wired(model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch) 
     return trainer, remote_writer(trainer, model), wires
 
 
-def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any, tmp_path: Path) -> None:
+def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
     _, writer, wires = wired
     digest = send(writer)
     for script, wire in zip(scripts, wires):
-        assert script.routes() == ["stage", "receive", "commit"] and script.policy["digest"] == digest
+        assert script.routes() == SENT and script.policy["digest"] == digest
         assert len(wire.sent) == 1 and len(wire.sent[0]) == 2 * writer._staging.buffer.numel()
         assert script.calls[-3][1]["layout"]["dtype"] == "bfloat16"
-    assert wires[0].sent == wires[1].sent and not (tmp_path / "root").exists(), "no folder was needed"
+    assert wires[0].sent == wires[1].sent and writer._host.memory is None, "no host memory was needed"
     change(model)
     send(writer)
     again = scripts[0].calls[-3]
@@ -482,14 +580,14 @@ def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any, tmp
     assert [isinstance(c["layout"], str) for r, c in scripts[0].calls[-5:] if r == "stage"] == [True, False]
 
 
-def test_a_server_that_takes_nothing_over_nccl_gets_a_folder(
+def test_a_server_that_takes_nothing_over_nccl_reads_memory(
     model: Any, scripts: list[Scripted], wired: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, writer, wires = wired
     scripts[1].faults["stage"] = [(501, {"message": "no NCCL connection"}, {})]
     send(writer)
-    assert scripts[0].routes() == ["stage", "receive", "commit"]
-    assert scripts[1].routes() == ["stage", "stage", "commit"] and "folder" in scripts[1].calls[-2][1]
+    assert scripts[0].routes() == SENT
+    assert scripts[1].routes() == ["stage", *SENT] and scripts[1].calls[-2][1]["memory"]
     assert not writer.engine.reaches_all and not wires[1].sent
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
     named = remote_writer(wired[0], model)
@@ -511,6 +609,37 @@ def test_a_broadcast_that_nobody_takes_part_in_is_given_up(model: Any, scripts: 
     assert len(wires[1].sent) == 1, "what waits on it would come before whatever is sent next"
 
 
+def test_a_server_that_dies_within_a_broadcast_is_connected_again(
+    model: Any, scripts: list[Scripted], wired: Any
+) -> None:
+    trainer, writer, wires = wired
+    send(writer)
+    change(model)
+    trainer.vllm_client.connect = lambda one: fresh
+    fresh, over = Wire(), threading.Event()
+    wires[1].works = over.wait
+    scripts[1].faults["receive"] = [lambda: scripts[1].restart()]
+    digest = send(writer)
+    over.set()
+    assert [script.policy["digest"] for script in scripts] == [digest] * 2 and writer.engine.nccl.all_are_open()
+    assert len(fresh.sent) == 1, "and it came over NCCL"
+
+
+def test_a_connection_that_does_not_open_again_is_given_up(
+    model: Any, scripts: list[Scripted], wired: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, writer, _ = wired
+    logging.getLogger("swift").propagate = True
+    send(writer)
+    over = threading.Event()
+    trainer.vllm_client.connect = lambda one: over.wait()
+    scripts[1].restart()
+    assert writer.engine.make_ready() and not writer.engine.nccl.is_open(1) and writer.is_current()
+    over.set()
+    assert "NCCL could not be opened again (not within 3 s)" in caplog.text
+    assert scripts[1].calls[-3][1].get("memory") or "memory" in str(scripts[1].calls)
+
+
 def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
     _, writer, wires = wired
     over = threading.Event()
@@ -520,20 +649,6 @@ def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[
         send(writer)
     over.set()
     assert not writer.engine.nccl.is_open(0) and writer.engine.nccl.is_open(1)
-
-
-def test_where_one_server_fails_to_switch_the_others_find_what_they_had(
-    model: Any, scripts: list[Scripted], wired: Any
-) -> None:
-    _, writer, wires = wired
-    digest = send(writer)
-    change(model)
-    scripts[0].faults["commit"] = [(500, {"message": "no room"}, {})]
-    with pytest.raises(errors.RolloutServerError, match="no room"):
-        send(writer)
-    for script, wire in zip(scripts, wires):
-        assert script.routes()[-2:] == ["find", "commit"] and len(wire.sent) == 2
-        assert script.policy["digest"] == digest and script.policy["version"] == 3
 
 
 def test_a_base_that_differs_is_sent_and_sent_again(
@@ -546,15 +661,17 @@ def test_a_base_that_differs_is_sent_and_sent_again(
     with torch.no_grad():
         model.base_model.model.first.base_layer.weight[0, 0] += 1e-3
     writer.send_base()
+    assert pushes == [["push", "push"]] and [s.epoch for s in scripts] == [1, 1], "begun before it"
+    assert scripts[0].calls[-1][1]["ends"] is True, "and ended after it"
     send(writer)
-    assert pushes == [["pushed", "pushed"]], "what had failed before is not this push's"
-    assert scripts[0].routes()[-4:] == ["pushed", "stage", "receive", "commit"], "and it is asked how it went"
-    scripts[1].policy, scripts[1].boot = None, "second"
+    assert scripts[0].routes()[-3:] == SENT and writer.is_current()
+    scripts[1].restart()
     writer.ranks = 2  # the other ranks are elsewhere while the main one looks after servers
     writer._on_main = None
     writer.engine.make_ready()
-    assert len(pushes) == 2 and scripts[1].policy is not None
-    scripts[0].faults["pushed"] = [None, (500, {"message": "1 updates over NCCL failed"}, {})]
+    assert len(pushes) == 2 and writer.is_current()
+    assert [s.epoch for s in scripts] == [2, 1], "ms-swift can only send a base to all: the others begin anew, too"
+    scripts[0].faults["push"] = [None, (500, {"message": "1 updates over NCCL failed"}, {})]
     del writer._on_main
     writer.ranks = 1
     with pytest.raises(errors.RolloutServerError, match="1 updates over NCCL failed"):
@@ -570,13 +687,36 @@ def test_a_server_with_a_base_of_another_run(
     trainer, writer, _ = wired
     writer.send_base()
     assert not pushes
-    scripts[1].is_pushed = True
+    scripts[1].epoch = 1
     writer.engine.check_fit()
     writer.send_base()
     assert pushes == [1], "so it is sent the trainer's"
     writer.engine.nccl.close(1, "a test")
-    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[1].url} has a base that was sent to it"):
+    with pytest.raises(errors.BaseMismatchError, match=f"{scripts[0].url} has a base that was sent to it"):
+        writer.engine.check_fit()
         writer.send_base()
+
+
+def test_a_base_that_somebody_writes_over_is_noticed(model: Any, scripts: list[Scripted]) -> None:
+    _, writer = writer_for(model, scripts)
+    send(writer)
+    scripts[1].epoch = 1
+    assert not writer.is_current()
+    with pytest.raises(errors.BaseMismatchError, match=scripts[1].url):
+        send(writer)
+
+
+def test_layers_that_changed_places_are_another_base(model: Any) -> None:
+    shape = (2, 2)
+    mine = {f"model.layers.{n}.up.weight": (torch.bfloat16, shape, 10 + n) for n in range(3)}
+    theirs = {name: ["bfloat16", list(shape), value] for name, (_, _, value) in mine.items()}
+    renamed = {name.replace("model.", "language."): content for name, content in theirs.items()}
+    assert writing._compared(mine, theirs) == writing._compared(mine, renamed) == ([], [])
+    for held in (theirs, renamed):
+        first, second = list(held)[:2]
+        held[first], held[second] = held[second], held[first]
+        assert writing._compared(mine, held)[0] == list(mine)[:2]
+    assert writing._compared({"a.weight": (torch.bfloat16, (9,), 1)}, theirs) == ([], ["a.weight"])
 
 
 def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
@@ -597,7 +737,45 @@ def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripte
 
     client = trainer.vllm_client
     client.connect = connect
-    scripts[1].policy, scripts[1].boot = None, "second"
+    scripts[1].restart()
     assert writer.engine.make_ready()
     assert seen == [([scripts[1].url], [2], 1)] and client.num_servers == 2
     assert len(fresh.sent) == 1 and len(wires[0].sent) == 1 and scripts[1].policy == scripts[0].policy
+
+
+# ---- stepping aside --------------------------------------------------------------------------------------------------
+
+BARE = (404, b"Not Found", {})
+
+
+def why_not(model: Any, scripts: list[Scripted], **faults: Any) -> str | None:
+    """What is decided before the first sync; ``faults``: what servers ``one`` and ``two`` answer to ``status``."""
+    for script, fault in zip(scripts, (faults.get("one"), faults.get("two"))):
+        script.faults["status"] = [fault] * 50
+    trainer = trainer_for(model, scripts)
+    return remote.why_not(SwiftTrainer(trainer))
+
+
+def test_servers_that_are_all_without_us_are_left_to_ms_swift(model: Any, scripts: list[Scripted]) -> None:
+    assert why_not(model, scripts) is None
+    reason = why_not(model, scripts, one=BARE, two=BARE)
+    assert reason is not None and "--external_plugins" in reason
+
+
+@pytest.mark.parametrize(
+    "faults, phrase",
+    [
+        ({"two": BARE}, "1 of 2 rollout servers are without swift_lora_fix"),
+        ({"one": BARE, "two": (401, {"message": "another key"}, {})}, "another key"),
+        ({"one": (500, {"message": "a bug"}, {}), "two": (500, {"message": "a bug"}, {})}, "a bug"),
+        ({"two": (401, {"message": "SWIFT_LORA_FIX_API_KEY"}, {})}, "401: SWIFT_LORA_FIX_API_KEY"),
+        ({"one": (503, {"detail": "busy"}, {})}, "within 1 s.*503 busy"),
+    ],
+)
+def test_whatever_else_is_no_reason_to_step_aside(
+    model: Any, scripts: list[Scripted], monkeypatch: pytest.MonkeyPatch, faults: Any, phrase: str
+) -> None:
+    """The run would train on what this package exists to prevent, after one line at info."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_SERVER_DEADLINE", "1")
+    with pytest.raises(errors.RolloutServerError, match=phrase):
+        why_not(model, scripts, **faults)

@@ -202,3 +202,9 @@ def test_a_key_is_not_shown() -> None:
     shown = {v.name: v.value for v in variables.variables_of({"SWIFT_LORA_FIX_API_KEY": "very-secret"})}
     assert shown["SWIFT_LORA_FIX_API_KEY"] == "(hidden)"
     assert "very-secret" not in repr(Settings.from_environment({"SWIFT_LORA_FIX_API_KEY": "very-secret"}))
+
+
+@pytest.mark.parametrize("name", ["SWIFT_LORA_FIX_APIKEY", "SWIFT_LORA_FIX_API_TOKEN", "SWIFT_LORA_FIX_API_KEY_"])
+def test_a_mistyped_key_is_not_printed(name: str) -> None:
+    (shown,) = (v for v in variables.variables_of({name: "very-secret"}) if v.name == name)
+    assert shown.value == "(hidden)" and shown.note == variables.UNKNOWN_SETTING
