@@ -474,6 +474,8 @@ TESTED_VLLM = (
     TestedVllm("0.32.0", "cpu", swift="4.6.0", memory="in-process, multi-process, `AsyncLLM`, tensor parallel 2"),
 )
 
+TESTED_VLLM_WITH_TRL = (TestedVllm("0.31.0", "cpu", swift=""),)  # TRL 1.16.0
+
 
 def installed_version(distribution: str) -> str | None:
     """The installed version of a distribution, without importing it; None when it is not installed."""
@@ -516,7 +518,8 @@ def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...
 
 def vllm_tested_on(version: str | None) -> tuple[str, ...]:
     """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release of any local build."""
-    return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
+    tested = (*TESTED_VLLM, *TESTED_VLLM_WITH_TRL)
+    return tuple(sorted({t.device for t in tested if version and t.version == Version(version).public}))
 
 
 def vllm_tested_with(device: str) -> tuple[str, ...]:

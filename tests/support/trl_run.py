@@ -4,7 +4,8 @@
 
 Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``GRPO``, ``RLOO``); ``adapter`` (a folder
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
-step whose rollout ends the process); ``faults`` (see ``FAULTS``: one a step from step 1 on).
+step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
+``plain_base``: the engine gets the trainer's base without the LoRA).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
@@ -22,6 +23,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "plugins"))
@@ -56,14 +58,14 @@ class Probe:
             return merge(tuner, *args, **kwargs)
 
         def synchronize() -> None:
-            before = self.lora()
+            before, slots = self.lora(), self.slots()
             started = time.perf_counter()
             sync()
             self.seconds = time.perf_counter() - started
             after = self.lora()
             self.dtypes |= {str(value.dtype) for value in after.values()}
             self.lora_changed += sum(int((before[name] != value).sum()) for name, value in after.items())
-            self.break_something()
+            self.break_something(slots)
 
         def rollout(*args: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step == options.get("kill"):
@@ -129,12 +131,33 @@ class Probe:
         model.train(training)
         return held, plain
 
-    def break_something(self) -> None:
-        faults, step = self.options.get("faults", []), self.trainer.state.global_step
-        if 1 <= step <= len(faults):
-            from tests.support import trl_faults
+    @property
+    def engine(self) -> Any:
+        return self.generation.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
-            getattr(trl_faults, faults[step - 1])(self.trainer)
+    def slots(self) -> list[Any]:
+        modules = list(self.engine.modules())
+        sides = [getattr(m, f"lora_{side}_stacked", ()) for side in "ab" for m in modules]
+        return [buffer.clone() for buffers in sides for buffer in buffers]
+
+    def break_something(self, slots: list[Any]) -> None:
+        faults, step = self.options.get("faults", []), self.trainer.state.global_step
+        if not 1 <= step <= len(faults):
+            return
+        if faults[step - 1] == "plain_base":
+            self.engine.load_weights(list(self.plain_base()))
+            return
+        import slf_faults
+
+        engine = SimpleNamespace(inner_model=self.engine, engine=self.generation.llm.llm_engine)
+        accelerator, model = self.trainer.accelerator, self.trainer.model
+        seen = SimpleNamespace(engine=engine, accelerator=accelerator, model=model, _slf_previous_slots=slots)
+        getattr(slf_faults, faults[step - 1])(seen)
+
+    def plain_base(self) -> Any:
+        for name, parameter in self.trainer.model.named_parameters():
+            if "lora_" not in name:
+                yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.data
 
     def write(self, **fields: Any) -> None:
         with open(self.file, "a") as file:

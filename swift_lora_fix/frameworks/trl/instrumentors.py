@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from types import ModuleType
 
-from ...common.log import info
+from ...common.log import info, show
 from ...errors import MissingPackageError, UnsupportedReleaseError
 from ...install import contract, releases
 from ...install.instrumentor import Instrumentor
@@ -70,6 +70,7 @@ class Generation(Instrumentor):
         for patch_set, target in plans:
             patch_set.apply(target)
         self.arming.reason = f"in {module.__name__}"
+        show()
         if fresh:
             info(f"patched {module.__name__} of TRL {version}.")
 

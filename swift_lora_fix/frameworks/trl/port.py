@@ -347,11 +347,12 @@ def trl_name(name: str) -> str:
 
 def tuner_of(model: Any) -> str:
     """``lora`` when a LoRA is trained; otherwise what is, in words."""
-    configs = vars(model).get("peft_config")
-    if configs is None or DEFAULT_ADAPTER not in configs:
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
         return "full"
-    kind = configs[DEFAULT_ADAPTER].peft_type
-    return str(getattr(kind, "value", kind)).lower()
+    config = model.peft_config.get(DEFAULT_ADAPTER)
+    return config.peft_type.value.lower() if config is not None else f"none named {DEFAULT_ADAPTER}"
 
 
 def lora_arguments(model: Any, limits: Sequence[int]) -> dict[str, Any]:

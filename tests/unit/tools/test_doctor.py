@@ -107,10 +107,10 @@ def test_releases_that_nobody_has_tried(environment: Environment) -> None:
 @pytest.mark.parametrize(
     "missing, told",
     [
-        (SWIFT_NAMES, ["ms-swift"]),
+        ((*SWIFT_NAMES, "trl", "trl-*"), ["ms-swift", "trl"]),
         (VLLM_NAMES, ["vllm"]),
         (("peft", "peft-*", "trl", "trl-*"), ["peft", "trl"]),
-        ((*SWIFT_NAMES, *VLLM_NAMES, "torch", "torch-*"), ["ms-swift", "vllm", "torch"]),
+        ((*SWIFT_NAMES, *VLLM_NAMES, "torch", "torch-*", "trl", "trl-*"), ["ms-swift", "vllm", "torch", "trl"]),
     ],
 )
 def test_missing_packages(environment: Environment, missing: tuple[str, ...], told: list[str]) -> None:
