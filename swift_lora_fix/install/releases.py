@@ -388,9 +388,9 @@ ATTRIBUTES = (
 TRL_MODULE = "trl.generation.vllm_generation"
 TRL_TRAINER_MODULE = "trl.trainer.grpo_trainer"  # uses the trainer's names that we read, as its kin do
 TRL_HOOKS = (
-    Target("VLLMGeneration.__init__", names=("model", "accelerator", "processing_class", "mode")),
+    Target("VLLMGeneration.__init__", is_function=False),  # passed on as it is called; ``model`` and ``mode`` are read
     Target("VLLMGeneration.sync_weights"),
-    Target("VLLMGeneration.generate", names=("prompts", "num_generations", "profiler")),
+    Target("VLLMGeneration.generate", is_function=False),
     Target("LLM.__init__", names=("model", "enable_lora", "max_loras", "max_lora_rank")),
     Target("LLM.generate", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
 )

