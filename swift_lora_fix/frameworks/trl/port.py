@@ -50,7 +50,8 @@ def note_claim(trainer: Any, checkpoint: str | None) -> None:
 
 def port_of_engine(llm: Any) -> TrlTrainer | None:
     """The port of the trainer that ``llm`` makes rollouts for; None for any other engine of this process."""
-    return _ports.get(llm)
+    port = _ports.get(llm)
+    return port if port is not None and port._of() is not None else None
 
 
 class TrlTrainer:
