@@ -56,6 +56,7 @@ class Generation(Instrumentor):
             self._patch(module)
 
     def _patch(self, module: ModuleType) -> None:
+        show()
         version = _check_release()
         contract.check_trl(module)
         from .. import peft
@@ -70,7 +71,6 @@ class Generation(Instrumentor):
         for patch_set, target in plans:
             patch_set.apply(target)
         self.arming.reason = f"in {module.__name__}"
-        show()
         if fresh:
             info(f"patched {module.__name__} of TRL {version}.")
 

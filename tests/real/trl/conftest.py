@@ -73,9 +73,9 @@ class Run:
         return [json.loads(line) for line in (self.folder / "probe.jsonl").read_text().splitlines()]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What TRL logged, one record a step."""
+        """What TRL logged, one record a rollout. (After a resume its history has the steps before, too.)"""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "reward" in line]
+        return [line for line in lines if "reward" in line][-len(self.probes()) :]
 
     def checkpoint(self, step: int = CHECKPOINT_STEP) -> Path:
         return self.folder / "run" / f"checkpoint-{step}"
@@ -136,7 +136,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs TRL without ms-swift: scripts/setup --trl"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # from the first test on, beside those that need none
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     keep = os.environ.get("SLF_E2E_FOLDER")
     runs = Runs(Path(keep) if keep else tmp_path_factory.mktemp("trl"))
