@@ -219,8 +219,11 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
 
 def main(folder: Path, options: dict[str, Any]) -> None:
     trainer = build(folder, options)
-    Probe(trainer, folder / "probe.jsonl", options)
+    rank = trainer.accelerator.process_index
+    Probe(trainer, folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}", options)
     trainer.train(resume_from_checkpoint=options.get("resume"))
+    if rank:
+        return
     with open(folder / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for line in trainer.state.log_history)
 
