@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from swift_lora_fix import arming
+from swift_lora_fix import session as sessions
 from swift_lora_fix.frameworks.trl import hooks
+from swift_lora_fix.frameworks.trl import port as ports
 from swift_lora_fix.frameworks.trl.port import TrlTrainer
+from tests.support.peft_models import peft_model
 
 
 class Llm:
@@ -120,3 +128,69 @@ def test_without_a_session_stock_trl_runs(generation: Generation) -> None:
     generation.sync_weights()
     assert generation.generate() == "rollouts"
     assert generation.calls == ["stock sync", *["reload_weights"] * generation.enable_sleep_mode, "rollout"]
+
+
+@pytest.mark.parametrize(
+    "mode, kind, reason",
+    [
+        ("server", "MULTI_GPU", "vllm_mode is 'server', and under TRL only 'colocate' is served"),
+        ("colocate", "FSDP", "the model is sharded by FSDP"),
+        ("colocate", "DEEPSPEED", "the model is sharded by DeepSpeed ZeRO-3"),
+    ],
+)
+def test_what_is_not_tried_is_left_alone_and_said(
+    mode: str, kind: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    plugin = SimpleNamespace(zero_stage=3) if kind == "DEEPSPEED" else None
+    made = Generation(sleeps=False)
+    made.mode, made.model = mode, peft_model()  # type: ignore[attr-defined]
+    made.accelerator = SimpleNamespace(  # type: ignore[attr-defined]
+        distributed_type=SimpleNamespace(name=kind), state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+
+    def construct(model: Any, accelerator: Any = None, mode: str = "colocate") -> None: ...
+
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        hooks._make_generation(construct, made, (made.model,), {"mode": mode})  # type: ignore[attr-defined]
+    assert len(caplog.messages) == 1 and reason in caplog.messages[0] and "TRL's own weight sync" in caplog.messages[0]
+    assert sessions.session_of(made) is None
+
+
+def test_an_engine_gets_lora_layers_only_while_trl_makes_it_and_only_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def construct(**kwargs: Any) -> None:
+        made.append(kwargs)
+
+    with ports.making_engine({"enable_lora": True}):
+        hooks._make_engine(construct, None, (), {"model": "m"})
+    hooks._make_engine(construct, None, (), {"model": "m"})
+    assert made == [{"model": "m", "enable_lora": True}, {"model": "m"}]
+    monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "fused")
+    assert hooks._engine_arguments(peft_model()) == {}
+    monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "adapter")
+    assert hooks._engine_arguments(torch.nn.Linear(2, 2)) == {}, "nothing is served to full-parameter training"
+
+
+@pytest.mark.parametrize(
+    "loaded, swift, trl, for_trl",
+    [
+        ((), "4.6.0", "0.29.1", False),
+        (("trl",), "4.6.0", "0.29.1", True),
+        (("trl", "swift"), "4.6.0", "0.29.1", False),
+        ((), None, "1.16.0", True),
+        ((), None, None, False),
+    ],
+)
+def test_apply_is_for_trl_in_a_script_of_trls(
+    loaded: tuple[str, ...], swift: str | None, trl: str | None, for_trl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("trl", "swift"):
+        if name in loaded:
+            monkeypatch.setitem(sys.modules, name, sys)
+        else:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(arming.releases, "installed_swift", lambda: swift)
+    monkeypatch.setattr(arming.releases, "installed_trl", lambda: trl)
+    assert arming._is_for_trl() == for_trl
