@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "plugins"))
 import slf_cpu_shims  # noqa: E402, F401
 import slf_grow  # noqa: E402, F401
+import slf_sleep_shims  # noqa: E402, F401
 
 NEW_TOKENS = 12
 
@@ -70,24 +71,29 @@ class Probe:
         def rollout(*args: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step == options.get("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            found = generate(*args, **kwargs)
-            if not self.generation.enable_sleep_mode:
-                self.record(found)
-            return found
+            return generate(*args, **kwargs)
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            """The engine may sleep as soon as TRL has its answers."""
+            outputs = self.ask(*args, **kwargs)
+            self.record([list(output.outputs[0].token_ids) for output in outputs])
+            return outputs
 
         BaseTuner.merge_adapter = counted
+        self.ask = self.generation.llm.generate
+        self.generation.llm.generate = answered
         self.generation.sync_weights, self.generation.generate = synchronize, rollout
 
     def lora(self) -> dict[str, Any]:
         return {n: p.detach().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
-    def record(self, found: Any) -> None:
+    def record(self, completions: list[list[int]]) -> None:
         from vllm import SamplingParams
 
         tokenizer = self.trainer.processing_class
         ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
         how = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0)
-        outputs = self.generation.llm.generate([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False)
+        outputs = self.ask([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False)
         gaps, effects, tokens = [], [], []
         for output in outputs:
             answer = list(output.outputs[0].token_ids)
@@ -109,7 +115,7 @@ class Probe:
             merges=self.merges,
             seconds=self.seconds,
             tokens=tokens,
-            completions=found[1],
+            completions=completions,
         )
 
     def score(self, prompt: list[int], answer: list[int]) -> tuple[list[float], list[float]]:

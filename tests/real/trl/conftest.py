@@ -119,6 +119,9 @@ class Runs:
             options["faults"] = [fault.strip() for fault in faults]
             environment["SWIFT_LORA_FIX_ON_MISMATCH"] = "repair"
             arguments.update(max_steps=len(faults) + 1, save_steps=100)
+        if "sleeping" in name:
+            options["adapter"] = str(self.futures["killed"].result().checkpoint())
+            arguments.update(max_steps=3, save_steps=100, vllm_enable_sleep_mode=True)
         if name == "rloo":
             options.update(trainer="RLOO", lora={"use_dora": True, "modules_to_save": ["lm_head"]})
             arguments.update(max_steps=3, save_steps=100)
@@ -126,8 +129,9 @@ class Runs:
 
 
 # In the order in which they start; and what each needs.
-SCENARIOS = ("killed", "uninterrupted", "adapter_faults", "adapter_resumed", "resumed", "faults", "stock", "rloo")
-NEEDS = {name: ("killed",) for name in ("resumed", "adapter_resumed", "adapter_faults", "faults")}
+NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping")
+SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo")
+NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
