@@ -1,5 +1,7 @@
-"""Test-only shim: vLLM's engine sleeps on a CPU, where it has no sleep mode. Level 2 discards what a GPU would lose: the
-weights and the LoRA slots, which become NaN. Buffers are kept, as vLLM keeps them."""
+"""Test-only shim: vLLM's engine sleeps on a CPU, where it has no sleep mode.
+
+Level 2 discards what a GPU would lose: the weights and the LoRA slots, which become NaN. Buffers stay, as vLLM's do.
+"""
 
 import wrapt
 
