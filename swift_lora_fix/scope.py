@@ -40,8 +40,7 @@ def decide(trainer: TrainerPort) -> Scope:
         return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'", trainer)
     if asked == "adapter" and not trainer.engine_has_lora:
         raise SettingsError(
-            f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: {trainer.words.with_lora} before the engine is "
-            "made, or unset it."
+            f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add {trainer.words.with_lora}, or unset it."
         )
     if trainer.engine_has_lora and asked != "fused":
         is_open = asked == "auto"

@@ -61,7 +61,7 @@ class LearnerPort:
         assert learner is not None
         return learner
 
-    words = Words("the framework", with_lora="with LoRA layers", without_lora="without")
+    words = Words("the framework", with_lora="--vllm_enable_lora true", without_lora="--vllm_enable_lora false")
     model = property(lambda self: self.learner.policy)
     device = torch.device("cpu")
     step = property(lambda self: self.learner.updates)
