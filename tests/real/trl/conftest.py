@@ -55,6 +55,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-u", "-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
         fixed = {"PYTHONPATH": str(driver.REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
+        fixed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(driver.free_port())}  # runs are made side by side
         with open(self.folder / "log.txt", "w") as log:
             process = driver.launch(command, {**fixed, **self.environment}, driver.REPOSITORY, log)
             try:
