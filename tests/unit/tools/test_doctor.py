@@ -45,8 +45,8 @@ def test_this_environment_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     report = json.loads(done.stdout)  # nothing else is on standard output
     assert "INFO" not in done.stderr and "Warning" not in done.stderr, "what ms-swift prints at import is kept out"
     assert list(report) == [
-        "verdict", "exit_code", "framework", "versions", "vllm_distribution", "release", "defects", "patches", "plugin", "engine",
-        "environment", "problems", "advice",
+        "verdict", "exit_code", "framework", "versions", "vllm_distribution", "release", "defects", "patches", "plugin",
+        "engine", "environment", "problems", "advice",
     ]  # fmt: skip
     assert all(f"    {key}  " in str(facts.__doc__) or f"{key}:" in str(facts.__doc__) for key in report)
     assert report["verdict"] == "ready" and report["problems"] == report["advice"] == []
