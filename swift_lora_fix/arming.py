@@ -1,4 +1,4 @@
-"""When ms-swift is patched: lazily after this package is imported (armed), or at once by ``apply()``."""
+"""When ms-swift or TRL is patched: lazily after this package is imported (armed), or at once by ``apply()``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .common.log import info
 from .common.settings import Settings
 from .errors import SwiftLoraFixError
 from .frameworks.swift.instrumentors import Megatron, Peft, Ray, Rewrite, RolloutServer, Scoring, Trainer, Tuners
+from .frameworks.trl.instrumentors import Generation, is_ms_swift
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
@@ -21,8 +22,10 @@ _scoring = Scoring(_arming)
 _tuners = Tuners(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
+_trl = Generation(_arming)
+TRL = "trl"
 # vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
-_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming))
+_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming), _trl)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Status:
     applied: bool
     reason: str
     ms_swift: str | None
+    trl: str | None
     vllm: str | None
     defects: tuple[str, ...]
     patches: dict[str, str]
@@ -45,7 +49,8 @@ class Status:
 
     def __str__(self) -> str:
         lines = [f"swift_lora_fix: {'applied' if self.applied else 'not applied'} ({self.reason})"]
-        lines.append(f"ms-swift {self.ms_swift}, vLLM {self.vllm}; known defects: {', '.join(self.defects) or 'none'}")
+        versions = f"ms-swift {self.ms_swift}, TRL {self.trl}, vLLM {self.vllm}"
+        lines.append(f"{versions}; known defects: {', '.join(self.defects) or 'none'}")
         lines += [f"  {target}: {state}" for target, state in self.patches.items()]
         if self.run:
             lines += [f"  {name}: {value}" for name, value in self.run.items()]
@@ -65,29 +70,30 @@ def is_console_script() -> bool:
 
 
 def arm() -> None:
-    """Patch as soon as ms-swift's rollout module is loaded; at once if it already is.
+    """Patch as soon as ms-swift's rollout module, or TRL's generation with vLLM, is loaded; at once if it already is.
 
-    If patching turns out to be impossible, one warning says why and ms-swift runs unpatched.
+    If patching turns out to be impossible, one warning says why and ms-swift, or TRL, runs unpatched.
     Raises SettingsError when a setting of this package has an invalid value.
     """
     if not Settings.from_environment().enabled:
         _arming.reason = "switched off by SWIFT_LORA_FIX"
         return
-    _arming.arm("armed; ms-swift's rollout module is not loaded yet")
+    _arming.arm("armed; neither ms-swift's rollout module nor TRL's generation is loaded yet")
     for instrumentor in _instrumentors:
         instrumentor.watch()
 
 
 def apply(mode: str | None = None) -> Status:
-    """Patch ms-swift now, all or nothing. A second call changes nothing.
+    """Patch ms-swift now, all or nothing; or TRL, in a script that imported TRL and not ms-swift, and where ms-swift is
+    not installed. A second call changes nothing.
 
     Args:
         mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
 
     Raises:
         SettingsError: no such mode.
-        MissingPackageError: ms-swift, vLLM or PEFT is not installed.
-        UnsupportedReleaseError: ms-swift is older than 3.10.0.
+        MissingPackageError: ms-swift (and TRL), vLLM or PEFT is not installed.
+        UnsupportedReleaseError: ms-swift is older than 3.10.0, TRL older than 0.28.0.
         ContractError: a target is missing or has another signature; names the release, the target and what to do.
         UnsupportedTrainerError: this process runs a Megatron trainer.
     """
@@ -98,15 +104,25 @@ def apply(mode: str | None = None) -> Status:
         return status()
     try:
         _megatron.check_absent()
-        _trainer.apply()
+        (_trl if _is_for_trl() else _trainer).apply()
         arm()
         _arming.by_name = True
     except SwiftLoraFixError as error:
-        if not _trainer.is_instrumented:
+        if not _is_applied():
             _peft.uninstrument()
             _arming.disarm(f"apply() failed: {error}")
         raise
     return status()
+
+
+def _is_for_trl() -> bool:
+    if is_ms_swift() or releases.installed_trl() is None:
+        return False
+    return TRL in sys.modules or releases.installed_swift() is None
+
+
+def _is_applied() -> bool:
+    return _trainer.is_instrumented or _trl.is_instrumented
 
 
 def remove() -> Status:
@@ -128,16 +144,22 @@ def remove() -> Status:
 
 def status() -> Status:
     """What is patched in this process, and the state of the newest run. Imports nothing."""
-    version = releases.installed_swift()
-    family = releases.family_of(version) if version else None
+    version, trl = releases.installed_swift(), releases.installed_trl()
+    defects: tuple[releases.Defect, ...] = ()
+    if _trl.is_instrumented or version is None:
+        trl_family = releases.trl_family_of(trl) if trl else None
+        defects = trl_family.defects if trl_family else ()
+    elif (family := releases.family_of(version)) is not None:
+        defects = family.defects
     return Status(
         enabled=Settings.from_environment().enabled,
         armed=_arming.armed,
-        applied=_trainer.is_instrumented,
+        applied=_is_applied(),
         reason=_arming.reason,
         ms_swift=version,
+        trl=trl,
         vllm=releases.installed_vllm(),
-        defects=tuple(defect.key for defect in family.defects) if family else (),
+        defects=tuple(defect.key for defect in defects),
         patches={target: state for each in _instrumentors for target, state in each.status().items()},
         run=_run(),
     )

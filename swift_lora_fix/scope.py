@@ -29,24 +29,24 @@ class Scope:
 
 
 def decide(trainer: TrainerPort) -> Scope:
-    """Decide from the trainer as ms-swift prepared it. ``Scope.reason`` is one line for the log.
+    """Decide from the trainer as its framework prepared it. ``Scope.reason`` is one line for the log.
 
-    Raises SettingsError when SWIFT_LORA_FIX_MODE and --vllm_enable_lora contradict each other; UnsupportedAdapterError
-    when it asks for fused mode but the weights cannot be rewritten (quantised, tied).
+    Raises SettingsError when SWIFT_LORA_FIX_MODE and the engine's LoRA layers contradict each other;
+    UnsupportedAdapterError when it asks for fused mode but the weights cannot be rewritten (quantised, tied).
     """
     if not trainer.uses_vllm:
-        return _aside("rollouts do not use vLLM")
+        return _aside("rollouts do not use vLLM", trainer)
     if trainer.tuner not in TUNERS:
-        return _aside(f"the tuner is {trainer.tuner!r}, not {' or '.join(map(repr, TUNERS))}")
+        return _aside(f"the tuner is {trainer.tuner!r}, not {' or '.join(map(repr, TUNERS))}", trainer)
     settings = Settings.from_environment()
     asked = settings.mode
     if trainer.engine_place == "server":
         return _for_servers(trainer, settings)
     if trainer.engine_place != "colocate":
-        return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'")
+        return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'", trainer)
     if asked == "adapter" and not trainer.engine_has_lora:
         raise SettingsError(
-            "SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add --vllm_enable_lora true, or unset it."
+            f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add {trainer.words.with_lora}, or unset it."
         )
     towers = _towers_without_layers(trainer) if trainer.engine_has_lora and not asked else []
     if towers and why_not_fused(trainer) is None:
@@ -71,7 +71,7 @@ def decide(trainer: TrainerPort) -> Scope:
         )
     if asked == "fused":
         raise UnsupportedAdapterError(f"SWIFT_LORA_FIX_MODE='fused' cannot be had: {problem}.")
-    return _aside(f"the fused mode cannot be had, {problem}")
+    return _aside(f"the fused mode cannot be had, {problem}", trainer)
 
 
 def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
@@ -86,7 +86,7 @@ def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
     if problem is not None:
         if settings.transport:
             raise SettingsError(f"SWIFT_LORA_FIX_TRANSPORT={settings.transport!r} cannot be had: {problem}.")
-        return _aside(problem)
+        return _aside(problem, trainer)
     return Scope(True, "armed, server mode: rollout servers get the adapter, and the base where theirs is another.")
 
 
@@ -112,7 +112,7 @@ def why_not_fused(trainer: TrainerPort) -> str | None:
     if obstacle is None:
         return None
     if _can_be_apart(trainer):
-        return f"{obstacle}. Use --vllm_enable_lora true, with which the adapter stays apart"
+        return f"{obstacle}. Use {trainer.words.with_lora}, with which the adapter stays apart"
     return (
         f"{obstacle}. Nor can vLLM's LoRA layers serve this adapter: train it without that, or on what is not "
         "quantised, tied or packed"
@@ -138,5 +138,5 @@ def _obstacle(trainer: TrainerPort) -> str | None:
     return None
 
 
-def _aside(why: str) -> Scope:
-    return Scope(False, f"stepping aside: {why}. ms-swift's own weight sync runs unchanged.")
+def _aside(why: str, trainer: TrainerPort) -> Scope:
+    return Scope(False, f"stepping aside: {why}. {trainer.words.framework}'s own weight sync runs unchanged.")

@@ -83,8 +83,21 @@ class RolloutPort(Protocol):
         per second. Like ``ask`` it leaves the run's state unchanged."""
 
 
+@dataclass(frozen=True)
+class Words:
+    """How a framework's users call things, for messages. with_lora, without_lora: what they set to have an engine with
+    LoRA layers, or one without."""
+
+    framework: str
+    with_lora: str
+    without_lora: str
+
+
 class TrainerPort(Protocol):
     """One trainer, as this package sees it. It must not keep the trainer alive."""
+
+    @property
+    def words(self) -> Words: ...
 
     # ---- who it is ---------------------------------------------------------------------------------------------------
 

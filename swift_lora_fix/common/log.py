@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 logger = logging.getLogger("swift.lora_fix")
 
@@ -13,3 +14,14 @@ def info(message: str) -> None:
 
 def warning(message: str) -> None:
     logger.warning(message)
+
+
+def show() -> None:
+    """Without ms-swift nobody shows these lines. INFO on the main rank, warnings elsewhere; to stderr where no handler
+    is set. A level that a program gave this logger stays."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(levelname)s:%(name)s] %(message)s"))
+        logger.addHandler(handler)

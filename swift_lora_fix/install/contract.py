@@ -31,6 +31,27 @@ def check_scoring(module: ModuleType) -> None:
         raise ContractError(f"{module.__name__} of {_release()}: {'; '.join(problems)}. {_what_to_do()}")
 
 
+def check_trl(module: ModuleType) -> None:
+    """Raise ContractError as ``check`` does, for TRL's ``VLLMGeneration`` and the names that TRL's port uses."""
+    problems = [problem for target in releases.TRL_HOOKS if (problem := _problem(module, target))]
+    sources = [_source(name) for name in (module.__name__, releases.TRL_TRAINER_MODULE)]
+    problems += [f"{name} is not used by it any more" for name in unused(sources, releases.TRL_ATTRIBUTES)]
+    if problems:
+        raise ContractError(f"{module.__name__} of TRL {releases.installed_trl()}: {'; '.join(problems)}. {_no_trl()}")
+
+
+def no_trl_module() -> ContractError:
+    """The error for a TRL whose generation with vLLM lies elsewhere."""
+    return ContractError(f"TRL {releases.installed_trl()} has no {releases.TRL_MODULE}. {_no_trl()}")
+
+
+def _no_trl() -> str:
+    return (
+        f"swift_lora_fix knows TRL {releases.OLDEST_TRL} to {releases.NEWEST_TRL}; nothing was patched. Upgrade "
+        "swift-lora-fix, install a TRL that it knows, or set SWIFT_LORA_FIX=off to run without it."
+    )
+
+
 def not_found(modules: Sequence[str]) -> ContractError:
     """The error for a release with none of the modules that have held the rollout class so far."""
     return ContractError(f"{_release()} has none of {', '.join(modules)}. {_what_to_do()}")
@@ -53,11 +74,14 @@ def _name_of(node: ast.AST) -> str | None:
 
 
 def _sources(rollout_module: str) -> Iterator[ast.Module]:
-    for name in releases.trainer_modules(rollout_module):
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise not_found((name,))
-        yield ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return map(_source, releases.trainer_modules(rollout_module))
+
+
+def _source(name: str) -> ast.Module:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise not_found((name,))
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def _problem(module: ModuleType, target: releases.Target) -> str | None:

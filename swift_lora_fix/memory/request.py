@@ -31,12 +31,14 @@ class Content:
 
     digest: of its bytes, once they were in a segment. version: the engine's name for it: the digest, or a random one if
         it was written without a segment.
+    is_kept: vLLM's worker in this process is to keep these very tensors, not copies from the segment.
     """
 
     config: dict[str, Any]
     tensors: Mapping[str, torch.Tensor]
     digest: str | None = None
     version: str | None = None
+    is_kept: bool = False
 
     def publish(self, dtype: torch.dtype | None = None) -> segment.Segment:
         """Put it into shared memory, for an engine with this LoRA dtype. Raises AdapterRequestError when the tensors

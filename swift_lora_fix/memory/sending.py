@@ -23,7 +23,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 from ..errors import UnsupportedAdapterError
-from .loading import unmark
+from .loading import substitute, unmark
 from .request import Content, has_tensors
 from .segment import DTYPES, Address, Segment
 
@@ -212,8 +212,13 @@ def add_lora(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -
     ledger.check(call.request)
     if ledger.has(call.request) and not call.request.load_inplace and not ledger.may_evict:
         return True
-    with ledger.published(call.request, ledger.publish(call.request.content)), ledger.loading(call.request) as plain:
-        return call.with_request(plain)
+    content = call.request.content
+    with ledger.published(call.request, ledger.publish(content)), ledger.loading(call.request) as plain:
+        token = substitute.set(content.tensors if content.is_kept else substitute.get())
+        try:
+            return call.with_request(plain)
+        finally:
+            substitute.reset(token)
 
 
 async def add_lora_async(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:

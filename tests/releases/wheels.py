@@ -1,4 +1,4 @@
-"""The published ms-swift releases and their source, from the package index through pip, cached."""
+"""The published releases of ms-swift and TRL and their source, from the package index through pip, cached."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from swift_lora_fix.install import releases
 
 CACHE = Path(os.environ.get("SWIFT_LORA_FIX_WHEELS") or Path(__file__).parents[2] / ".cache" / "wheels")
 PARALLEL_DOWNLOADS = 8
+SWIFT, TRL = releases.SWIFT_DISTRIBUTION, releases.TRL_DISTRIBUTION
 
 
 class Wheel:
@@ -39,6 +40,13 @@ class Wheel:
         if module not in self._trees:
             self._trees[module] = ast.parse(self._archive.read(module.replace(".", "/") + ".py"))
         return self._trees[module]
+
+    def extras(self, extra: str, package: str) -> str:
+        """What its optional requirement ``extra`` allows of ``package``, as a version specifier."""
+        (metadata,) = [name for name in self._archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = self._archive.read(metadata).decode()
+        (found,) = re.findall(rf"^Requires-Dist: {package}([<>=][^;]*); extra == .{extra}.$", text, re.MULTILINE)
+        return str(found).strip()
 
     @property
     def layout(self) -> releases.Layout:
@@ -74,49 +82,55 @@ def pip(*arguments: str) -> str:
 
 
 @cache
-def published() -> tuple[tuple[str, ...], str]:
+def published(distribution: str = SWIFT) -> tuple[tuple[str, ...], str]:
     """Supported releases, oldest first, and why the index could not be read ('' if it was).
 
     Without the index the cached wheels stand in.
     """
     try:
-        listing = pip("index", "versions", releases.SWIFT_DISTRIBUTION)
+        listing = pip("index", "versions", distribution)
         match = re.search(r"^Available versions:(.*)$", listing, re.MULTILINE)
         if match is None:
             raise RuntimeError(f"pip index versions: no versions in {listing!r}")
         found, error = [version.strip() for version in match.group(1).split(",")], ""
     except (RuntimeError, subprocess.TimeoutExpired) as problem:
-        found, error = [path.name.split("-")[1] for path in CACHE.glob("ms_swift-*.whl")], str(problem)
-    supported = {version for version in found if not releases.is_too_old(version)}
+        found, error = [path.name.split("-")[1] for path in CACHE.glob(f"{_file(distribution)}-*.whl")], str(problem)
+    is_too_old = releases.is_trl_too_old if distribution == TRL else releases.is_too_old
+    supported = {version for version in found if not is_too_old(version)}
     return tuple(sorted(supported, key=Version)), error
 
 
-def cached(version: str) -> Path | None:
-    return next(CACHE.glob(f"ms_swift-{version}-*.whl"), None)
+def _file(distribution: str) -> str:
+    """How the names of its wheels begin."""
+    return distribution.replace("-", "_")
 
 
-def download(version: str) -> None:
+def cached(version: str, distribution: str = SWIFT) -> Path | None:
+    return next(CACHE.glob(f"{_file(distribution)}-{version}-*.whl"), None)
+
+
+def download(version: str, distribution: str = SWIFT) -> None:
     """Fetch one wheel into the cache; whole or not at all, so that two runs may share the cache."""
-    if cached(version) is not None:
+    if cached(version, distribution) is not None:
         return
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        requirement = f"{releases.SWIFT_DISTRIBUTION}=={version}"
+        requirement = f"{distribution}=={version}"
         pip("download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", folder, requirement)
         (wheel,) = Path(folder).glob("*.whl")
         shutil.move(wheel, CACHE / wheel.name)
 
 
-def download_all(versions: tuple[str, ...]) -> None:
+def download_all(versions: tuple[str, ...], distribution: str = SWIFT) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
-    missing = [version for version in versions if cached(version) is None]
+    missing = [version for version in versions if cached(version, distribution) is None]
     if missing:
-        print(f"fetching {len(missing)} ms-swift wheels (about 1 MB each) into {CACHE}", file=sys.__stderr__)
+        print(f"fetching {len(missing)} {distribution} wheels (about 1 MB each) into {CACHE}", file=sys.__stderr__)
     with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-        list(pool.map(download, missing))
+        list(pool.map(download, missing, [distribution] * len(missing)))
 
 
 @cache
-def wheel(version: str) -> Wheel:
-    path = cached(version)
-    assert path is not None, f"the wheel of ms-swift {version} is not in {CACHE}"
+def wheel(version: str, distribution: str = SWIFT) -> Wheel:
+    path = cached(version, distribution)
+    assert path is not None, f"the wheel of {distribution} {version} is not in {CACHE}"
     return Wheel(path)

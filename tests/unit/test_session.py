@@ -321,6 +321,7 @@ def test_a_session_does_not_keep_its_trainer_alive(engine: FakeEngine) -> None:
 def test_release_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     import swift_lora_fix
 
+    monkeypatch.setattr(releases, "installed_trl", lambda: None)
     monkeypatch.setattr(releases, "installed_swift", lambda: "3.9.3")
     with pytest.raises(errors.UnsupportedReleaseError, match="3.9.3 is older than 3.10.0"):
         swift_lora_fix.apply()

@@ -1,4 +1,4 @@
-"""The hooks into ms-swift and PEFT. No logic here: each calls the session of its trainer."""
+"""The hooks into ms-swift. No logic here: each calls the session of its trainer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, Callable
 
 from ... import session as sessions
 from ...install.registry import Patch, PatchSet
-from ...policy import origin
 from ...policy.files import check_start
 from ...server.trainer.remote import prepare_client
 from .port import SwiftBatch, SwiftRollout, SwiftTrainer, tag
@@ -79,16 +78,6 @@ def _prepare_batch_inputs(wrapped: Callable[..., Any], trainer: Any, args: Args,
     return batches
 
 
-def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Args, kwargs: Kwargs) -> Any:
-    result = wrapped(*args, **kwargs)
-    origin.record_load(model, *_adapter_and_folder(*args, **kwargs))
-    return result
-
-
-def _adapter_and_folder(model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> tuple[str, Any]:
-    return adapter_name, model_id
-
-
 def _from_pretrained(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
     check_start(_start_folder(*args, **kwargs))
     return wrapped(*args, **kwargs)
@@ -126,18 +115,6 @@ ROLLOUT = PatchSet(
             _engine_infer,
             why="without the adapter in the engine, rollouts silently come from the base model",
             goes_when="ms-swift refuses a rollout whose adapter is not loaded",
-        ),
-    ),
-)
-
-PEFT = PatchSet(
-    "PEFT adapter loads",
-    (
-        Patch(
-            "PeftModel.load_adapter",
-            _load_adapter,
-            why="nothing else tells at the first sync which file the trainer's adapter was read from",
-            goes_when="ms-swift or PEFT keeps the folder an adapter was loaded from",
         ),
     ),
 )

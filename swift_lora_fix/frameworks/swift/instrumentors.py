@@ -29,11 +29,11 @@ class Peft(Instrumentor):
 
     def plan(self) -> ModuleType:
         """Resolve the target and return its module. Raises ContractError if it is missing."""
-        from . import hooks
+        from .. import peft
 
-        self.patch_sets = (hooks.PEFT,)
+        self.patch_sets = (peft.LOADS,)
         module = importlib.import_module(PEFT_MODULE)
-        hooks.PEFT.plan(module)
+        peft.LOADS.plan(module)
         return module
 
     def instrument(self, module: ModuleType) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ...common.log import info
+from ...common.shadowing import do_nothing, holding, shadowed
 from ...engine.vllm.fitting import TOWER_OPTION
 from ...engine.vllm.room import needed
 from ...errors import UnsupportedTrainerError
@@ -26,11 +27,15 @@ from ...install import releases
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
 from ...server.wire import PROBE
-from ...trainer import Answer, Load, Scored, Weights
+from ...trainer import Answer, Load, Scored, Weights, Words
+
+WORDS = Words("ms-swift", with_lora="--vllm_enable_lora true", without_lora="--vllm_enable_lora false")
 
 
 class SwiftTrainer:
     """A trainer that is built on ms-swift's ``RolloutTrainerMixin`` (GRPO, GKD)."""
+
+    words = WORDS
 
     def __init__(self, trainer: Any) -> None:
         self._of = weakref.ref(trainer)
@@ -271,7 +276,7 @@ class SwiftTrainer:
         own_load = trainer._load_state_dict_to_vllm
         shadows: dict[str, Callable[..., Any]] = {
             "_load_state_dict_to_vllm": lambda weights: load(own_load, weights),
-            "_move_adapter_to_vllm": _do_nothing,
+            "_move_adapter_to_vllm": do_nothing,
         }
         if hasattr(trainer, "_process_state_dict_for_vllm"):  # from 3.12 on; FSDP2's whole copies pass through it
             own_rename = trainer._process_state_dict_for_vllm
@@ -283,7 +288,7 @@ class SwiftTrainer:
             shadows["_process_state_dict_for_vllm"] = rename
         if hasattr(trainer, "_merge_lora_into_state_dict"):  # FSDP2's substitute for merge_adapter
             shadows["_merge_lora_into_state_dict"] = _without_lora
-        merges = {"merge_adapter": _do_nothing, "unmerge_adapter": _do_nothing}
+        merges = {"merge_adapter": do_nothing, "unmerge_adapter": do_nothing}
         with shadowed(trainer, **shadows), shadowed(trainer.model, **merges):
             trainer._move_full_model_to_vllm()
 
@@ -489,35 +494,6 @@ def _probe_config(like: Any, new_tokens: int) -> Any:
     return altered(like, structured_outputs_regex=None, **sampling, **answer)
 
 
-@contextlib.contextmanager
-def shadowed(target: Any, **replacements: Callable[..., Any]) -> Iterator[None]:
-    """Replace methods of one object; the class and all other objects keep theirs."""
-    attributes = vars(target)
-    taken = [name for name in replacements if name in attributes]
-    if taken:
-        raise AssertionError(f"{type(target).__name__} already shadows {taken}")
-    attributes.update(replacements)
-    try:
-        yield
-    finally:
-        for name in replacements:
-            del attributes[name]
-
-
-@contextlib.contextmanager
-def holding(target: Any, *names: str, **values: Any) -> Iterator[None]:
-    """Set attributes of an object to ``values``. At the end these and ``names`` are restored, or deleted if new."""
-    attributes = vars(target)
-    kept = {name: attributes[name] for name in (*names, *values) if name in attributes}
-    attributes.update(values)
-    try:
-        yield
-    finally:
-        attributes.update(kept)
-        for name in {*names, *values} - set(kept):
-            attributes.pop(name, None)
-
-
 def on_device(value: Any, device: torch.device) -> Any:
     """``value`` with all tensors on ``device``, in nested mappings and lists too."""
     if isinstance(value, torch.Tensor):
@@ -535,10 +511,6 @@ def _end_of(part: Sequence[int], ids: Sequence[int]) -> int:
         if list(ids[end - len(part) : end]) == list(part):
             return end
     raise UnsupportedTrainerError("ms-swift's template does not write an answer's token ids into the row it trains on.")
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _without_lora(state_dict: Weights) -> dict[str, torch.Tensor]:

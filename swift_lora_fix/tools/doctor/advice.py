@@ -28,10 +28,16 @@ def about_settings(patches: Patches, variables: Sequence[Variable]) -> Iterator[
             yield f"{variable.name} is no setting, so it does nothing; there are {', '.join(known_settings())}."
 
 
-def about_release(swift: str | None) -> Iterator[str]:
-    if swift is not None and not releases.is_too_old(swift) and releases.family_of(swift) is None:
+def about_release(framework: str, version: str | None) -> Iterator[str]:
+    if framework == "TRL":
+        oldest, newest = releases.OLDEST_TRL, releases.NEWEST_TRL
+        known = version is None or releases.is_trl_too_old(version) or releases.trl_family_of(version) is not None
+    else:
+        oldest, newest = releases.OLDEST_SUPPORTED, releases.NEWEST_KNOWN
+        known = version is None or releases.is_too_old(version) or releases.family_of(version) is not None
+    if not known:
         yield (
-            f"ms-swift {swift} is not in our table ({releases.OLDEST_SUPPORTED} to {releases.NEWEST_KNOWN}): whether "
+            f"{framework} {version} is not in our table ({oldest} to {newest}): whether "
             "it has the defects is not known here, and what the patches hook was checked by its shape alone. Look for "
             "a newer swift-lora-fix, and look at lora_sync/mismatch_mean in the first steps of a run."
         )

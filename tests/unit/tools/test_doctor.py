@@ -46,8 +46,8 @@ def test_this_environment_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     report = json.loads(done.stdout)  # nothing else is on standard output
     assert "INFO" not in done.stderr and "Warning" not in done.stderr, "what ms-swift prints at import is kept out"
     assert list(report) == [
-        "verdict", "exit_code", "versions", "vllm_distribution", "release", "defects", "patches", "plugin", "engine",
-        "environment", "problems", "advice",
+        "verdict", "exit_code", "framework", "versions", "vllm_distribution", "release", "defects", "patches", "plugin",
+        "engine", "environment", "problems", "advice",
     ]  # fmt: skip
     assert all(f"    {key}  " in str(facts.__doc__) or f"{key}:" in str(facts.__doc__) for key in report)
     assert report["verdict"] == "ready" and report["problems"] == report["advice"] == []
@@ -136,10 +136,10 @@ def test_releases_that_nobody_has_tried(environment: Environment) -> None:
 @pytest.mark.parametrize(
     "missing, told",
     [
-        (SWIFT_NAMES, ["ms-swift"]),
+        ((*SWIFT_NAMES, "trl", "trl-*"), ["ms-swift", "trl"]),
         (VLLM_NAMES, ["vllm"]),
         (("peft", "peft-*", "trl", "trl-*"), ["peft", "trl"]),
-        ((*SWIFT_NAMES, *VLLM_NAMES, "torch", "torch-*"), ["ms-swift", "vllm", "torch"]),
+        ((*SWIFT_NAMES, *VLLM_NAMES, "torch", "torch-*", "trl", "trl-*"), ["ms-swift", "vllm", "torch", "trl"]),
     ],
 )
 def test_missing_packages(environment: Environment, missing: tuple[str, ...], told: list[str]) -> None:

@@ -1,0 +1,182 @@
+"""The hooks into TRL, vLLM's ``LLM`` and transformers' ``Trainer``. No logic here: each calls the session.
+
+The order of a step: ``VLLMGeneration.sync_weights``, where TRL sees a new step; ``VLLMGeneration.generate``, and inside
+it ``LLM.generate``, when prompts are gathered and the engine is awake.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from typing import Any, Callable
+
+from ... import session as sessions
+from ...common.log import info
+from ...common.settings import Settings
+from ...install.registry import Patch, PatchSet
+from . import port as ports
+from .port import TrlRollout, TrlTrainer
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _make_generation(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: Kwargs) -> Any:
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    given.apply_defaults()
+    model, mode = given.arguments["model"], given.arguments["mode"]
+    with ports.making_engine(_engine_arguments(model) if mode == "colocate" else {}):
+        result = wrapped(*args, **kwargs)
+    port = TrlTrainer(generation)
+    problem = _why_not(port)
+    if problem:
+        info(f"stepping aside: {problem}. TRL's own weight sync runs unchanged.")
+        return result
+    port.note_engine()
+    sessions.begin(generation, port)
+    return result
+
+
+def _engine_arguments(model: Any) -> dict[str, Any]:
+    """LoRA layers, where the user asked for a mode that needs them."""
+    if Settings.from_environment().mode not in ("adapter", "auto") or ports.tuner_of(model) != "lora":
+        return {}
+    from vllm.config.lora import MaxLoRARanks
+
+    from ...memory import hooks as memory
+
+    memory.install()
+    return ports.lora_arguments(model, typing.get_args(MaxLoRARanks))
+
+
+def _why_not(port: TrlTrainer) -> str:
+    if port.engine_place != "colocate":
+        return f"vllm_mode is {port.engine_place!r}, and under TRL only 'colocate' is served"
+    if port.tuner == "lora" and port.sharding:
+        return f"the model is sharded by {port.sharding}, and a sync from there is not tried yet under TRL"
+    return ""
+
+
+def _make_engine(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
+    return wrapped(*args, **{**kwargs, **(ports.engine_arguments.get() or {})})
+
+
+def _sync_weights(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: Kwargs) -> Any:
+    session = sessions.session_of(generation)
+    if session is None or _port(session).is_pushing:
+        return wrapped(*args, **kwargs)
+    session.invalidate_if_lost()
+    _port(session).wake_weights()
+    session.synchronize()
+    _port(session).note_synced()
+    return None
+
+
+def _generate(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: Kwargs) -> Any:
+    session = sessions.session_of(generation)
+    if session is None:
+        return wrapped(*args, **kwargs)
+    port = _port(session)
+
+    def rollouts() -> Any:
+        if port.lacks_policy:
+            generation.sync_weights()
+        with port.keeping_weights():
+            try:
+                return wrapped(*args, **kwargs)
+            finally:
+                port.note_generated()
+
+    if not port.lacks_policy and not port.sleep_level:
+        session.invalidate_if_lost()
+    result = rollouts()
+    if session.after_rollout():
+        result = rollouts()
+        session.after_rollout()
+    return result
+
+
+def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
+    port = ports.port_of_engine(llm)
+    session = sessions.session_of(port.generation) if port is not None else None
+    if session is None or port is None:
+        return wrapped(*args, **kwargs)
+
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        return session.engine.generate(lambda: wrapped(*args, **{**port.request_fields(), **kwargs}))
+
+    session.before_rollout(TrlRollout(port, infer, *args, **kwargs))
+    return infer(*args, **kwargs)
+
+
+def _make_accelerator(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    result = wrapped(*args, **kwargs)
+    ports.note_trainer(trainer)
+    return result
+
+
+def _train(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    ports.note_claim(trainer, given.arguments.get("resume_from_checkpoint"))
+    return wrapped(*args, **kwargs)
+
+
+def _port(session: sessions.Session) -> TrlTrainer:
+    assert isinstance(session.trainer, TrlTrainer)
+    return session.trainer
+
+
+GENERATION = PatchSet(
+    "TRL generation",
+    (
+        Patch(
+            "VLLMGeneration.__init__",
+            _make_generation,
+            why="the scope is decided, and an adapter that cannot be served refused, before training starts",
+            goes_when="with the last of the others",
+        ),
+        Patch(
+            "VLLMGeneration.sync_weights",
+            _sync_weights,
+            why="the trainer's frozen base drifts, and a push that fails leaves the adapter merged into it",
+            goes_when="TRL sends the adapter, or merged weights, without merging into the trainer's model",
+            bypasses=("VLLMGeneration.sync_weights",),
+        ),
+        Patch(
+            "VLLMGeneration.generate",
+            _generate,
+            why="up to TRL 1.9 a sleeping engine wakes up with the weights of the model's files",
+            goes_when="TRL 1.9 is no longer supported",
+        ),
+        Patch(
+            "LLM.__init__",
+            _make_engine,
+            why="TRL has no argument for an engine with LoRA layers",
+            goes_when="GRPOConfig has one",
+        ),
+        Patch(
+            "LLM.generate",
+            _engine_generate,
+            why="TRL's requests name no adapter, and nothing checks what the engine holds",
+            goes_when="TRL's requests name the adapter, and a missing one is refused",
+        ),
+    ),
+)
+
+TRANSFORMERS = PatchSet(
+    "transformers trainer",
+    (
+        Patch(
+            "Trainer.create_accelerator_and_postprocess",
+            _make_accelerator,
+            why="VLLMGeneration does not know its trainer: step, metrics and checkpoint would be unknown",
+            goes_when="VLLMGeneration keeps its trainer, or is told the step",
+        ),
+        Patch(
+            "Trainer._inner_training_loop",
+            _train,
+            why="nothing else tells which checkpoint a run claims to resume from",
+            goes_when="transformers keeps it (TrainingArguments.resume_from_checkpoint is not it)",
+        ),
+    ),
+)

@@ -1,0 +1,382 @@
+"""TRL's trainer and its ``VLLMGeneration`` behind the port: the only file that reads their attributes.
+
+Each name of TRL's that is used here is in the contract (install/releases.py, ``TRL_ATTRIBUTES``), which is checked
+before anything is patched. ``VLLMGeneration`` (trl/generation/vllm_generation.py) holds model, accelerator and engine,
+but not its trainer: trainers are noted as they make their accelerator, which both share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from ...common.shadowing import do_nothing, shadowed
+from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
+from ...errors import UnsupportedAdapterError, UnsupportedTrainerError
+from ...policy.adapter import DEFAULT_ADAPTER
+from ...trainer import Answer, Load, Weights, Words
+
+PUSH_BYTES = 1 << 30  # so much is handed to vLLM at once: whole copies of sharded weights must not pile up
+WORDS = Words(
+    framework="TRL",
+    with_lora="SWIFT_LORA_FIX_MODE=adapter, set before the trainer is made",
+    without_lora="SWIFT_LORA_FIX_MODE=fused, or none (fused mode)",
+)
+
+_trainers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # by accelerator
+_claims: weakref.WeakKeyDictionary[Any, str | None] = weakref.WeakKeyDictionary()  # by trainer
+_ports: weakref.WeakKeyDictionary[Any, TrlTrainer] = weakref.WeakKeyDictionary()  # by the engine's ``LLM``
+
+# While a ``VLLMGeneration`` is made: what its engine needs beyond TRL's own arguments.
+engine_arguments: ContextVar[Mapping[str, Any] | None] = ContextVar("engine_arguments", default=None)
+
+
+def note_trainer(trainer: Any) -> None:
+    """Called when a transformers ``Trainer`` has made its accelerator."""
+    _trainers[trainer.accelerator] = weakref.ref(trainer)
+
+
+def note_claim(trainer: Any, checkpoint: str | None) -> None:
+    """Called when training begins: the checkpoint that it resumes from, resolved by transformers."""
+    _claims[trainer] = checkpoint
+
+
+def port_of_engine(llm: Any) -> TrlTrainer | None:
+    """The port of the trainer that ``llm`` makes rollouts for; None for any other engine of this process."""
+    port = _ports.get(llm)
+    return port if port is not None and port._of() is not None else None
+
+
+class TrlTrainer:
+    """A trainer of TRL's with a colocated engine. generation: its ``VLLMGeneration``, which is not kept alive."""
+
+    words = WORDS
+    offloads_model = False
+    is_asynchronous = False
+    server_client = None
+
+    def __init__(self, generation: Any) -> None:
+        self._of = weakref.ref(generation)
+        self.attaches_adapter = True
+        self.is_pushing = False  # TRL's own sync runs inside ours
+        self.must_sync = False
+        self._has_slept = False  # since the last sync
+
+    @property
+    def generation(self) -> Any:
+        generation = self._of()
+        assert generation is not None, "hooks are called by a generation that is alive"
+        return generation
+
+    @property
+    def trainer(self) -> Any:
+        """Raises UnsupportedTrainerError where no transformers ``Trainer`` has this accelerator."""
+        found = _trainers.get(self.generation.accelerator)
+        trainer = found() if found is not None else None
+        if trainer is None:
+            raise UnsupportedTrainerError(
+                "This VLLMGeneration belongs to no transformers Trainer that was made after swift_lora_fix was armed. "
+                "Import swift_lora_fix before the trainer is made."
+            )
+        return trainer
+
+    # ---- who it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.generation.accelerator.unwrap_model(self.generation.model)
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.generation.accelerator.device
+        return device
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer.state.global_step)
+
+    @property
+    def ranks(self) -> int:
+        return int(self.generation.accelerator.num_processes)
+
+    @property
+    def is_main_rank(self) -> bool:
+        return bool(self.generation.accelerator.is_main_process)
+
+    # ---- what its user asked for -------------------------------------------------------------------------------------
+
+    @property
+    def uses_vllm(self) -> bool:
+        return True  # VLLMGeneration is nothing else
+
+    @property
+    def tuner(self) -> str:
+        return tuner_of(self.generation.model)
+
+    @property
+    def engine_place(self) -> str:
+        return str(self.generation.mode)
+
+    @property
+    def sharding(self) -> str:
+        """How accelerate shards the model, where a sync from there was not tried yet; else ""."""
+        accelerator = self.generation.accelerator
+        if accelerator.distributed_type.name == "FSDP":
+            return "FSDP"
+        plugin = accelerator.state.deepspeed_plugin
+        return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else ""
+
+    @property
+    def engine_has_lora(self) -> bool:
+        return self.vllm_engine.vllm_config.lora_config is not None
+
+    @property
+    def sleep_level(self) -> int:
+        """TRL sleeps at level 2 after each rollout."""
+        return 2 if self.generation.enable_sleep_mode else 0
+
+    @property
+    def resume_from(self) -> str | None:
+        return _claims.get(self.trainer)
+
+    # ---- its engine --------------------------------------------------------------------------------------------------
+
+    @property
+    def vllm_engine(self) -> Any:
+        return self.generation.llm.llm_engine
+
+    def note_engine(self) -> None:
+        """Its ``LLM`` was made: that one's rollouts are this trainer's."""
+        _ports[self.generation.llm] = self
+
+    @property
+    def adapter_request_class(self) -> Any:
+        """vLLM itself takes folders only: ``swift_lora_fix.memory`` takes tensors."""
+        from ...memory.staged import StagedRequest
+
+        return StagedRequest
+
+    def attach_adapter(self, wanted: bool) -> None:
+        self.attaches_adapter = wanted
+
+    def request_fields(self) -> dict[str, Any]:
+        """What each of its rollout requests gets beside TRL's own arguments."""
+        if not (self.attaches_adapter and self.engine_has_lora):
+            return {}
+        from vllm.lora.request import LoRARequest
+
+        return {"lora_request": LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)}
+
+    # ---- what a probe must know --------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        from transformers import ProcessorMixin
+
+        processing = self.generation.processing_class
+        return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
+
+    @property
+    def longest_prompt(self) -> int | None:
+        return int(self.vllm_engine.vllm_config.model_config.max_model_len)
+
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
+        """The ids alone, padded on the right: TRL's rollouts are token ids, too."""
+        width = max(len(answer.prompt) + len(answer.tokens) for answer in answers)
+        rows = torch.zeros(3, len(answers), width, dtype=torch.int64)
+        ids, mask, labels = rows[0], rows[1], rows[2].fill_(-100)
+        for row, answer in enumerate(answers):
+            sequence = [*answer.prompt, *answer.tokens]
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+            labels[row, len(answer.prompt) : len(sequence)] = torch.tensor(answer.tokens)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        base: Any = self.model
+        known = inspect.signature(base.get_base_model().forward).parameters
+        if "use_cache" in known:
+            inputs["use_cache"] = False
+        if "logits_to_keep" in known:  # the first one kept predicts the first label
+            inputs["logits_to_keep"] = width - min(len(answer.prompt) for answer in answers) + 1
+        return inputs
+
+    # ---- what it is told to do ---------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Nothing: TRL lists the parameters anew at each sync."""
+
+    def send_base(self, load: Callable[[Load, Weights], Any], note: Callable[[Weights], None]) -> None:
+        """Send by TRL's own ``sync_weights``, which gathers and names the parameters on each release, and calls the
+        engine's ``load_weights`` for each. Merging before, unmerging after are shadowed on the model meanwhile. The
+        weights are handed on in groups, the last when TRL would unmerge: they are still gathered then."""
+        generation, engine = self.generation, EngineHandle(self.vllm_engine)
+        names = {trl_name(name): name for name, _ in generation.model.named_parameters() if "lora_" not in name}
+        own_load = engine.model.load_weights
+        waiting: dict[str, torch.Tensor] = {}
+
+        def hand_on(*args: Any, **kwargs: Any) -> None:
+            if waiting:
+                note({names[name]: value for name, value in waiting.items() if name in names})
+                load(lambda weights: own_load(weights.items()), dict(waiting))
+                waiting.clear()
+
+        def collect(weights: Any) -> None:
+            waiting.update(weights)
+            if sum(value.numel() * value.element_size() for value in waiting.values()) > PUSH_BYTES:
+                hand_on()
+
+        merges = {"merge_adapter": do_nothing, "unmerge_adapter": hand_on}
+        self.is_pushing = True
+        try:
+            with shadowed(engine.model, load_weights=collect), shadowed(generation.model, **merges):
+                type(generation).sync_weights(generation)
+        finally:
+            self.is_pushing = False
+
+    def sync_again(self) -> None:
+        self.must_sync = True
+
+    def wake_weights(self) -> None:
+        """As TRL's own sync does before it writes."""
+        if self.generation.enable_sleep_mode:
+            self.generation.llm.wake_up(tags=["weights"])
+            self.generation._llm_weights_sleeping = False  # from 1.10 on TRL looks at it
+
+    def note_synced(self) -> None:
+        self.must_sync = self._has_slept = False
+
+    def note_generated(self) -> None:
+        """TRL puts the engine to sleep at the end of each ``generate``."""
+        self._has_slept = bool(self.generation.enable_sleep_mode)
+
+    @property
+    def lacks_policy(self) -> bool:
+        """Whether something was lost since the last sync."""
+        return self.must_sync or self._has_slept
+
+    def keeping_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Up to 1.9 TRL has a waking engine read its weights from the model's files again, after they were synced."""
+        if not self.generation.enable_sleep_mode:
+            return contextlib.nullcontext()
+        llm = self.generation.llm
+        own = llm.collective_rpc
+
+        def call(method: Any, *args: Any, **kwargs: Any) -> Any:
+            return [] if method == "reload_weights" else own(method, *args, **kwargs)
+
+        return shadowed(llm, collective_rpc=call)
+
+    def wait_for_rollouts(self) -> None:
+        raise AssertionError("nothing is asynchronous here")
+
+    def metrics(self) -> MutableMapping[str, list[float]] | None:
+        """TRL averages each list of ``_metrics[mode]`` into its log."""
+        mode = "train" if self.trainer.model.training else "eval"
+        metrics: MutableMapping[str, list[float]] = self.trainer._metrics[mode]
+        return metrics
+
+
+class TrlRollout:
+    """One call of ``LLM.generate`` for a trainer. infer: the call itself; the rest are its arguments."""
+
+    has_media = False  # images of a batch are not probed with here
+
+    def __init__(
+        self,
+        trainer: TrlTrainer,
+        infer: Callable[..., Sequence[Any]],
+        prompts: Any,
+        sampling_params: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._trainer, self._infer = trainer, infer
+        self._prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+        self._sampling = sampling_params
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self._prompts) * int(self._sampling.n or 1) * int(self._sampling.max_tokens or 0)
+
+    def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=1.0, max_tokens=new_tokens, logprobs=0, seed=0)
+        asked = [{"prompt_token_ids": self._ids(text)} for text in prompts]
+        answers = []
+        for output in self._infer(asked, how, use_tqdm=False):
+            answer = output.outputs[0]
+            logprobs = tuple(float(at[token].logprob) for at, token in zip(answer.logprobs, answer.token_ids))
+            answers.append(Answer(tuple(output.prompt_token_ids), tuple(answer.token_ids), logprobs))
+        return answers
+
+    def _ids(self, text: str) -> list[int]:
+        tokenizer = self._trainer.tokenizer
+        if not tokenizer.chat_template:
+            return list(tokenizer(text)["input_ids"])
+        said = [{"role": "user", "content": text}]
+        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    def tokens_per_second(self, most_tokens: int) -> float:
+        how = self._sampling.clone()
+        how.max_tokens = min(most_tokens, int(how.max_tokens or most_tokens))
+        started = time.perf_counter()
+        outputs = self._infer(self._prompts, how, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return max(1, sum(len(answer.token_ids) for output in outputs for answer in output.outputs)) / seconds
+
+
+def trl_name(name: str) -> str:
+    """The name under which TRL sends a parameter of a PEFT model (``_iter_named_params``)."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")
+
+
+def tuner_of(model: Any) -> str:
+    """``lora`` when a LoRA is trained; otherwise what is, in words."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return "full"
+    config = model.peft_config.get(DEFAULT_ADAPTER)
+    return config.peft_type.value.lower() if config is not None else f"none named {DEFAULT_ADAPTER}"
+
+
+def lora_arguments(model: Any, limits: Sequence[int]) -> dict[str, Any]:
+    """What vLLM's engine needs to hold ``model``'s adapter in LoRA layers.
+
+    limits: the ranks that vLLM takes (``MaxLoRARanks``). Raises UnsupportedAdapterError when the rank is above them.
+    """
+    config = model.peft_config[DEFAULT_ADAPTER]
+    rank = max([int(config.r), *map(int, (config.rank_pattern or {}).values())])
+    fitting = [limit for limit in sorted(limits) if limit >= rank]
+    if not fitting:
+        raise UnsupportedAdapterError(
+            f"The adapter has rank {rank}, and vLLM's LoRA layers end at {max(limits)}: train a smaller one, or leave "
+            "SWIFT_LORA_FIX_MODE unset (fused mode)."
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+
+
+@contextlib.contextmanager
+def making_engine(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Context in which an ``LLM`` is made with ``arguments`` beside its own."""
+    token = engine_arguments.set(arguments)
+    try:
+        yield
+    finally:
+        engine_arguments.reset(token)

@@ -1,0 +1,159 @@
+"""Real TRL runs on the CPU, in .venv-trl (``scripts/setup --trl``). Each is started once; the tests wait for theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_lora_fix.install import releases
+from tests.support import driver, hangs
+
+HERE = Path(__file__).parent
+RUNS_HERE = releases.installed_trl() is not None and releases.installed_swift() is None
+CHECKPOINT_STEP, STEPS = 2, 5
+# One a step from step 1 on, and the cause that is to be named; "" where nothing was broken.
+FAULTS = {
+    "double_count_in_the_slots": "double-count",
+    "removed": "not-loaded",
+    "zeroed": "not-applied",
+    "stale": "stale",
+    "one_module_doubled": "module-doubled",
+    "not_a_number": "not-finite",
+    "base_by_one_ulp": "base-changed",
+    "trainer_base_by_one_ulp": "trainer-base-changed",
+    "none": "",
+    "scaling_changed": "scaling",
+    "none ": "",
+}
+FUSED_FAULTS = {
+    "plain_base": "not-applied",
+    "base_by_one_ulp": "weights-changed",
+    "none": "",
+    "trainer_base_by_one_ulp": "trainer-base-changed",
+    "none ": "",
+}
+
+
+@dataclass
+class Run:
+    """One TRL script (tests/support/trl_run.py). options: its keys. environment: on top of the process's."""
+
+    folder: Path
+    options: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    returncode: int | None = None
+
+    def start(self) -> Run:
+        """Run it to its end; the exit status is in ``returncode``, never raised."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-u", "-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
+        fixed = {"PYTHONPATH": str(driver.REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
+        fixed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(driver.free_port())}  # runs are made side by side
+        with open(self.folder / "log.txt", "w") as log:
+            process = driver.launch(command, {**fixed, **self.environment}, driver.REPOSITORY, log)
+            try:
+                self.returncode = hangs.wait(process, self.folder)
+            finally:
+                process.kill()
+                process.wait()
+        return self
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(errors="replace")
+
+    def probes(self) -> list[dict[str, Any]]:
+        """One record a rollout, measured from outside."""
+        return [json.loads(line) for line in (self.folder / "probe.jsonl").read_text().splitlines()]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What TRL logged, one record a rollout. (After a resume its history has the steps before, too.)"""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "reward" in line][-len(self.probes()) :]
+
+    def checkpoint(self, step: int = CHECKPOINT_STEP) -> Path:
+        return self.folder / "run" / f"checkpoint-{step}"
+
+
+class Runs:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = driver.make_model(driver.this_python(), folder / "models")
+        self.pool = ThreadPoolExecutor(max_workers=int(os.environ.get("SLF_PARALLEL_RUNS", "2")))
+        self.futures: dict[str, Future[Run]] = {}
+
+    def start(self, name: str) -> Future[Run]:
+        """After what it needs: that is in the queue before it, so whoever waits for it waits for a run at work."""
+        if name not in self.futures:
+            needs = [self.start(other) for other in NEEDS.get(name, ())]
+            self.futures[name] = self.pool.submit(self._run, name, needs)
+        return self.futures[name]
+
+    def _run(self, name: str, needs: list[Future[Run]]) -> Run:
+        for other in needs:
+            other.result()
+        return self.build(name).start()
+
+    def get(self, name: str) -> Run:
+        return self.start(name).result()
+
+    def build(self, name: str) -> Run:
+        arguments: dict[str, Any] = {"max_steps": STEPS, "vllm_gpu_memory_utilization": 0.2}
+        options: dict[str, Any] = {"model": str(self.model), "fixed": "stock" not in name, "arguments": arguments}
+        environment = {"SWIFT_LORA_FIX_GATE_EVERY": "1"}
+        if name == "killed":
+            options["kill"] = CHECKPOINT_STEP + 1
+        if "resumed" in name:
+            options["resume"] = str(self.futures["killed"].result().checkpoint())
+        if "adapter" in name:
+            environment["SWIFT_LORA_FIX_MODE"] = "adapter"
+        if "faults" in name:
+            faults = FAULTS if "adapter" in name else FUSED_FAULTS
+            options["adapter"] = str(self.futures["killed"].result().checkpoint())
+            options["faults"] = [fault.strip() for fault in faults]
+            environment["SWIFT_LORA_FIX_ON_MISMATCH"] = "repair"
+            arguments.update(max_steps=len(faults) + 1, save_steps=100)
+        if "sleeping" in name:
+            options["adapter"] = str(self.futures["killed"].result().checkpoint())
+            arguments.update(max_steps=3, save_steps=100, vllm_enable_sleep_mode=True)
+        if name == "rloo":
+            options.update(trainer="RLOO", lora={"use_dora": True, "modules_to_save": ["lm_head"]})
+            arguments.update(max_steps=3, save_steps=100)
+        return Run(self.folder / name, options, environment)
+
+
+# In the order in which they start; and what each needs.
+NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping")
+SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo")
+NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and not RUNS_HERE:
+            item.add_marker(pytest.mark.skip(reason="needs TRL without ms-swift: scripts/setup --trl"))
+
+
+@pytest.fixture(scope="session", autouse=True)  # from the first test on, beside those that need none
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    keep = os.environ.get("SLF_E2E_FOLDER")
+    runs = Runs(Path(keep) if keep else tmp_path_factory.mktemp("trl"))
+    items = request.session.items
+    needed = {name for item in items for mark in item.iter_markers("needs") for name in mark.args}
+    for name in SCENARIOS:
+        if name in needed:
+            runs.start(name)
+    return runs
+
+
+@pytest.fixture
+def run(runs: Runs, request: pytest.FixtureRequest) -> Run:
+    """The (first) run that the test needs, finished."""
+    return [runs.get(name) for mark in request.node.iter_markers("needs") for name in mark.args][0]

@@ -1,0 +1,238 @@
+"""A user's TRL script, as a process of its own: real GRPO or RLOO with a real colocated vLLM engine on the CPU.
+
+    python -m tests.support.trl_run FOLDER '{"model": ..., "fixed": true, ...}'
+
+Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``GRPO``, ``RLOO``); ``adapter`` (a folder
+that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
+step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
+``plain_base``: the engine gets the trainer's base without the LoRA).
+
+At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
+continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
+the trainer's frozen base that differ from the start), ``lora_changed`` (LoRA entries that syncs changed),
+``lora_dtypes``, ``merges`` (calls of ``merge_adapter``), ``seconds`` (of the sync), ``lora_sum``, ``tokens``. It is
+measured from outside, and knows nothing of swift_lora_fix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "plugins"))
+import slf_cpu_shims  # noqa: E402, F401
+import slf_grow  # noqa: E402, F401
+import slf_sleep_shims  # noqa: E402, F401
+
+NEW_TOKENS = 12
+
+
+def rewards(completions: list[Any], **kwargs: Any) -> list[float]:
+    """Each completion's place in an order that the texts decide: never a tie, and no state."""
+    marks = [(zlib.crc32(f"{os.environ.get('RANK', '0')} {text}".encode()), i) for i, text in enumerate(completions)]
+    return [sorted(marks).index(mark) / len(marks) for mark in marks]
+
+
+class Probe:
+    """Wraps ``sync_weights`` and ``generate`` of one trainer's ``VLLMGeneration``, from outside."""
+
+    def __init__(self, trainer: Any, file: Path, options: dict[str, Any]) -> None:
+        from peft.tuners.tuners_utils import BaseTuner
+
+        self.trainer, self.file, self.options = trainer, file, options
+        self.generation = trainer.vllm_generation
+        self.start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+        self.lora_changed = self.merges = 0
+        self.seconds = 0.0
+        self.dtypes: set[str] = set()
+        sync, generate, merge = self.generation.sync_weights, self.generation.generate, BaseTuner.merge_adapter
+
+        def counted(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+            self.merges += 1
+            return merge(tuner, *args, **kwargs)
+
+        def synchronize() -> None:
+            before, slots = self.lora(), self.slots()
+            started = time.perf_counter()
+            sync()
+            self.seconds = time.perf_counter() - started
+            after = self.lora()
+            self.dtypes |= {str(value.dtype) for value in after.values()}
+            self.lora_changed += sum(int((before[name] != value).sum()) for name, value in after.items())
+            self.break_something(slots)
+
+        def rollout(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state.global_step == options.get("kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return generate(*args, **kwargs)
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            """The engine may sleep as soon as TRL has its answers."""
+            outputs = self.ask(*args, **kwargs)
+            self.record([list(output.outputs[0].token_ids) for output in outputs])
+            return outputs
+
+        BaseTuner.merge_adapter = counted
+        self.ask = self.generation.llm.generate
+        self.generation.llm.generate = answered
+        self.generation.sync_weights, self.generation.generate = synchronize, rollout
+
+    def lora(self) -> dict[str, Any]:
+        return {n: p.detach().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+
+    def record(self, completions: list[list[int]]) -> None:
+        from vllm import SamplingParams
+
+        tokenizer = self.trainer.processing_class
+        ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
+        how = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0)
+        outputs = self.ask([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False)
+        gaps, effects, tokens = [], [], []
+        for output in outputs:
+            answer = list(output.outputs[0].token_ids)
+            engine = [at[token].logprob for at, token in zip(output.outputs[0].logprobs, answer)]
+            held, plain = self.score(list(output.prompt_token_ids), answer)
+            gaps += [abs(a - b) for a, b in zip(engine, held)]
+            effects += [abs(a - b) for a, b in zip(held, plain)]
+            tokens.append(answer)
+        parameters = dict(self.trainer.model.named_parameters())
+        self.write(
+            step=self.trainer.state.global_step,
+            mean=sum(gaps) / len(gaps),
+            max=max(gaps),
+            effect=sum(effects) / len(effects),
+            base_changed=sum(int((value != parameters[name]).sum()) for name, value in self.start.items()),
+            lora_changed=self.lora_changed,
+            lora_dtypes=sorted(self.dtypes),
+            lora_sum=float(sum(value.double().sum() for value in self.lora().values())),
+            merges=self.merges,
+            seconds=self.seconds,
+            tokens=tokens,
+            completions=completions,
+        )
+
+    def score(self, prompt: list[int], answer: list[int]) -> tuple[list[float], list[float]]:
+        import torch
+
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        training = model.training
+        model.eval()
+        ids, chosen = torch.tensor([prompt + answer]), torch.tensor(answer)[:, None]
+
+        def logprobs() -> list[float]:
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+            return logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+
+        with torch.no_grad():
+            held = logprobs()
+            with model.disable_adapter():
+                plain = logprobs()
+        model.train(training)
+        return held, plain
+
+    @property
+    def engine(self) -> Any:
+        return self.generation.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    def slots(self) -> list[Any]:
+        modules = list(self.engine.modules())
+        sides = [getattr(m, f"lora_{side}_stacked", ()) for side in "ab" for m in modules]
+        return [buffer.clone() for buffers in sides for buffer in buffers]
+
+    def break_something(self, slots: list[Any]) -> None:
+        faults, step = self.options.get("faults", []), self.trainer.state.global_step
+        if not 1 <= step <= len(faults):
+            return
+        if faults[step - 1] == "plain_base":
+            self.engine.load_weights(list(self.plain_base()))
+            return
+        import slf_faults
+
+        engine = SimpleNamespace(inner_model=self.engine, engine=self.generation.llm.llm_engine)
+        accelerator, model = self.trainer.accelerator, self.trainer.model
+        seen = SimpleNamespace(engine=engine, accelerator=accelerator, model=model, _slf_previous_slots=slots)
+        getattr(slf_faults, faults[step - 1])(seen)
+
+    def plain_base(self) -> Any:
+        for name, parameter in self.trainer.model.named_parameters():
+            if "lora_" not in name:
+                yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.data
+
+    def write(self, **fields: Any) -> None:
+        with open(self.file, "a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def build(folder: Path, options: dict[str, Any]) -> Any:
+    if options.get("fixed"):
+        import swift_lora_fix
+
+        swift_lora_fix.apply()
+    import torch
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.tiny import PROMPTS
+
+    kind = options.get("trainer", "GRPO")
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder / "run"),
+        use_vllm=True,
+        vllm_mode="colocate",
+        use_cpu=True,
+        bf16=True,
+        vllm_max_model_length=256,
+        max_completion_length=16,
+        num_generations=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        max_steps=4,
+        save_steps=2,
+        learning_rate=0.002,
+        lr_scheduler_type="constant",
+        max_grad_norm=100,
+        beta=0.0,
+        logging_steps=1,
+        report_to="none",
+        seed=7,
+    )
+    config = getattr(trl, f"{kind}Config")(**{**defaults, **options.get("arguments", {})})
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
+    lora = None
+    if "adapter" in options:
+        model = PeftModel.from_pretrained(model, options["adapter"], is_trainable=True)
+    else:
+        wanted = dict(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(**{**wanted, **options.get("lora", {})})
+    return getattr(trl, f"{kind}Trainer")(
+        model=model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=lora,
+    )
+
+
+def main(folder: Path, options: dict[str, Any]) -> None:
+    trainer = build(folder, options)
+    rank = trainer.accelerator.process_index
+    Probe(trainer, folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}", options)
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    if rank:
+        return
+    with open(folder / "metrics.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in trainer.state.log_history)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
