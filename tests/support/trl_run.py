@@ -157,7 +157,8 @@ class Probe:
 
         engine = SimpleNamespace(inner_model=self.engine, engine=self.generation.llm.llm_engine)
         accelerator, model = self.trainer.accelerator, self.trainer.model
-        seen = SimpleNamespace(engine=engine, accelerator=accelerator, model=model, _slf_previous_slots=slots)
+        seen = SimpleNamespace(engine=engine, accelerator=accelerator, model=model, _slf_previous=slots)
+        seen.session_key = self.generation
         getattr(slf_faults, faults[step - 1])(seen)
 
     def plain_base(self) -> Any:

@@ -128,7 +128,7 @@ def examine(environment: Mapping[str, str] | None = None) -> Report:
     advice = (
         *about_settings(probe.patches, variables),
         *about_release(framework, versions[DISTRIBUTIONS[framework]]),
-        *about_pair(versions["ms-swift"], versions["vllm"]),
+        *about_pair(versions.get("ms-swift"), versions["vllm"]),
         *about_engine(engine, versions["vllm"], distribution),
         *about_plugin(plugin, environment),
     )

@@ -20,7 +20,7 @@ RUNS_HERE = releases.installed_trl() is not None and releases.installed_swift() 
 CHECKPOINT_STEP, STEPS = 2, 5
 # One a step from step 1 on, and the cause that is to be named; "" where nothing was broken.
 FAULTS = {
-    "double_count_in_the_slots": "double-count",
+    "double_count_in_place": "double-count",
     "removed": "not-loaded",
     "zeroed": "not-applied",
     "stale": "stale",
@@ -34,7 +34,7 @@ FAULTS = {
 }
 FUSED_FAULTS = {
     "plain_base": "not-applied",
-    "base_by_one_ulp": "weights-changed",
+    "base_by_one_ulp": "base-changed",
     "none": "",
     "trainer_base_by_one_ulp": "trainer-base-changed",
     "none ": "",

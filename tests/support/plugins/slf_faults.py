@@ -43,7 +43,7 @@ def _folded(trainer):
     LoRA slots there is none."""
     from swift_lora_fix import session
 
-    weights = session.session_of(trainer).writer.weights
+    weights = session.session_of(getattr(trainer, "session_key", trainer)).writer.weights  # TRL's is its generation
     return iter(()) if weights is None else weights.placed(0, 1)
 
 
