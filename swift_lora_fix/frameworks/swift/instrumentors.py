@@ -169,41 +169,40 @@ class Megatron(Instrumentor):
         warning(f"stepping aside: {module.__name__} is a Megatron trainer, whose LoRA sync is its own.")
 
 
-class Rewrite(Instrumentor):
-    """The trainers of ms-swift's coming version 5, which cannot be patched: a run with them is told so."""
+class _Named(Instrumentor):
+    """What is not patched, and named in one warning when it is loaded. why: what it is and what to do, in words."""
+
+    why: str
+
+    def instrument(self, module: ModuleType) -> None:
+        raise UnsupportedTrainerError(f"{module.__name__} is loaded: {self.why}")
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        """Never: ``apply()`` asks for the patches of the trainer, which may be another one."""
+        return False
+
+
+class Rewrite(_Named):
+    """The trainers of ms-swift's coming version 5."""
 
     triggers = (releases.SWIFT_REWRITE,)
     otherwise = "a run with these trainers is not protected"
-
-    def instrument(self, module: ModuleType) -> None:
-        raise UnsupportedTrainerError(
-            f"{module.__name__} is loaded: the trainers of ms-swift's coming version 5 have no "
-            f"{releases.ROLLOUT_CLASS}, and swift_lora_fix does not know them. What it patched are the old ones. Look "
-            "for a newer swift-lora-fix."
-        )
-
-    @property
-    def is_asked_for_by_name(self) -> bool:
-        """The old trainers may be the ones that run, so this is only a warning."""
-        return False
+    why = (
+        f"the trainers of ms-swift's coming version 5 have no {releases.ROLLOUT_CLASS}, and swift_lora_fix does not "
+        "know them. What it patched are the old ones. Look for a newer swift-lora-fix."
+    )
 
 
-class Ray(Instrumentor):
-    """Rollout engines that ms-swift starts as Ray actors, which are not patched."""
+class Ray(_Named):
+    """Rollout engines that ms-swift starts as Ray actors."""
 
     triggers = releases.ray_modules()
     otherwise = "rollouts that Ray started run as they are"
-
-    def instrument(self, module: ModuleType) -> None:
-        raise UnsupportedTrainerError(
-            f"{module.__name__} is loaded: this rollout engine was started by Ray for a Megatron trainer, and gets "
-            "its weights from Ray workers and not from `swift rlhf`. swift_lora_fix covers `swift rollout` servers."
-        )
-
-    @property
-    def is_asked_for_by_name(self) -> bool:
-        """Never: whoever calls ``apply()`` in such a process asks for the trainer's patches."""
-        return False
+    why = (
+        "this rollout engine was started by Ray for a Megatron trainer, and gets its weights from Ray workers and not "
+        "from `swift rlhf`. swift_lora_fix covers `swift rollout` servers."
+    )
 
 
 def _import_rollout_module() -> ModuleType:

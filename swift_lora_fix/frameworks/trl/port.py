@@ -20,6 +20,7 @@ import torch
 from ...common.shadowing import do_nothing, shadowed
 from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
 from ...errors import UnsupportedAdapterError, UnsupportedTrainerError
+from ...install import releases
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...trainer import Answer, Load, Weights, Words
 
@@ -363,13 +364,13 @@ def lora_arguments(model: Any, limits: Sequence[int]) -> dict[str, Any]:
     """
     config = model.peft_config[DEFAULT_ADAPTER]
     rank = max([int(config.r), *map(int, (config.rank_pattern or {}).values())])
-    fitting = [limit for limit in sorted(limits) if limit >= rank]
-    if not fitting:
+    room = releases.engine_rank(rank, limits)
+    if room is None:
         raise UnsupportedAdapterError(
             f"The adapter has rank {rank}, and vLLM's LoRA layers end at {max(limits)}: train a smaller one, or leave "
             "SWIFT_LORA_FIX_MODE unset (fused mode)."
         )
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
 @contextlib.contextmanager
