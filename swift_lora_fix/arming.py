@@ -9,6 +9,7 @@ from typing import Any
 
 from .common.log import info
 from .common.settings import Settings
+from .engine.vllm.dense.instrumentor import DenseLayers
 from .errors import SwiftLoraFixError
 from .frameworks.swift.instrumentors import Megatron, Peft, Ray, Rewrite, RolloutServer, Scoring, Trainer, Tuners
 from .frameworks.trl.instrumentors import Generation, is_ms_swift
@@ -24,8 +25,9 @@ _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 _trl = Generation(_arming)
 TRL = "trl"
-# vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
-_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming), _trl)
+_dense = DenseLayers(_arming)
+# vLLM's loading of adapters is not here: it is patched by importing swift_lora_fix.memory (memory/hooks.py).
+_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming), _trl, _dense)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ _WRITERS = {"direct", "loader"}
 _ON_MISMATCH = {"raise", "repair", "warn"}
 _MODES = {"", "adapter", "fused", "auto"}
 _TRANSPORTS = {"", "nccl", "reload"}
+_KERNELS = {"vllm", "dense"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Settings:
         ``--vllm_enable_lora``, true for ``adapter`` and false for ``fused``.
     writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
         through vLLM's own adapter loader, the slow reference path).
+    kernels: ``SWIFT_LORA_FIX_KERNELS``, in adapter mode: ``vllm`` (the default: vLLM's own LoRA kernels) or ``dense``
+        (the adapter's A lies below the base weight, so that one matrix product computes both; an error where no layer
+        of the engine allows it).
     on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine does not serve the trainer's policy: ``raise`` (the
         default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or ``warn``
         (log it and go on).
@@ -51,6 +55,7 @@ class Settings:
     enabled: bool = True
     mode: str = ""
     writer: str = "direct"
+    kernels: str = "vllm"
     on_mismatch: str = "raise"
     gate_every: int = 50
     lost_share: float = 0.5
@@ -71,6 +76,7 @@ class Settings:
             enabled=value not in _OFF,
             mode=_choice(environment, "SWIFT_LORA_FIX_MODE", cls.mode, _MODES),
             writer=_choice(environment, "SWIFT_LORA_FIX_WRITER", cls.writer, _WRITERS),
+            kernels=_choice(environment, "SWIFT_LORA_FIX_KERNELS", cls.kernels, _KERNELS),
             on_mismatch=_choice(environment, "SWIFT_LORA_FIX_ON_MISMATCH", cls.on_mismatch, _ON_MISMATCH),
             gate_every=_count(environment, "SWIFT_LORA_FIX_GATE_EVERY", cls.gate_every),
             lost_share=_share(environment, "SWIFT_LORA_FIX_LOST_SHARE", cls.lost_share),

@@ -86,7 +86,10 @@ class WriteRecorder(TorchDispatchMode):
         self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: tensors made of a changing weight
         self._locate, self._changing = locate, changing
         self._changing_pointers: dict[int, str] = {}
-        self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
+        held = {name: p for name, p in model.named_parameters() if p.numel()}
+        self._names = {p.untyped_storage().data_ptr(): name for name, p in held.items()}
+        # of the parameter itself: its storage may hold more (dense LoRA layers put A below W)
+        self._sizes = {p.untyped_storage().data_ptr(): p.numel() * p.element_size() for p in held.values()}
         self._written: dict[int, dict[tuple[int, int], Written]] = {}  # by storage, then by first and last byte
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +108,7 @@ class WriteRecorder(TorchDispatchMode):
     def _cover(self, destination: torch.Tensor, pointer: int, is_copy: bool) -> None:
         """Count bytes as loaded: copies, and constant padding. Filling a whole parameter does not load it."""
         size = destination.numel() * destination.element_size()
-        if is_copy or size < destination.untyped_storage().nbytes():
+        if is_copy or size < self._sizes[pointer]:
             view = (destination.storage_offset(), destination.shape, destination.stride())
             self._covered.setdefault(pointer, {})[view] = size
 

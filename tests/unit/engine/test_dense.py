@@ -1,0 +1,142 @@
+"""The sums of dense LoRA layers: with PyTorch against float64, and the kernels by Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+
+from swift_lora_fix.engine.vllm.dense import op
+
+SLICES = {"one": [130], "two": [40, 40], "qkv": [100, 33, 33], "four": [64, 64, 32, 7]}
+
+
+def made(tokens: int, slices: list[int], rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A product of W·x and A·x as one tensor, B, and tokens of which some have the adapter."""
+    generator = torch.Generator().manual_seed(tokens + rank)
+    outputs = sum(slices)
+    both = torch.randn(tokens, outputs + len(slices) * rank, generator=generator).to(dtype)
+    return {
+        "base": both[:, :outputs],
+        "shrunk": both[:, outputs:],
+        "b": (torch.randn(outputs, rank, generator=generator) / rank**0.5).to(dtype),
+        "indices": torch.randint(-1, 1, (tokens,), generator=generator),
+    }
+
+
+def exact(values: dict[str, torch.Tensor], slices: list[int]) -> torch.Tensor:
+    """In float64, one output at a time: a token without adapter keeps the base."""
+    out, rank = values["base"].double().clone(), values["b"].shape[1]
+    place = 0
+    for number, outputs in enumerate(slices):
+        for column in range(place, place + outputs):
+            factor = values["shrunk"][:, number * rank : (number + 1) * rank].double()
+            out[:, column] += (values["indices"] == 0) * (factor @ values["b"][column].double())
+        place += outputs
+    return out
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_sum_is_rounded_once(slices: list[int], dtype: torch.dtype) -> None:
+    values = made(9, slices, 8, dtype)
+    out = torch.empty(values["base"].shape, dtype=dtype)
+    op.combine(out, **values, slices=slices)
+    expected = exact(values, slices)
+    assert bool(((out.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * expected.abs() + 1e-5).all())
+    without = values["indices"] != 0
+    assert torch.equal(out[without], values["base"][without]) and without.any() and not without.all()
+
+
+def test_written_over_the_base_it_is_the_same() -> None:
+    values = made(9, [40, 40], 8, torch.bfloat16)
+    out = torch.empty(9, 80, dtype=torch.bfloat16)
+    op.combine(out, **values, slices=[40, 40])
+    in_place = values["base"].clone()
+    op.combine(in_place, **{**values, "base": in_place}, slices=[40, 40])
+    assert torch.equal(out, in_place)
+
+
+def layer(slices: list[int], rank: int = 4, inputs: int = 24) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    outputs, added = sum(slices), len(slices) * rank
+    bias = torch.randn(outputs + added, generator=generator)
+    bias[outputs:] = 0
+    return {
+        "rows": torch.randn(outputs + added, inputs, generator=generator),
+        "bias": bias,
+        "b": torch.randn(outputs, rank, generator=generator),
+        "indices": torch.randint(-1, 1, (2000,), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("tokens", [1, 7, op.TOGETHER, op.TOGETHER + 1])
+@pytest.mark.parametrize("slices", [[40], [16, 8, 8]])
+def test_the_operator_is_w_x_plus_b_a_x(tokens: int, slices: list[int]) -> None:
+    """In float32, where the way of many tokens and that of few must both be exact."""
+    parts, x = layer(slices), torch.randn(tokens, 24)
+    out = torch.ops.swift_lora_fix.dense_linear(x, *parts.values(), slices)
+    outputs, rank = parts["b"].shape
+    w, a = parts["rows"][:outputs], parts["rows"][outputs:].split(rank)
+    expected = x @ w.T + parts["bias"][:outputs]
+    added = torch.cat([x @ a_i.T @ b_i.T for a_i, b_i in zip(a, parts["b"].split(slices))], dim=1)
+    expected += added * (parts["indices"][:tokens, None] == 0)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [5, op.TOGETHER + 1])
+def test_the_gated_operator_is_the_activation_of_the_other(tokens: int) -> None:
+    parts, x = layer([16, 16]), torch.randn(1, tokens, 24)
+    both = torch.ops.swift_lora_fix.dense_linear(x, *parts.values(), [16, 16])
+    out = torch.ops.swift_lora_fix.dense_gated(x, *parts.values(), [16, 16])
+    torch.testing.assert_close(out, torch.nn.functional.silu(both[..., :16]) * both[..., 16:])
+    assert out.shape == (1, tokens, 16)
+
+
+def test_both_operators_tell_the_compiler_what_they_return() -> None:
+    for name in ("dense_linear", "dense_gated"):
+        operator = getattr(torch.ops.swift_lora_fix, name)
+        torch.library.opcheck(operator, (torch.randn(3, 24), *layer([16, 16]).values(), [16, 16]))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from swift_lora_fix.engine.vllm.kernels import combine_kernel
+
+    return importlib.reload(combine_kernel)
+
+
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("rank", [1, 16, 100, 256])
+def test_the_kernel_in_tritons_interpreter(kernels: ModuleType, slices: list[int], rank: int) -> None:
+    """Tiles, slices, edges, ranks beyond one block. The interpreter has no bfloat16."""
+    for tokens in (1, 40):
+        values = made(tokens, slices, rank, torch.float16)
+        out, by_torch = torch.empty(values["base"].shape).half(), torch.empty(values["base"].shape).half()
+        kernels.combine(out, **values, slices=slices)
+        op.combine(by_torch, **values, slices=slices)
+        torch.testing.assert_close(out, by_torch, rtol=2.0**-10, atol=2.0**-10)
+
+
+@pytest.mark.parametrize("rank", [1, 100, 256])
+def test_the_gated_kernel_in_tritons_interpreter(kernels: ModuleType, rank: int) -> None:
+    for tokens in (1, 40):
+        values = made(tokens, [130, 130], rank, torch.float16)
+        out, by_torch = torch.empty(tokens, 130).half(), torch.empty(tokens, 130).half()
+        kernels.combine_gated(out, **values)
+        op.combine_gated(by_torch, **values)
+        torch.testing.assert_close(out, by_torch, rtol=2.0**-7, atol=2.0**-8)
+
+
+def test_nan_in_the_slots_stays_with_the_tokens_that_have_the_adapter(kernels: ModuleType) -> None:
+    values = made(40, [64], 8, torch.float16)
+    values["b"].fill_(float("nan"))
+    for combine in (kernels.combine, op.combine):
+        out = torch.empty(40, 64).half()
+        combine(out, **values, slices=[64])
+        assert torch.equal(out.isnan().any(dim=1), values["indices"] == 0)
