@@ -47,10 +47,8 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
     if port.is_asynchronous and not _skips_async_check(*args, **kwargs):
         port.wait_for_rollouts()  # as ms-swift's own does
     session.synchronize()
-    if port.is_asynchronous and port.is_main_rank:
-        # another thread makes rollouts while the next step is trained, so this is the moment when both have the same
-        # policy
-        session.before_rollout(SwiftTrainer(trainer).probe_rollout())
+    if port.is_asynchronous:
+        session.look_at_once(SwiftTrainer(trainer).probe_rollout() if port.is_main_rank else None)
     return None
 
 
