@@ -6,7 +6,8 @@
     examined    that policy was checked, rollouts may be made (checks that must wait are in ``pending``)
 
 A framework's hooks call ``begin`` once. Then, for each rollout call and in this order: ``invalidate_if_lost``,
-``synchronize`` (for a new step), ``before_rollout`` and ``after_rollout``.
+``synchronize`` (for a new step), ``before_rollout`` and ``after_rollout``. If another thread makes the rollouts while
+the trainer takes its next step, ``look_at_once`` follows ``synchronize``.
 """
 
 from __future__ import annotations
@@ -190,6 +191,24 @@ class Session:
 
         Raises PolicyMismatchError as ``before_rollout`` does: the rollouts exist by then, but are not trained on.
         """
+        return self._judge_pending("Its rollouts are not trained on.")
+
+    def look_at_once(self, rollout: RolloutPort | None) -> None:
+        """Right after a sync, for a trainer whose rollouts another thread makes while it takes its next step: both have
+        the same policy now, and nothing has been generated from it yet. In place of ``before_rollout`` and
+        ``after_rollout``. All ranks together. A repair is another sync.
+
+        rollout: to ask the engine, on the rank that makes rollouts; None on the others. Raises as ``before_rollout``.
+        """
+        while True:
+            if rollout is not None:
+                self.before_rollout(rollout)
+            if not self._judge_pending("Nothing was generated."):
+                return
+            self.synchronize()
+
+    def _judge_pending(self, so_far: str) -> bool:
+        """Judge what waits. Returns whether base and adapter must be sent again."""
         pending = self._shared_pending()
         if pending is None:
             return False
@@ -200,7 +219,7 @@ class Session:
             finding = self.examiner.judge(self._served(), pending.asked, finding)
         finding = self.examiner.of_all_ranks(finding)
         repairs = settings.on_mismatch == "repair" and self._repaired_step != self.served_step
-        if finding is not None and self._act(finding, settings, repairs, "Its rollouts are not trained on."):
+        if finding is not None and self._act(finding, settings, repairs, so_far):
             self._repaired_step = self.served_step
             self._lose(Phase.UNBOUND)
             self._repairs = True
@@ -225,6 +244,7 @@ class Session:
         self.base = self.writer.send_base()
         self.base_pushes += 1
         self.last_write = self.writer.write_by_reference()
+        self.examination.looked_at.clear()  # what was looked at is replaced
         self.phase, self.served_step = Phase.SERVED, step
         self.examiner.schedule.note_disturbance()
 

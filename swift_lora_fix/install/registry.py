@@ -81,6 +81,10 @@ class PatchSet:
             setattr(item.parent, item.attribute, item.installed)
         self.applied, self.module = planned, module
 
+    def beneath(self, target: str) -> Any:
+        """The function that our applied wrapper of ``target`` calls, whoever wrapped that wrapper since."""
+        return next(item.original for item in self.applied if item.patch.target == target)
+
     def check_removable(self) -> None:
         """Raise PatchConflictError when somebody has wrapped one of our wrappers since."""
         covered = [a.patch.target for a in self.applied if vars(a.parent).get(a.attribute) is not a.installed]

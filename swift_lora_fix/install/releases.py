@@ -377,8 +377,8 @@ ATTRIBUTES = (
             "accelerator", "unwrap_model", "num_processes", "is_main_process", "device", "model", "training", "state",
             "global_step", "args", "engine", "vllm_client", "vllm_mode", "rollout_enable_lora", "enable_offload",
             "template", "tokenizer", "request_config", "_metrics", "_last_loaded_step", "parameter_groups",
-            "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "_engine_infer",
-            "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
+            "parameter_groups_no_lora", "split_batches", "_disable_sp_context", "_wait_queue", "train_queue",
+            "eval_queue", "_move_full_model_to_vllm", "_move_adapter_to_vllm", "_load_state_dict_to_vllm",
             # of its arguments (resume_from_checkpoint is transformers' own)
             "use_vllm", "vllm_enable_lora", "lora_rank", "vllm_engine_kwargs",
             "sleep_level", "offload_model", "async_generate", "vllm_max_model_len",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -81,7 +81,7 @@ class Gate:
         together: Callable[[bool], bool],
     ) -> None:
         self.trainer, self.adapter, self.serving = trainer, adapter, serving
-        self.cache_block, self.together = cache_block, together
+        self.texts, self.together = probe.Texts(trainer, cache_block), together
         self.floors: dict[str, list[Floor]] = {}  # of each kind, one of each engine
         self._turns = 0
         self._before: dict[str, list[tuple[Answers, tuple[float, ...]]]] = {}  # the last first probe and its scores
@@ -147,7 +147,7 @@ class Gate:
         return Asked(kind, tuple(probes), plain, self._turns)
 
     def _ask(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
-        texts = probe.prompts(self.trainer, self.cache_block, variant, kind)
+        texts = self.texts.prompts(variant, kind)
         return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS, with_media=kind == probe.MEDIA))
 
     def _ask_plain(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
@@ -220,8 +220,7 @@ class Gate:
         """Of each engine."""
         without, parts = self.serving.trainer_without_adapter, []
         for answers in plain:
-            base = probe.score(self.trainer, answers, without())
-            again = self._shaken(answers, without())
+            base, again = probe.scores(self.trainer, answers, [without(), self._shaken(without())])
             parts.append([(answers[part], base[part], again[part]) for part in self._of_each_engine(answers)])
         floors = []
         for mine in zip(*parts):
@@ -232,16 +231,13 @@ class Gate:
 
     def _evidence(self, kind: str, what: str, answers: Answers, first: bool) -> list[Evidence]:
         """Of each engine."""
-        trainer, serving = self.trainer, self.serving
-        exact = None
-        if serving.rounds:
-            policy = probe.score(trainer, answers, serving.trainer_as_rounded())
-            again = self._shaken(answers, serving.trainer_as_rounded())
-            exact = probe.score(trainer, answers)
-        else:
-            policy, again = probe.score(trainer, answers), self._shaken(answers, contextlib.nullcontext())
-        base = probe.score(trainer, answers, serving.trainer_without_adapter())
-        double = probe.score(trainer, answers, adapters.scaled(self.adapter, 2.0))
+        serving, plain = self.serving, contextlib.nullcontext
+        as_served = serving.trainer_as_rounded if serving.rounds else plain
+        hows = [as_served(), self._shaken(as_served())]
+        hows += [serving.trainer_without_adapter(), adapters.scaled(self.adapter, 2.0)]
+        hows += [plain()] if serving.rounds else []
+        policy, again, base, double, *unrounded = probe.scores(self.trainer, answers, hows)
+        exact = unrounded[0] if unrounded else None
         known, kept, made = self._before.get(kind, []), [], []
         for number, part in enumerate(self._of_each_engine(answers)):
             mine, own, previous = answers[part], _flat(policy[part]), None
@@ -273,9 +269,10 @@ class Gate:
         size = len(answers) // self.serving.copies
         return [slice(start, start + size) for start in range(0, len(answers), size)]
 
-    def _shaken(self, answers: Answers, how: contextlib.AbstractContextManager[None]) -> probe.Scores:
-        with shaken(self.trainer.model, self.serving.stand_ins):
-            return probe.score(self.trainer, answers, how)
+    @contextlib.contextmanager
+    def _shaken(self, how: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        with shaken(self.trainer.model, self.serving.stand_ins), how:
+            yield
 
 
 class _Supply:

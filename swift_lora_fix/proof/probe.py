@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,15 +29,28 @@ def kinds(trainer: TrainerPort, has_media: bool) -> list[str]:
     return [SHORT, *[LONG] * (_room(trainer) >= LONG_TOKENS), *[MEDIA] * has_media]
 
 
-def prompts(trainer: TrainerPort, cache_block: int, variant: int = 0, kind: str = SHORT) -> list[str]:
-    """Fixed texts longer than one block of the prefix cache (``cache_block`` tokens) as far as the lengths allow;
-    ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
-    length = LONG_TOKENS if kind == LONG else max(8, min(cache_block + 8, _room(trainer)))
-    words, body = WORDS.split(), ""
-    while len(trainer.tokenizer.encode(body, add_special_tokens=False)) < length:
-        body = f"{body} {' '.join(words)}" if kind == LONG else f"{body} {words[body.count(' ') % len(words)]}"
-    openings, start = OPENINGS[: None if kind == SHORT else FEW], variant * 7
-    return [f"{number + start} {opening} {body}" for number, opening in enumerate(openings)]
+class Texts:
+    """The texts of one trainer's prompts. What they have in common is made once for each kind and length."""
+
+    def __init__(self, trainer: TrainerPort, cache_block: int) -> None:
+        self.trainer, self.cache_block = trainer, cache_block
+        self._bodies: dict[tuple[str, int], str] = {}
+
+    def prompts(self, variant: int = 0, kind: str = SHORT) -> list[str]:
+        """Fixed texts longer than one block of the prefix cache (``cache_block`` tokens) as far as the lengths allow;
+        ``LONG`` ones of ``LONG_TOKENS`` tokens. Those of another variant differ from the first word on."""
+        length = LONG_TOKENS if kind == LONG else max(8, min(self.cache_block + 8, _room(self.trainer)))
+        if (kind, length) not in self._bodies:
+            self._bodies[kind, length] = self._body(kind, length)
+        body, start = self._bodies[kind, length], variant * 7
+        openings = OPENINGS[: None if kind == SHORT else FEW]
+        return [f"{number + start} {opening} {body}" for number, opening in enumerate(openings)]
+
+    def _body(self, kind: str, length: int) -> str:
+        words, body = WORDS.split(), ""
+        while len(self.trainer.tokenizer.encode(body, add_special_tokens=False)) < length:
+            body = f"{body} {' '.join(words)}" if kind == LONG else f"{body} {words[body.count(' ') % len(words)]}"
+        return body
 
 
 def _room(trainer: TrainerPort) -> int:
@@ -48,15 +62,22 @@ def score(
     trainer: TrainerPort, answers: Sequence[Answer], how: contextlib.AbstractContextManager[None] | None = None
 ) -> Scores:
     """The trainer's logprobs of the answers' tokens, with its model as ``how`` makes it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(trainer.model))
-        stack.enter_context(trainer.scoring())
+    return scores(trainer, answers, [how or contextlib.nullcontext()])[0]
+
+
+def scores(
+    trainer: TrainerPort, answers: Sequence[Answer], hows: Sequence[contextlib.AbstractContextManager[None]]
+) -> list[Scores]:
+    """The same with its model in each of these ways, one after the other. The answers are encoded once, and each
+    forward gets tensors of its own, whatever a forward hook of the framework does with them."""
+    found = []
+    with torch.no_grad(), evaluating(trainer.model), trainer.scoring():
         inputs = dict(trainer.encoded(answers))
         labels = inputs.pop("labels")
-        if how is not None:
-            stack.enter_context(how)
-        return logprobs_of(trainer.model, inputs, labels)
+        for how in hows:
+            with how:
+                found.append(logprobs_of(trainer.model, copy.deepcopy(inputs), labels))
+    return found
 
 
 def logprobs_of(model: torch.nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> Scores:

@@ -342,6 +342,18 @@ def test_a_repair_takes_a_changed_scaling_over_and_keeps_its_step(
     assert (session.phase, session.served_step) == (Phase.EXAMINED, 5) and not adapter.changed_scalings(session.adapter)
 
 
+def test_custody_names_what_was_looked_at_after_a_repair_and_names_it_once(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "repair")
+    monkeypatch.setattr(AdapterModeWriter, "write_by_reference", AdapterModeWriter.write)  # there is no loader here
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    session.base.engine_differences = lambda: ["embed.weight"] * (session.base_pushes == 1)  # type: ignore[union-attr, method-assign]
+    roll_out(session)
+    (custody,) = [message for message in caplog.messages if "chain of custody" in message]
+    assert custody.count("the LoRA slots' values") == 1 and custody.count("the base's bits on both sides") == 1, custody
+
+
 class ScoredBatch:
     """Two tokens that the engine and the trainer are half a nat apart on; a quarter where nothing is dropped out."""
 
@@ -565,6 +577,29 @@ def test_with_the_trainers_model_away_a_lost_adapter_is_repaired_after_the_rollo
     assert session.pending.finding.cause == "not-loaded"
     assert session.after_rollout(), "again, after a sync"
     assert session.phase is Phase.UNBOUND and session.trainer.learner.must_sync  # type: ignore[attr-defined]
+
+
+def test_where_rollouts_are_made_in_the_background_a_mismatch_is_repaired_before_any_is_asked_for(
+    gated: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With --async_generate those of this policy are made while the next step is trained: what is judged after the call
+    that asks for them comes too late to keep them out of the next batch."""
+    monkeypatch.setenv("SWIFT_LORA_FIX_ON_MISMATCH", "repair")
+    monkeypatch.setattr(AdapterModeWriter, "write_by_reference", AdapterModeWriter.write)  # there is no loader here
+    gated.trainer.learner.parks_policy = True  # type: ignore[attr-defined]  # it judges later, as several ranks do
+    gated.examiner.gate = FakeGate(judged("disagrees", cause="stale"), judged())  # type: ignore[assignment]
+    gated.trainer.learner.updates += 1  # type: ignore[attr-defined]
+    gated.synchronize()
+    gated.look_at_once(Rollout())  # type: ignore[arg-type]
+    assert gated.phase is Phase.EXAMINED and gated.pending is None
+    assert (gated.served_step, gated.syncs, gated.base_pushes) == (1, 3, 2), "base and adapter went again, at this step"
+    assert any("repaired: the engine serves the trainer's policy again" in message for message in caplog.messages)
+
+    gated.examiner.gate = FakeGate(*[judged("disagrees", cause="stale")] * 2)  # type: ignore[assignment]
+    gated.trainer.learner.updates += 1  # type: ignore[attr-defined]
+    gated.synchronize()
+    with pytest.raises(errors.PolicyMismatchError, match=r"of step 2: .*Nothing was generated\."):
+        gated.look_at_once(Rollout())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("audited, cause", [("slots-changed", "double-count"), ("misplaced", "misplaced")])

@@ -130,6 +130,17 @@ class WorkerHandle(EngineHandle):
     def worker(self) -> Any:
         return self.llm_engine
 
+    def clear_kv_memory(self) -> None:
+        """Fill the memory of the KV cache with zeros; no request may be running. NaN that a broken policy left there
+        would reach every later answer: attention also multiplies what it masks (seen on the CPU)."""
+        left = list(getattr(self.worker.model_runner, "kv_caches", ()))
+        while left:
+            one = left.pop()
+            if isinstance(one, torch.Tensor):
+                one.zero_()
+            elif isinstance(one, (list, tuple)):
+                left += one
+
     @property
     def model(self) -> torch.nn.Module:
         return self.worker.get_model()

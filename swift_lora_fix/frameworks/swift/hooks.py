@@ -47,11 +47,15 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
     if port.is_asynchronous and not _skips_async_check(*args, **kwargs):
         port.wait_for_rollouts()  # as ms-swift's own does
     session.synchronize()
-    if port.is_asynchronous and port.is_main_rank:
-        # another thread makes rollouts while the next step is trained, so this is the moment when both have the same
-        # policy
-        session.before_rollout(SwiftTrainer(trainer).probe_rollout())
+    if port.is_asynchronous:
+        session.look_at_once(_probe_rollout(trainer) if port.is_main_rank else None)
     return None
+
+
+def _probe_rollout(trainer: Any) -> SwiftRollout:
+    """Beneath our own hook, as the probes of a rollout are asked, whoever wraps that hook."""
+    infer = ROLLOUT.beneath("RolloutTrainerMixin._engine_infer")
+    return SwiftTrainer(trainer).probe_rollout(infer.__get__(trainer, type(trainer)))
 
 
 def _skips_async_check(skip_async_check: bool = False) -> bool:
@@ -66,8 +70,12 @@ def _engine_infer(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs:
     def infer(*args: Any, **kwargs: Any) -> Any:
         return session.engine.generate(lambda: wrapped(*args, **kwargs))
 
-    session.before_rollout(SwiftRollout(SwiftTrainer(trainer), infer, *args, **kwargs))
-    return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
+    try:
+        session.before_rollout(SwiftRollout(SwiftTrainer(trainer), infer, *args, **kwargs))
+        return tag(infer(*args, **kwargs), session.served_step, session.last_write.digest)
+    except Exception as error:
+        SwiftTrainer(trainer).rollout_failed(error)
+        raise
 
 
 def _prepare_batch_inputs(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -11,6 +11,7 @@ import copy
 import inspect
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -292,13 +293,14 @@ class SwiftTrainer:
         with shadowed(trainer, **shadows), shadowed(trainer.model, **merges):
             trainer._move_full_model_to_vllm()
 
-    def probe_rollout(self) -> SwiftRollout:
-        """A rollout call of our own, to ask the engine a probe when no rollout is being made."""
+    def probe_rollout(self, infer: Callable[[Sequence[Any], Any], Sequence[Any]]) -> SwiftRollout:
+        """A rollout call of our own, to ask the engine a probe when no rollout is being made. infer: ms-swift's own
+        ``_engine_infer`` of this trainer."""
         trainer = self.trainer
         like: dict[str, Any] = {"messages": []}
         module = rollout_module(type(trainer))
         request = module.RolloutInferRequest(**like)
-        return SwiftRollout(self, trainer._engine_infer.__wrapped__, [request], trainer.request_config)
+        return SwiftRollout(self, infer, [request], trainer.request_config)
 
     def sync_again(self) -> None:
         self.trainer._last_loaded_step = -1
@@ -306,12 +308,30 @@ class SwiftTrainer:
     def wait_for_rollouts(self) -> None:
         self.trainer._wait_queue()
 
+    def rollout_failed(self, error: Exception) -> None:
+        """With --async_generate, in the thread that makes rollouts: hand the error to the trainer's thread, which waits
+        for them. Up to 4.5.3, ms-swift only logs it there, and the trainer waits for ever."""
+        if self.is_asynchronous and threading.current_thread() is not threading.main_thread():
+            for queue in (self.trainer.train_queue, self.trainer.eval_queue):
+                queue.put(_Failed(error))
+
     def metrics(self) -> MutableMapping[str, list[float]] | None:
         """ms-swift averages each list of ``_metrics[mode]`` into ``logging.jsonl`` and wherever --report_to says."""
         metrics: MutableMapping[str, list[float]] = self.trainer._metrics[
             "train" if self.trainer.model.training else "eval"
         ]
         return metrics
+
+
+class _Failed:
+    """In place of ms-swift's ``DataCache`` of rollouts that failed: whoever takes them gets the error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error  # ms-swift looks for it from 4.6.0 on
+
+    @property
+    def results(self) -> Any:
+        raise self.error
 
 
 class SwiftRollout:
@@ -351,7 +371,7 @@ class SwiftRollout:
             outputs = self._infer(asked, _probe_config(self._config, new_tokens))
         for output, request in zip(outputs, requests):
             choice = output.response.choices[0]
-            logprobs = tuple(float(item["logprob"]) for item in choice.logprobs["content"])
+            logprobs = tuple(_number(item["logprob"]) for item in choice.logprobs["content"])
             prompt = tuple(output.response.prompt_token_ids)
             answers.append(Answer(prompt, tuple(choice.token_ids), logprobs, request))
         return answers
@@ -442,6 +462,11 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0.0),
     "structured_outputs_regex": (None, ""),
 }
+
+
+def _number(logprob: float | None) -> float:
+    """A rollout server's JSON has null where a number is not finite."""
+    return float("nan") if logprob is None else float(logprob)
 
 
 def _flat(turns: Sequence[Sequence[float]]) -> list[float]:

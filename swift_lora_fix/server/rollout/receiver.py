@@ -131,12 +131,14 @@ class Receiver:
     @torch.no_grad()
     def serve(self, digest: str, by_reference: bool = False) -> None:
         """Write the adapter with this digest, which must be here, into the LoRA slots, and read it back. by_reference:
-        through vLLM's own loader."""
+        through vLLM's own loader, for a repair: what a broken policy left in the KV cache's memory goes, too."""
         assert self.writer is not None and self.received is not None, "prepare() comes first"
         if self.received.digest != digest:
             raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
         if not self.writer.is_current():
             self.writer.forget()  # another writer changed the slots
+        if by_reference:
+            self.engine.clear_kv_memory()
         report = self.writer.write_by_reference() if by_reference else self.writer.write()
         self.writer.finish()
         if report.digest != digest:

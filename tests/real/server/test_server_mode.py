@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.real.server.conftest import newest
-from tests.support.driver import Run
+from tests.real.server.conftest import newest, older
+from tests.support.driver import PLUGINS, Run
 from tests.support.rollout_server import RolloutServer, running
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
@@ -87,6 +87,18 @@ def test_rollouts_in_the_background(model: Path, folder: Path, servers: list[Rol
     assert len(synced) >= 2 and "does not serve" not in run.log
     status = requests.get(f"{servers[0].url}/swift_lora_fix/status/", timeout=120).json()
     assert status["policy"]["run"] not in str(resumed.probes()) and status["policy"]["step"] >= 2
+
+
+@older
+def test_rollouts_in_the_background_that_fail_end_the_run(
+    model: Path, folder: Path, servers: list[RolloutServer]
+) -> None:
+    """Up to 4.5.3 ms-swift only logs the error, and the trainer waits for ever for what it asked for."""
+    run = trainer("failing", model, folder, servers, TRANSPORT, async_generate="true", max_steps=3)
+    run.probe, run.plugins = False, (PLUGINS / "slf_failing_rollout.py",)
+    run.start()
+    assert run.returncode not in (0, None, -signal.SIGKILL)
+    assert "RuntimeError: the rollouts in the background failed" in run.log
 
 
 @newest

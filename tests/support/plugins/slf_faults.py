@@ -43,8 +43,8 @@ def _folded(trainer):
     LoRA slots there is none."""
     from swift_lora_fix import session
 
-    weights = session.session_of(getattr(trainer, "session_key", trainer)).writer.weights  # TRL's is its generation
-    return iter(()) if weights is None else weights.placed(0, 1)
+    own = session.session_of(getattr(trainer, "session_key", trainer))  # TRL's is its generation
+    return iter(()) if own is None or own.writer.weights is None else own.writer.weights.placed(0, 1)
 
 
 def _held(trainer):
@@ -282,5 +282,6 @@ def _install(module):
         return outputs
 
 
-for _name in MODULES:
-    wrapt.register_post_import_hook(_install, _name)
+if "SLF_FAULT_ORDER" not in os.environ:  # else somebody else says when (slf_ordered_faults.py, slf_server_faults.py)
+    for _name in MODULES:
+        wrapt.register_post_import_hook(_install, _name)

@@ -9,10 +9,13 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -418,3 +421,30 @@ def test_scoring_anew_drops_nothing_out_and_leaves_everything_as_it_was(apart: b
     inputs, grpo_batch, more = trainer.scored[0]
     assert inputs["input_ids"] == "ids" and "use_cache" not in (made["model_inputs"] if apart else made)
     assert (grpo_batch, more) == ((made["grpo_batch"], {"origin_data": ["a picture"]}) if apart else (None, {}))
+
+
+def test_an_error_of_rollouts_in_the_background_reaches_the_thread_that_waits_for_them() -> None:
+    """Up to 4.5.3 ms-swift only logs it, and waits for ever."""
+    trainer = made(Template(multimodal=False))
+    trainer.train_queue, trainer.eval_queue, trainer.args = Queue(), Queue(), SimpleNamespace(async_generate=True)
+    error = errors.PolicyMismatchError("it serves another policy")
+    SwiftTrainer(trainer).rollout_failed(error)
+    assert trainer.train_queue.empty(), "in the trainer's own thread it is raised"
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(SwiftTrainer(trainer).rollout_failed, error).result()
+    taken = trainer.train_queue.get_nowait()
+    assert taken.error is error, "as ms-swift looks for it from 4.6.0 on"
+    with pytest.raises(errors.PolicyMismatchError, match="another policy"):
+        taken.results  # noqa: B018
+
+
+def test_what_a_server_says_that_is_no_number_is_not_finite() -> None:
+    """JSON has null for it (ms-swift's RolloutOutput, 4.0.1 and 4.6.0). A probe that fails would only be a warning."""
+    trainer = made(Template(multimodal=False), "server")
+    choice = SimpleNamespace(token_ids=[5, 6], logprobs={"content": [{"logprob": None}, {"logprob": -1.5}]})
+    response = SimpleNamespace(choices=[choice], prompt_token_ids=[1])
+    rollout = SwiftRollout(
+        SwiftTrainer(trainer), lambda *_: [SimpleNamespace(response=response)], [Request([])], Config()
+    )
+    (answer,) = rollout.ask(["Read these words."], 2)
+    assert math.isnan(answer.logprobs[0]) and answer.logprobs[1] == -1.5

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import wrapt
 
 from swift_lora_fix.errors import ContractError
 from swift_lora_fix.install.instrumentor import Arming, Instrumentor
@@ -80,3 +81,13 @@ def test_asked_for_by_name_it_raises_and_by_itself_it_steps_aside(
     library.arming.by_name = True
     with pytest.raises(ContractError, match="no_such_function"):
         library.watch()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_lies_beneath_a_patch_whoever_wraps_it_since(name: str, kept: bool) -> None:
+    """A user's plugin may wrap ours, by wrapt or by a plain function."""
+    library = armed(Library(name))
+    module = importlib.import_module(name)
+    ours = module.answer
+    module.answer = wrapt.FunctionWrapper(ours, one_more) if kept else lambda: ours() + 1
+    assert module.answer() == 43 and library.patch_sets[0].beneath("answer")() == 41

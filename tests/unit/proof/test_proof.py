@@ -231,6 +231,61 @@ def test_scores_are_the_models_own_whatever_the_padding(left: bool, shortened: b
             probe.logprobs_of(model, {**inputs, "logits_to_keep": 1}, labels)
 
 
+def test_answers_are_encoded_once_for_all_scorings_whatever_a_forward_hook_does_with_them() -> None:
+    torch.manual_seed(0)
+    model: Any = torch.nn.Embedding(9, 9)
+    hooked: list[int] = []
+
+    def forward(input_ids: torch.Tensor, more: list[torch.Tensor], **_: Any) -> Any:
+        hooked.append(int(more[0]))
+        logits = torch.nn.functional.embedding(input_ids, model.weight)
+        input_ids.zero_(), more[0].zero_()  # as a hook may that makes embeddings of them
+        return SimpleNamespace(logits=logits)
+
+    model.forward = forward
+    answers, encoded = [Answer((1, 2), (3, 4), (0.0, 0.0))], []
+
+    class Port(type(port_of(model))):  # type: ignore[misc]
+        def encoded(self, answers: Any) -> Any:
+            encoded.append(answers)
+            rows = torch.tensor([[1, 2, 3, 4]])
+            labels = torch.tensor([[-100, -100, 3, 4]])
+            return {"input_ids": rows, "more": [torch.tensor(5)], "labels": labels}
+
+    kept = port_of(model)
+    port = Port(kept.learner)
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def way(name: str) -> Any:
+        entered.append(name)
+        yield
+
+    first, second = probe.scores(port, answers, [way("one"), way("two")])
+    assert encoded == [answers] and entered == ["one", "two"] and hooked == [5, 5]
+    assert first == second == probe.score(port, answers)
+
+
+def test_the_text_of_prompts_is_made_once_for_each_kind() -> None:
+    counted: list[str] = []
+
+    class Tokenizer:
+        def encode(self, text: str, add_special_tokens: bool) -> list[str]:
+            counted.append(text)
+            return text.split()
+
+    port = port_of(peft_model(), text=Tokenizer())
+    texts = probe.Texts(port, 16)
+    first = texts.prompts()
+    made = len(counted)
+    assert [len(text.split()) > 24 for text in first] == [True] * 4 and made > 1
+    others = texts.prompts(variant=3)
+    assert len(counted) == made and not set(first) & set(others)
+    assert [text.split(maxsplit=1)[1] for text in first] == [text.split(maxsplit=1)[1] for text in others]
+    texts.prompts(kind=probe.LONG)
+    assert len(counted) > made
+
+
 def test_scaling_the_adapter_changes_numbers_only_and_changes_them_back() -> None:
     model = peft_model()
     bound = adapter.bind(model)
@@ -323,10 +378,9 @@ def said(number: int, at: int) -> float:
     return -1.0 - 0.5 * ((7 * number + 3 * at) % 5)
 
 
-def scored(trainer: Any, answers: Any, how: Any = None) -> list[list[float]]:
+def scored(trainer: Any, answers: Any, how: Any) -> list[list[float]]:
     """With the adapter as ``said``, without it 0.4 less, with twice the adapter 0.4 more, shaken by 0.01."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(how or contextlib.nullcontext())
+    with how:
         model = trainer.model
         scale = next(m.scaling["default"] for m in model.modules() if hasattr(m, "scaling"))
         shift = 0.4 * (scale / 2.0 - 1.0)  # lora_alpha / r is 2 here
@@ -353,11 +407,10 @@ def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
         copies=1, rounds=False, reset_caches=reset, engine_without_adapter=plain, stand_ins=(),
         trainer_without_adapter=lambda: adapter.scaled(bound, 0.0),
     )  # fmt: skip
-    monkeypatch.setattr(
-        probe, "prompts", lambda t, block, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]
-    )
+    texts = lambda self, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]  # noqa: E731
+    monkeypatch.setattr(probe.Texts, "prompts", texts)
     monkeypatch.setattr(probe, "kinds", lambda trainer, has_media: [probe.SHORT])
-    monkeypatch.setattr(probe, "score", scored)
+    monkeypatch.setattr(probe, "scores", lambda trainer, answers, hows: [scored(trainer, answers, how) for how in hows])
     return gate.Gate(port_of(model), bound, serving, 16, bool)
 
 

@@ -158,6 +158,17 @@ def test_it_is_written_when_it_is_to_be_served(made: receiver.Receiver, slots: S
         made.do("serve", digest=second.digest)
 
 
+def test_a_repair_clears_the_memory_of_the_kv_cache(made: receiver.Receiver, slots: Slots) -> None:
+    """NaN that was there would reach the answers of the policy that is repaired."""
+    memory = [torch.full((2, 3), float("nan")) for _ in range(3)]
+    made.worker.model_runner.kv_caches = [memory[0], memory[1:]]
+    arrive(made, sent(1.5))
+    made.do("serve", digest=sent(1.5).digest)
+    assert all(part.isnan().all() for part in memory), "a sync costs nothing"
+    made.do("serve", digest=sent(1.5).digest, by_reference=True)
+    assert all((part == 0).all() for part in memory)
+
+
 def test_room_is_kept_for_the_same_layout(made: receiver.Receiver) -> None:
     arrive(made, sent(1.5))
     before = made.received
