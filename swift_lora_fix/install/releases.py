@@ -478,7 +478,7 @@ KERNEL_FAULTS = (
         "0.33.0",
         9,
         "vLLM issue 48590: on Hopper lora_expand gives NaN from token 128 on where the rank is 64 or more. vLLM 0.33 "
-        "mends it; before, a smaller --lora_rank or --vllm_enable_lora false (fused mode)",
+        "mends it; before, a smaller LoRA rank or the fused mode",
     ),
 )
 

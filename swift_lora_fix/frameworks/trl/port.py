@@ -27,8 +27,12 @@ from ...trainer import Answer, Load, Weights, Words
 PUSH_BYTES = 1 << 30  # so much is handed to vLLM at once: whole copies of sharded weights must not pile up
 WORDS = Words(
     framework="TRL",
-    with_lora="SWIFT_LORA_FIX_MODE=adapter, set before the trainer is made",
-    without_lora="SWIFT_LORA_FIX_MODE=fused, or none (fused mode)",
+    with_lora="SWIFT_LORA_FIX_MODE=adapter",
+    without_lora="SWIFT_LORA_FIX_MODE=fused",
+    rank="LoraConfig's r",
+    targets="LoraConfig's target_modules",
+    start="a PeftModel loaded from",
+    resume="resume_from_checkpoint",
 )
 
 _trainers: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # by accelerator

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swift_lora_fix.errors import UnsupportedAdapterError
 from swift_lora_fix.policy import adapter, kinds, merging
+from swift_lora_fix.trainer import PLAIN
 
 FIELDS = {field.name: field for field in dataclasses.fields(LoraConfig)}
 PEFT = f"PEFT {peft.__version__}"
@@ -407,7 +408,7 @@ def test_what_one_mode_serves_the_other_refuses_and_says_so(name: str) -> None:
     message = assert_refused(case.model(), refuses)
     named = [option for option in [*options, "Conv1d", "use_dora", "lora_bias"] if option in message]
     assert named, message
-    flag = {"adapter": "--vllm_enable_lora true", "fused": "--vllm_enable_lora false (fused mode)"}[serves]
+    flag = {"adapter": PLAIN.with_lora, "fused": f"{PLAIN.without_lora} (fused mode)"}[serves]
     assert f"Use {flag} for this adapter, or train it without that." in message
 
 
@@ -443,6 +444,7 @@ SWIFTS_OWN = """
 import dataclasses, peft, torch
 from swift.tuners.peft import LoraConfig
 from swift_lora_fix.policy import adapter, kinds
+from swift_lora_fix.trainer import PLAIN
 
 own = {"lora_dtype": "float32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1.0}
 added = {f.name for f in dataclasses.fields(LoraConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}
