@@ -12,6 +12,7 @@ from .common.settings import Settings
 from .errors import SwiftLoraFixError
 from .frameworks.swift.instrumentors import Megatron, Peft, Ray, Rewrite, RolloutServer, Scoring, Trainer, Tuners
 from .frameworks.trl.instrumentors import Generation, is_ms_swift
+from .frameworks.trl.instrumentors import Scoring as TrlScoring
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
@@ -23,9 +24,11 @@ _tuners = Tuners(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 _trl = Generation(_arming)
+_trl_scoring = TrlScoring(_arming, _trl)
 TRL = "trl"
 # vLLM is not here: its instrumentor is in memory/hooks.py, and goes in by importing swift_lora_fix.memory.
-_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming), _trl)
+_of_swift = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming))
+_instrumentors = (*_of_swift, _trl, _trl_scoring)
 
 
 @dataclass(frozen=True)
