@@ -108,6 +108,8 @@ def _read(log: Path, progress: Progress) -> _Reading:
                 _take(line, reading)
                 if reading.lines % 1000 == 0:
                     progress(done, total)
+    except RunLogError:  # an OSError, too
+        raise
     except OSError as error:
         raise RunLogError(f"{log} cannot be read: {error.strerror}.") from error
     return reading
