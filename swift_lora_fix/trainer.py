@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .common.words import Words
+
 Weights = Mapping[str, torch.Tensor]
 Load = Callable[[Any], Any]  # loads weights into vLLM: a mapping of names to tensors, or what has its ``items()``
 
@@ -81,31 +83,6 @@ class RolloutPort(Protocol):
     def tokens_per_second(self, most_tokens: int) -> float:
         """Generate this rollout with at most ``most_tokens`` tokens an answer, discard it, and return its output tokens
         per second. Like ``ask`` it leaves the run's state unchanged."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """How a framework's users call things, for messages.
-
-    with_lora, without_lora: what they set to have an engine with LoRA layers, or one without. rank, targets: the LoRA's
-    options. start: what comes before the folder of an adapter that a run starts from; resume: before the checkpoint
-    that it goes on from. more: how else the engine can be told to do something: a format of a JSON object of vLLM's
-    arguments, "" where there is no way. verify: what proves a run apart from training, "" where nothing does.
-    """
-
-    framework: str
-    with_lora: str
-    without_lora: str
-    rank: str = "the LoRA's rank"
-    targets: str = "target_modules"
-    start: str = "the folder"
-    resume: str = "the checkpoint"
-    more: str = ""
-    verify: str = ""
-
-
-# Where no framework is known: adapters that are read by themselves, and programs of vLLM's alone.
-PLAIN = Words("the trainer", with_lora="an engine with LoRA layers", without_lora="an engine without LoRA layers")
 
 
 class TrainerPort(Protocol):

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..common.words import PLAIN, Words
 from ..errors import TrainerModifiedError, UnsupportedAdapterError
-from ..trainer import PLAIN, Words
 from . import kinds
 
 DEFAULT_ADAPTER = "default"  # the adapter that ms-swift trains; --ref_adapters loads another one beside it

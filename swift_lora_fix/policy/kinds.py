@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Literal
 
+from ..common.words import PLAIN, Words
 from ..errors import UnsupportedAdapterError
-from ..trainer import PLAIN, Words
 
 if TYPE_CHECKING:
     import torch  # not imported: tools/fork checks files without it

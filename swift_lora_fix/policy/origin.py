@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ..common.words import PLAIN, Words
 from ..errors import AdapterFileError, ResumeMismatchError
-from ..trainer import PLAIN, Words
 from .adapter import Adapter
 from .files import check_fork, checkpoint_step, sha256_of, weights_file
 from .kinds import is_b

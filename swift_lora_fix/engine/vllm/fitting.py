@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...common.words import Words
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from ...policy.adapter import Adapter
-from ...trainer import Words
 from .handle import EngineHandle
 from .weights.names import Names
 

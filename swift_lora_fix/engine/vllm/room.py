@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...common.words import Words
 from ...errors import UnsupportedAdapterError
 from ...install import releases
-from ...trainer import Words
 from .fitting import TOWER_OPTION, is_tower
 
 

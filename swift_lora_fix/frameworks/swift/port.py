@@ -20,6 +20,7 @@ import torch
 
 from ...common.log import info
 from ...common.shadowing import do_nothing, holding, shadowed
+from ...common.words import Words
 from ...engine.vllm.fitting import TOWER_OPTION
 from ...engine.vllm.room import needed
 from ...errors import UnsupportedTrainerError
@@ -27,7 +28,7 @@ from ...install import releases
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
 from ...server.wire import PROBE
-from ...trainer import Answer, Load, Scored, Weights, Words
+from ...trainer import Answer, Load, Scored, Weights
 
 WORDS = Words(
     framework="ms-swift",

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from ...common.shadowing import do_nothing, shadowed
+from ...common.words import Words
 from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
 from ...errors import UnsupportedAdapterError, UnsupportedTrainerError
 from ...install import releases
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
-from ...trainer import Answer, Load, Scored, Weights, Words
+from ...trainer import Answer, Load, Scored, Weights
 
 PUSH_BYTES = 1 << 30  # so much is handed to vLLM at once: whole copies of sharded weights must not pile up
 WORDS = Words(

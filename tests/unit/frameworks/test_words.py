@@ -12,10 +12,10 @@ import torch
 
 import swift_lora_fix
 from swift_lora_fix import errors
+from swift_lora_fix.common.words import Words
 from swift_lora_fix.frameworks.swift import port as swift
 from swift_lora_fix.frameworks.trl import port as trl
 from swift_lora_fix.policy import adapter, origin
-from swift_lora_fix.trainer import Words
 from tests.support.peft_models import peft_model
 
 PACKAGE = Path(swift_lora_fix.__file__).parent

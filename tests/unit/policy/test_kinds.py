@@ -21,9 +21,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from transformers.pytorch_utils import Conv1D
 
+from swift_lora_fix.common.words import PLAIN
 from swift_lora_fix.errors import UnsupportedAdapterError
 from swift_lora_fix.policy import adapter, kinds, merging
-from swift_lora_fix.trainer import PLAIN
 
 FIELDS = {field.name: field for field in dataclasses.fields(LoraConfig)}
 PEFT = f"PEFT {peft.__version__}"
@@ -444,7 +444,6 @@ SWIFTS_OWN = """
 import dataclasses, peft, torch
 from swift.tuners.peft import LoraConfig
 from swift_lora_fix.policy import adapter, kinds
-from swift_lora_fix.trainer import PLAIN
 
 own = {"lora_dtype": "float32", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1.0}
 added = {f.name for f in dataclasses.fields(LoraConfig)} - {f.name for f in dataclasses.fields(peft.LoraConfig)}

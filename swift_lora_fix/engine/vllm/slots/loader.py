@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ....common.words import PLAIN, Words
 from ....errors import EngineStateError
 from ....policy.adapter import Adapter
-from ....trainer import PLAIN, Words
 from ..handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
 
 
