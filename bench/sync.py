@@ -1,4 +1,5 @@
-"""scripts/bench_sync: stock's sync and ours in turn, inside one real GRPO run, beside the machine's byte floor."""
+"""scripts/bench_sync: stock's sync and ours in turn, inside one real GRPO run, beside the machine's byte floor: of
+ms-swift's, or of TRL's (--framework trl)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 
 from bench import PLUGINS, command
 from swift_lora_fix.common import charts
+from tests.support import trl_driver
 from tests.support.driver import Run, make_model
 
 STAGES = (
@@ -25,20 +27,60 @@ STAGES = (
     "wait",
 )  # in their order; no run has all of them
 
-STOCK = {"adapter": "stock _move_model_to_vllm", "fused": "stock, merged weights"}  # by mode
+STOCK = {  # by framework and mode
+    ("swift", "adapter"): "stock _move_model_to_vllm",
+    ("swift", "fused"): "stock, merged weights",
+    ("trl", "adapter"): "stock sync_weights, merged weights",  # it has no other way
+    ("trl", "fused"): "stock sync_weights, merged weights",
+}
+DEFAULT_MODE = {"swift": "adapter", "trl": "fused"}
 
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Make the model, run ``swift rlhf`` with the bench plugin, return its record."""
+    """Make the model, run GRPO with the bench plugin, return its record."""
     import torch
 
     gpu = torch.cuda.is_available()
-    python = Path(sys.executable)
+    args.mode = args.mode or DEFAULT_MODE[args.framework]
     shape = args.shape or ("qwen2-7b" if gpu else "qwen2")
     what = f"{args.mode} mode, model: {shape}, LoRA r={args.rank} on all linear layers, {args.syncs} syncs each"
     print(what, flush=True)
-    model = args.model or make_model(python, folder / "models", shape)
-    run = Run("bench", python, model, folder / "bench", fixed=True, gpu=gpu, probe=False)
+    model = args.model or make_model(Path(sys.executable), folder / "models", shape)
+    record_file = folder / "bench.json"
+    environment = {
+        "SWIFT_LORA_FIX_MODE": args.mode,
+        "SLF_BENCH_FILE": str(record_file),
+        "SLF_BENCH_SYNCS": str(args.syncs),
+        "SLF_BENCH_STEP": "2",
+    }
+    make = _of_trl if args.framework == "trl" else _of_swift
+    run = make(args, folder, model, gpu, environment)
+    print("running GRPO with a colocated vLLM engine ...", flush=True)
+    run.start()
+    if not record_file.is_file():
+        print(run.log[-4000:], file=sys.stderr)
+        raise SystemExit(f"the run ended with status {run.returncode} before it measured anything")
+    record: dict[str, Any] = json.loads(record_file.read_text())
+    record.update(shape=shape, rank=args.rank, date=datetime.date.today().isoformat())
+    record["stock"] = STOCK[args.framework, args.mode]
+    return record
+
+
+def _of_trl(
+    args: argparse.Namespace, folder: Path, model: Path, gpu: bool, environment: dict[str, str]
+) -> trl_driver.Run:
+    options = {
+        "model": str(model),
+        "fixed": True,
+        "bench": str(PLUGINS / "slf_bench.py"),
+        "lora": {"r": args.rank, "lora_alpha": 2 * args.rank},
+        "arguments": {"learning_rate": 1e-4, "save_steps": 100, "use_cpu": not gpu, "vllm_gpu_memory_utilization": 0.2},
+    }
+    return trl_driver.Run(folder / "bench", options, environment)
+
+
+def _of_swift(args: argparse.Namespace, folder: Path, model: Path, gpu: bool, environment: dict[str, str]) -> Run:
+    run = Run("bench", Path(sys.executable), model, folder / "bench", fixed=True, gpu=gpu, probe=False)
     run.last_plugins = (PLUGINS / "slf_bench.py",)
     run.arguments = {
         "vllm_enable_lora": "true" if args.mode == "adapter" else "false",
@@ -51,21 +93,8 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if args.model is None
         else Path(args.model).parent / "prompts.jsonl",
     }
-    record_file = folder / "bench.json"
-    run.environment = {
-        "SWIFT_LORA_FIX_MODE": args.mode,
-        "SLF_BENCH_FILE": str(record_file),
-        "SLF_BENCH_SYNCS": str(args.syncs),
-        "SLF_BENCH_STEP": "2",
-    }
-    print("running swift rlhf (GRPO, colocated vLLM) ...", flush=True)
-    run.start()
-    if not record_file.is_file():
-        print(run.log[-4000:], file=sys.stderr)
-        raise SystemExit(f"the run ended with status {run.returncode} before it measured anything")
-    record = json.loads(record_file.read_text())
-    record.update(shape=shape, rank=args.rank, date=datetime.date.today().isoformat())
-    return record
+    run.environment = environment
+    return run
 
 
 def summarize(record: dict[str, Any]) -> dict[str, float]:
@@ -90,7 +119,7 @@ def print_table(record: dict[str, Any]) -> None:
     def row(name: str, values: list[float]) -> None:
         table.add_row(name, *(f"{1e3 * f(values):.3f} ms" for f in (statistics.median, min, max)))
 
-    row(STOCK[record["mode"]], record["seconds"]["stock"])
+    row(record["stock"], record["seconds"]["stock"])
     row(f"ours, {record['mode']} mode", record["seconds"]["ours"])
     for stage in STAGES:
         if all(f"{stage}_seconds" in part for part in record["parts"]):
@@ -103,7 +132,7 @@ def print_table(record: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"ms-swift {record['ms_swift']}, vLLM {record['vllm']}, torch {record['torch']}; {record['lora_parameters']:,} "
+        f"{record['framework']}, vLLM {record['vllm']}, torch {record['torch']}; {record['lora_parameters']:,} "
         f"LoRA parameters in {', '.join(record['lora_dtypes'])}, {record['bytes_read'] / 1e6:.0f} MB read and "
         f"{record['bytes_written'] / 1e6:.0f} MB written at {record['bandwidth'] / 1e12:.2f} TB/s; path "
         f"{record['parts'][-1]['path']}; "
@@ -127,7 +156,7 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
     numbers = summarize(record)
     with charts.chart(path, size=(8, 3.2), option="--chart") as (_, (axis,)):
         mode = record["mode"]
-        names = [STOCK[mode], f"swift_lora_fix, {mode} mode", "floor (bytes / bandwidth)"]
+        names = [record["stock"], f"swift_lora_fix, {mode} mode", "floor (bytes / bandwidth)"]
         values = [1e3 * numbers["stock"], 1e3 * numbers["ours"], 1e3 * numbers["floor"]]
         bars = axis.barh(names, values, color=[charts.STOCK, charts.OURS, charts.QUIET])
         axis.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=4)
@@ -142,10 +171,13 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = command.arguments("bench_sync", __doc__)
     parser.add_argument(
+        "--framework", choices=("swift", "trl"), default="swift", help="whose trainer (default swift); TRL: on a CPU"
+    )
+    parser.add_argument(
         "--mode",
         choices=("adapter", "fused"),
-        default="adapter",
-        help="adapter: into vLLM's LoRA slots (default); fused: folded into the engine's weights, without LoRA layers",
+        help="adapter: into vLLM's LoRA slots (ms-swift's default); fused: folded into the engine's weights, without "
+        "LoRA layers (TRL's)",
     )
     parser.add_argument("--syncs", type=int, default=20, help="syncs of each kind (default 20)")
     command.run(parser.parse_args(), run_benchmark, print_table, save_chart)

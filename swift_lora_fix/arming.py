@@ -13,6 +13,7 @@ from .engine.vllm.dense.instrumentor import DenseLayers
 from .errors import SwiftLoraFixError
 from .frameworks.swift.instrumentors import Megatron, Peft, Ray, Rewrite, RolloutServer, Scoring, Trainer, Tuners
 from .frameworks.trl.instrumentors import Generation, is_ms_swift
+from .frameworks.trl.instrumentors import Scoring as TrlScoring
 from .install import releases
 from .install.instrumentor import PARENT_ARMED, Arming
 
@@ -24,10 +25,11 @@ _tuners = Tuners(_arming)
 _server = RolloutServer(_arming)
 _megatron = Megatron(_arming)
 _trl = Generation(_arming)
+_trl_scoring = TrlScoring(_arming, _trl)
 TRL = "trl"
-_dense = DenseLayers(_arming)
 # vLLM's loading of adapters is not here: it is patched by importing swift_lora_fix.memory (memory/hooks.py).
-_instrumentors = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming), _trl, _dense)
+_of_swift = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming))
+_instrumentors = (*_of_swift, _trl, _trl_scoring, DenseLayers(_arming))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Auto:
         if not all_ranks(problem is None):
             self._stay(problem or "another rank cannot fold its adapter in")
             return None
-        adapter = adapters.bind(trainer.model, apart=False)
+        adapter = adapters.bind(trainer.model, apart=False, words=trainer.words)
         fused = FusedModeWriter(
             trainer, EngineHandle(trainer.vllm_engine), adapter, merging.bind(trainer.model, adapter.name)
         )

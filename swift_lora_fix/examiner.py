@@ -68,7 +68,7 @@ class Examiner:
 
     @property
     def looks_later(self) -> bool:
-        """Whether the trainer's model cannot score while rollouts are made: it is on the host (--offload_model), the
+        """Whether the trainer's model cannot score while rollouts are made: it is on the host (offloaded), the
         memory is the KV cache's (a sleep level), or not all ranks are there (rollout servers)."""
         trainer = self.trainer
         shared = self.engine.is_shared and trainer.ranks > 1
@@ -272,11 +272,12 @@ class Examiner:
         if kind != probe.SHORT or not verdict.agrees:
             return
         self._small_looks = 0 if verdict.is_distinguishable else self._small_looks + 1
+        verify = self.trainer.words.verify
         if self._small_looks == SMALL_LOOKS:
             warning(
                 f"after {served.sync} syncs the adapter still does less than the noise of computing it"
                 f"{verdict.reservation}: that the engine serves it is known from the audits of its values alone. A "
-                "larger learning rate or a later checkpoint would tell: swift-lora-fix verify --adapter CHECKPOINT."
+                f"larger learning rate or a later checkpoint would tell{verify and f': {verify}'}."
             )
 
     def _mind(self, rounding: audit.Rounding, served: Served) -> None:
@@ -288,5 +289,5 @@ class Examiner:
             warning(
                 f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
                 f"bound of {bound:.1%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
-                "With --vllm_enable_lora true vLLM serves an adapter that it can serve exactly, apart."
+                f"With {self.trainer.words.with_lora} vLLM serves an adapter that it can serve exactly, apart."
             )

@@ -46,7 +46,7 @@ def decide(trainer: TrainerPort) -> Scope:
         return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'", trainer)
     if asked == "adapter" and not trainer.engine_has_lora:
         raise SettingsError(
-            f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA layers: add {trainer.words.with_lora}, or unset it."
+            f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA: start with {trainer.words.with_lora}, or unset it."
         )
     towers = _towers_without_layers(trainer) if trainer.engine_has_lora and not asked else []
     if towers and why_not_fused(trainer) is None:
@@ -82,7 +82,7 @@ def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
     if trainer.engine_has_lora:
         problem = None if settings.transport else remote.why_not(trainer)  # asked by name: what is missing raises later
     else:
-        problem = "the rollout servers have no LoRA layers: start `swift rollout` with --vllm_enable_lora true"
+        problem = f"the rollout servers have no LoRA layers: start them with {trainer.words.with_lora}"
     if problem is not None:
         if settings.transport:
             raise SettingsError(f"SWIFT_LORA_FIX_TRANSPORT={settings.transport!r} cannot be had: {problem}.")
@@ -92,7 +92,7 @@ def _for_servers(trainer: TrainerPort, settings: Settings) -> Scope:
 
 def _can_be_apart(trainer: TrainerPort) -> bool:
     try:
-        adapters.bind(trainer.model)
+        adapters.bind(trainer.model, words=trainer.words)
     except UnsupportedAdapterError:
         return False
     return True
@@ -100,7 +100,7 @@ def _can_be_apart(trainer: TrainerPort) -> bool:
 
 def _towers_without_layers(trainer: TrainerPort) -> list[str]:
     try:
-        adapter = adapters.bind(trainer.model)
+        adapter = adapters.bind(trainer.model, words=trainer.words)
     except UnsupportedAdapterError:
         return []  # it is refused when it is bound to be served
     return towers_without_layers(adapter, lambda: EngineHandle(trainer.vllm_engine))

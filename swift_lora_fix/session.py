@@ -298,7 +298,7 @@ class Session:
     def _bind(self, mode: Mode) -> None:
         """Build adapter, engine and writer for the trainer's current model and engine."""
         trainer = self.trainer
-        self.adapter = adapters.bind(trainer.model, apart=mode == "adapter")
+        self.adapter = adapters.bind(trainer.model, apart=mode == "adapter", words=trainer.words)
         self.engine: EnginePort
         self.writer: WriterPort
         if trainer.engine_place == "server":

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .common.words import Words
+
 Weights = Mapping[str, torch.Tensor]
 Load = Callable[[Any], Any]  # loads weights into vLLM: a mapping of names to tensors, or what has its ``items()``
 
@@ -81,16 +83,6 @@ class RolloutPort(Protocol):
     def tokens_per_second(self, most_tokens: int) -> float:
         """Generate this rollout with at most ``most_tokens`` tokens an answer, discard it, and return its output tokens
         per second. Like ``ask`` it leaves the run's state unchanged."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """How a framework's users call things, for messages. with_lora, without_lora: what they set to have an engine with
-    LoRA layers, or one without."""
-
-    framework: str
-    with_lora: str
-    without_lora: str
 
 
 class TrainerPort(Protocol):

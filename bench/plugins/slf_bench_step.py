@@ -1,5 +1,6 @@
 """When the benchmark plugins measure: after the sync of step ``$SLF_BENCH_STEP``; then the run is ended. And with what:
-stock's own sync, a clock that waits for the device, and the trainer's parameters as they were."""
+a framework's trainer and its stock sync, a clock that waits for the device, and the trainer's parameters as they were.
+"""
 
 import os
 import time
@@ -9,6 +10,50 @@ import wrapt
 MODULES = ("swift.rlhf_trainers.rollout_mixin", "swift.trainers.rlhf_trainer.rollout_mixin")
 
 
+def _is_the_step(trainer):
+    return trainer.state.global_step == int(os.environ.get("SLF_BENCH_STEP", "2"))
+
+
+class Swift:
+    """ms-swift's trainer. ours: our sync, bound."""
+
+    def __init__(self, ours, trainer):
+        self.stock_dtype = next(p.dtype for n, p in trainer.model.named_parameters() if "lora_" not in n)
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.vllm_config = trainer.engine.engine.vllm_config
+        trainer.base_sync_done = True
+        stock = stock_sync(next(c for c in type(trainer).__mro__ if c.__name__ == "RolloutTrainerMixin"))
+        self.stock = lambda: stock(trainer, skip_async_check=True)
+        self.ours = lambda: ours(skip_async_check=True)
+
+
+class Trl:
+    """TRL's trainer. ours: our sync, bound."""
+
+    stock_dtype = None  # it leaves the LoRA in its own
+
+    def __init__(self, ours, trainer):
+        generation = trainer.vllm_generation
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.vllm_config = generation.llm.llm_engine.vllm_config
+        stock = stock_sync(type(generation), "sync_weights")
+        self.stock, self.ours = lambda: stock(generation), ours
+
+
+def measure_trl(trainer, bench):
+    """Have ``bench(sync, trainer)`` called there, of a trainer of TRL's that was just made."""
+    generation = trainer.vllm_generation
+    ours = generation.sync_weights
+
+    def sync():
+        ours()
+        if _is_the_step(trainer):
+            bench(ours, trainer)
+            raise SystemExit(0)
+
+    generation.sync_weights = sync
+
+
 def measure_with(bench):
     """Have ``bench(sync, trainer)`` called there; ``sync`` makes one more sync."""
 
@@ -16,7 +61,7 @@ def measure_with(bench):
         @wrapt.patch_function_wrapper(module.RolloutTrainerMixin, "_move_model_to_vllm")
         def sync(wrapped, trainer, args, kwargs):
             result = wrapped(*args, **kwargs)
-            if trainer.state.global_step == int(os.environ.get("SLF_BENCH_STEP", "2")):
+            if _is_the_step(trainer):
                 bench(wrapped, trainer)
                 raise SystemExit(0)
             return result
@@ -25,9 +70,9 @@ def measure_with(bench):
         wrapt.register_post_import_hook(install, name)
 
 
-def stock_sync(mixin):
-    """ms-swift's own function, below every wrapper."""
-    function = vars(mixin)["_move_model_to_vllm"]
+def stock_sync(owner, name="_move_model_to_vllm"):
+    """The framework's own function, below every wrapper."""
+    function = vars(owner)[name]
     while type(function).__name__ == "FunctionWrapper":
         function = function.__wrapped__
     return function

@@ -40,6 +40,15 @@ def check_trl(module: ModuleType) -> None:
         raise ContractError(f"{module.__name__} of TRL {releases.installed_trl()}: {'; '.join(problems)}. {_no_trl()}")
 
 
+def check_trl_scoring(module: ModuleType) -> None:
+    """Raise ContractError as ``check`` does, for the trainer's scoring of its rollouts."""
+    problems = [problem for target in releases.TRL_SCORING_HOOKS if (problem := _problem(module, target))]
+    sources = [_source(name) for name in (module.__name__, releases.TRL_MODULE)]
+    problems += [f"{name} is not used by it any more" for name in unused(sources, releases.TRL_SCORING_ATTRIBUTES)]
+    if problems:
+        raise ContractError(f"{module.__name__} of TRL {releases.installed_trl()}: {'; '.join(problems)}. {_no_trl()}")
+
+
 def no_trl_module() -> ContractError:
     """The error for a TRL whose generation with vLLM lies elsewhere."""
     return ContractError(f"TRL {releases.installed_trl()} has no {releases.TRL_MODULE}. {_no_trl()}")

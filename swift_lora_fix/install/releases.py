@@ -409,6 +409,16 @@ TRL_HOOKS = (
     Target("LLM.__init__", names=("model", "enable_lora", "max_loras", "max_lora_rank")),
     Target("LLM.generate", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
 )
+# In TRL_TRAINER_MODULE, where the trainer scores its rollouts; and what the port reads there. Only metrics need them.
+TRL_SCORING_HOOKS = (
+    Target("GRPOTrainer._generate_and_score_completions", positional=1),
+    Target("GRPOTrainer._get_per_token_logps_and_entropies", positional=4),
+)
+TRL_SCORING_ATTRIBUTES = (
+    "use_vllm", "rollout_func", "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask",
+    "old_per_token_logps", "sampling_per_token_logps", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "generation_kwargs", "structured_outputs_regex",
+)  # fmt: skip
 # Names of VLLMGeneration, of its trainer and its engine that frameworks/trl/port.py reads, writes or calls.
 TRL_ATTRIBUTES = (
     "model", "accelerator", "processing_class", "mode", "enable_sleep_mode", "llm", "llm_engine", "is_main_process",
@@ -478,7 +488,7 @@ KERNEL_FAULTS = (
         "0.33.0",
         9,
         "vLLM issue 48590: on Hopper lora_expand gives NaN from token 128 on where the rank is 64 or more. vLLM 0.33 "
-        "mends it; before, a smaller --lora_rank or --vllm_enable_lora false (fused mode)",
+        "mends it; before, a smaller LoRA rank or the fused mode",
     ),
 )
 

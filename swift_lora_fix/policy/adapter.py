@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..common.words import PLAIN, Words
 from ..errors import TrainerModifiedError, UnsupportedAdapterError
 from . import kinds
 
@@ -64,6 +65,7 @@ class Adapter:
 
     sharding: how the parameters are spread over ranks: ``none`` (also data-parallel), ``zero3`` or ``fsdp2``.
     layers: PEFT's LoRA layers. chunks: the entries again, in parts of at most ``CHUNK_BYTES`` in fp32.
+    words: how the trainer's users call things, for messages about this adapter.
     """
 
     name: str
@@ -73,13 +75,16 @@ class Adapter:
     layers: tuple[Any, ...] = field(repr=False)
     chunks: tuple[Chunk, ...] = field(repr=False)
     parameters: tuple[torch.nn.Parameter, ...] = field(repr=False)
+    words: Words = field(default=PLAIN, repr=False, compare=False)
 
     @property
     def max_rank(self) -> int:
         return max(entry.rank for entry in self.entries)
 
 
-def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: bool = True) -> Adapter:
+def bind(
+    model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: bool = True, words: Words = PLAIN
+) -> Adapter:
     """Find the parameters of ``model``'s adapter.
 
     Args:
@@ -87,6 +92,7 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
         adapter_name: the PEFT adapter to serve.
         apart: the engine gets base and LoRA apart, for vLLM's LoRA kernels. False: folded into one (fused mode). Then
             the adapter is everything that is trained: also DoRA's magnitudes, ``modules_to_save``, biases.
+        words: how the trainer's users call things.
 
     Raises:
         UnsupportedAdapterError: no such adapter; or its kind is unknown, or not served this way (policy/kinds.py); or,
@@ -95,7 +101,7 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     from peft.tuners.lora import LoraLayer
 
     config = kinds.config_of(model, adapter_name)
-    kinds.check(model, adapter_name, "adapter" if apart else "fused")
+    kinds.check(model, adapter_name, "adapter" if apart else "fused", words)
     layers: list[Any] = []
     entries: list[AdapterEntry] = []
     for name, module in model.named_modules():
@@ -105,13 +111,12 @@ def bind(model: torch.nn.Module, adapter_name: str = DEFAULT_ADAPTER, apart: boo
     if not entries:
         raise UnsupportedAdapterError(f"Adapter {adapter_name!r} of type {config.peft_type} has no LoRA parameters.")
     if apart:
-        _check_base_is_frozen(model)
+        _check_base_is_frozen(model, words)
     else:
         entries += _other_entries(model, adapter_name, {id(entry.parameter) for entry in entries})
     parameters = tuple(entry.parameter for entry in entries)
-    return Adapter(
-        adapter_name, tuple(entries), config, _sharding(parameters), tuple(layers), tuple(_chunks(entries)), parameters
-    )
+    sharding, chunks = _sharding(parameters), tuple(_chunks(entries))
+    return Adapter(adapter_name, tuple(entries), config, sharding, tuple(layers), chunks, parameters, words)
 
 
 def of_tensors(
@@ -290,12 +295,11 @@ def _other_entries(model: torch.nn.Module, adapter_name: str, known: set[int]) -
                 yield AdapterEntry(key, parameter, 1.0, 0, module._parameters, name, None)
 
 
-def _check_base_is_frozen(model: torch.nn.Module) -> None:
-    # other adapters' LoRA (--ref_adapters) may require gradients, but is not active
+def _check_base_is_frozen(model: torch.nn.Module, words: Words) -> None:
+    # other adapters' LoRA (ms-swift's --ref_adapters) may require gradients, but is not active
     trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     if trained:
         raise UnsupportedAdapterError(
             f"{len(trained)} parameters beside the LoRA are trained, the first {trained[0]!r}. The engine gets the "
-            "base once, so rollouts would lack what they learn: freeze them, or use --vllm_enable_lora false (fused "
-            "mode)."
+            f"base once, so rollouts would lack what they learn: freeze them, or use {words.without_lora} (fused mode)."
         )

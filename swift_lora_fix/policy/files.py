@@ -96,8 +96,10 @@ def has_nonzero(file: Path, wanted: Callable[[str], bool]) -> bool:
     return False
 
 
-def check_start(folder: Path) -> None:
+def check_start(folder: Path, options: str) -> None:
     """Check that a run can start from this folder, before anything is loaded from it. No tensor is read.
+
+    options: those that may have named it, for the message.
 
     A folder that does not exist is left to ms-swift (it may be a hub's id), and so are its own tuners, which have a
     folder each or ``swift_type`` in their configuration.
@@ -112,7 +114,7 @@ def check_start(folder: Path) -> None:
             read_header(weights)
     elif not any(folder.glob(f"*/{ADAPTER_CONFIG}")):
         raise AdapterFileError(
-            f"The run is to start from {folder} (--resume_from_checkpoint, --adapters or --ref_adapters), but "
+            f"The run is to start from {folder} ({options}), but "
             f"{folder} has no {ADAPTER_CONFIG}, so there is no adapter in it. It holds "
             f"{sorted(path.name for path in folder.iterdir())[:12]}. Name the checkpoint-N of a LoRA run."
         )

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Literal
 
+from ..common.words import PLAIN, Words
 from ..errors import UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def config_of(model: torch.nn.Module, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-def check(model: torch.nn.Module, adapter_name: str, mode: Mode) -> None:
+def check(model: torch.nn.Module, adapter_name: str, mode: Mode, words: Words = PLAIN) -> None:
     """Raise UnsupportedAdapterError when ``mode`` cannot serve an adapter exactly as PEFT computes it.
 
     The message names the option and its value, or the module and its class, variant or parameter, and what to do.
@@ -297,12 +298,13 @@ def check(model: torch.nn.Module, adapter_name: str, mode: Mode) -> None:
         model: the trainer's unwrapped ``peft.PeftModel``, which has the adapter. It is only read.
         adapter_name: the PEFT adapter to serve.
         mode: how the engine gets it.
+        words: for the message.
     """
     problem = find_unserved(model, adapter_name, mode)
     if problem is None:
         return
     names = {"adapter": "vLLM's LoRA", "fused": "the fused mode"}
-    flags = {"adapter": "--vllm_enable_lora true", "fused": "--vllm_enable_lora false (fused mode)"}
+    flags = {"adapter": words.with_lora, "fused": f"{words.without_lora} (fused mode)"}
     other: Mode = "fused" if mode == "adapter" else "adapter"
     if find_unserved(model, adapter_name, other) is None:
         who, advice = f"{names[mode]} cannot serve", f"Use {flags[other]} for this adapter, or train it without that."

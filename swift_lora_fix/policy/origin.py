@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..common.words import PLAIN, Words
 from ..errors import AdapterFileError, ResumeMismatchError
 from .adapter import Adapter
 from .files import check_fork, checkpoint_step, sha256_of, weights_file
@@ -26,12 +27,13 @@ _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictiona
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """kind: ``scratch``, ``adapters`` (--adapters), ``resume`` (--resume_from_checkpoint) or ``memory`` (none of these,
+    """kind: ``scratch``, ``adapters`` (loaded from a folder), ``resume`` (a checkpoint's) or ``memory`` (none of these,
         but B is not zero).
     path, step, sha256: the folder, the step in its ``trainer_state.json``, the digest of its weights file.
     norm: Frobenius norm of all A and B. b_is_zero: every lora_B is zero, so the adapter has no effect yet.
     compared: the trainer's tensors were compared with the file's, and equal. reference: the ``ref_adapter``'s folder.
     fork: in words, what the folder is a fork of, if it is one and its weights file is unchanged.
+    words: how the trainer's users call these.
     """
 
     kind: str
@@ -43,12 +45,13 @@ class AdapterOrigin:
     compared: bool
     reference: str | None
     fork: str | None = None
+    words: Words = PLAIN
 
     def __str__(self) -> str:
         source = {
             "scratch": "from scratch",
-            "adapters": f"from --adapters {self.path}",
-            "resume": f"from --resume_from_checkpoint {self.path} at step {self.step}",
+            "adapters": f"from {self.words.start} {self.path}",
+            "resume": f"from {self.words.resume} {self.path} at step {self.step}",
             "memory": "from memory: no file was seen being loaded",
         }[self.kind]
         parts = [f"LoRA weights {source}", *([self.fork] if self.fork else [])]
@@ -85,7 +88,8 @@ def determine(
     folder = _folder(claimed, loads.get(adapter.name))
     norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
     b_is_zero = not any(bool(value.any()) for key, value in held.items() if is_b(key))
-    facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, reference=loads.get("ref_adapter"))
+    facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, words=adapter.words)
+    facts["reference"] = loads.get("ref_adapter")
     if folder is None:
         kind = "scratch" if b_is_zero else "memory"
         return AdapterOrigin(kind, path=None, step=None, sha256=None, compared=False, **facts)
@@ -99,7 +103,7 @@ def determine(
         saved = read_weights(file)
         if (folder / TOWERS).is_file():
             saved = {**saved, **read_weights(folder / TOWERS)}
-        _compare(folder, saved, held, norm, b_is_zero)
+        _compare(folder, saved, held, norm, b_is_zero, adapter.words)
     kind = "resume" if claimed else "adapters"
     return AdapterOrigin(kind, str(folder), saved_step, digest, compared=compared, fork=fork, **facts)
 
@@ -124,7 +128,12 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _compare(
-    folder: Path, saved: dict[str, torch.Tensor], held: dict[str, torch.Tensor], norm: float, b_is_zero: bool
+    folder: Path,
+    saved: dict[str, torch.Tensor],
+    held: dict[str, torch.Tensor],
+    norm: float,
+    b_is_zero: bool,
+    words: Words,
 ) -> None:
     different = []
     for key, value in held.items():
@@ -140,6 +149,6 @@ def _compare(
         raise ResumeMismatchError(
             f"The run claims to start from {folder} (LoRA norm {file_norm:.6g}), but the trainer holds another adapter "
             f"(LoRA norm {norm:.6g}{', every lora_B zero' if b_is_zero else ''}). {len(different)} of {len(held)} "
-            f"tensors disagree: {'; '.join(different[:4])}. Check that the base model, --lora_rank and "
-            "--target_modules are those of the checkpoint, and that nothing re-initialised the adapter."
+            f"tensors disagree: {'; '.join(different[:4])}. Check that the base model, {words.rank} and "
+            f"{words.targets} are those of the checkpoint, and that nothing re-initialised the adapter."
         )

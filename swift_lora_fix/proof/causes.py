@@ -33,8 +33,8 @@ CAUSES = {
     ),
     "stale-cache": Cause(
         "the engine reuses prefix-cache blocks of an earlier policy",
-        "The prefix cache was not reset after a sync. Keep other users of this engine away, or run with "
-        "--vllm_enable_prefix_caching false.",
+        "The prefix cache was not reset after a sync. Keep other users of this engine away, or run vLLM "
+        "without prefix caching.",
     ),
     "scaling": Cause(
         "the adapter's scaling is not the one that the trainer uses",
@@ -73,13 +73,13 @@ CAUSES = {
     ),
     "base-replaced": Cause(
         "the engine's base is another model's",
-        "The engine's weights were loaded again from elsewhere after the base was sent. Check --model and what calls "
-        "load_weights.",
+        "The engine's weights were loaded again from elsewhere after the base was sent. Check which model it "
+        "was started with, and what calls load_weights.",
     ),
     "base-not-served": Cause(
         "the engine holds the trainer's base and yet does not compute with it",
-        "Its kernels want these weights in another layout than ms-swift sends them in, or the model is not the same in "
-        "both (quantised, another implementation). Try another MoE or quantisation backend of vLLM, and report it.",
+        "Its kernels want these weights in another layout than they are sent in, or the model is not the same in both "
+        "(quantised, another implementation). Try another MoE or quantisation backend of vLLM, and report it.",
     ),
     "trainer-base-changed": Cause(
         "the trainer's frozen base has changed since it was sent to the engine",
@@ -87,7 +87,7 @@ CAUSES = {
     ),
     "unknown": Cause(
         "engine and trainer disagree, for a reason that no test names",
-        "Run `swift-lora-fix doctor`; try --vllm_enforce_eager true and SWIFT_LORA_FIX_WRITER=loader, and report it.",
+        "Run `swift-lora-fix doctor`; try vLLM's enforce_eager and SWIFT_LORA_FIX_WRITER=loader, and report it.",
     ),
 }
 

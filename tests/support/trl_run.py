@@ -5,7 +5,8 @@
 Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``GRPO``, ``RLOO``); ``adapter`` (a folder
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
-``plain_base``: the engine gets the trainer's base without the LoRA).
+``plain_base``: the engine gets the trainer's base without the LoRA); ``bench`` (a file whose ``begin`` gets the
+trainer, instead of the probe).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -227,7 +229,11 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
 def main(folder: Path, options: dict[str, Any]) -> None:
     trainer = build(folder, options)
     rank = trainer.accelerator.process_index
-    Probe(trainer, folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}", options)
+    if "bench" in options:
+        sys.path.insert(0, str(Path(options["bench"]).parent))
+        runpy.run_path(options["bench"])["begin"](trainer)
+    else:
+        Probe(trainer, folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}", options)
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if rank:
         return

@@ -226,7 +226,7 @@ def test_running_requests_keep_their_policy(session: Session, engine: FakeEngine
 
 def test_a_rank_above_the_engines_is_refused_with_the_way_out(engine: FakeEngine) -> None:
     check_fits(adapter.bind(peft_model(r=4)), EngineHandle(engine))
-    with pytest.raises(errors.UnsupportedAdapterError, match="has rank 8 .*max_lora_rank=4.*--lora_rank 8"):
+    with pytest.raises(errors.UnsupportedAdapterError, match="has rank 8 .*max_lora_rank=4.*the LoRA's rank to 8"):
         check_fits(adapter.bind(peft_model(r=8)), EngineHandle(engine))
 
 

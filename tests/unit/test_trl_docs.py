@@ -11,13 +11,14 @@ from swift_lora_fix.install import releases
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "trl.md").read_text()
+PATCHES = [*hooks.GENERATION.patches, *hooks.SCORING.patches, *hooks.TRANSFORMERS.patches]
 
 
 def test_the_table_is_the_table_of_facts() -> None:
     assert releases.trl_markdown_table() in PAGE
 
 
-@pytest.mark.parametrize("patch", [*hooks.GENERATION.patches, *hooks.TRANSFORMERS.patches], ids=lambda p: p.target)
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.target)
 def test_each_patched_function_is_told(patch: hooks.Patch) -> None:
     assert patch.target in PAGE or f"`{patch.target.split('.')[1]}`" in PAGE
 

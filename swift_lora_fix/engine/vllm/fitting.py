@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...common.words import Words
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from ...policy.adapter import Adapter
@@ -22,8 +23,8 @@ def check_fits(adapter: Adapter, engine: EngineHandle) -> None:
     if unserved:
         raise UnsupportedAdapterError(
             f"vLLM has no LoRA layer for {len(unserved)} of the modules of adapter {adapter.name!r}: "
-            f"{', '.join(unserved[:4])}{' ...' if len(unserved) > 4 else ''}. Use --vllm_enable_lora false (fused "
-            f"mode), {_tower_advice(unserved, engine)}or train without them."
+            f"{', '.join(unserved[:4])}{' ...' if len(unserved) > 4 else ''}. Use {adapter.words.without_lora} (fused "
+            f"mode), {_tower_advice(unserved, engine, adapter.words)}or train without them."
         )
 
 
@@ -33,8 +34,9 @@ def _check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
         entry = max(adapter.entries, key=lambda e: e.rank)
         raise UnsupportedAdapterError(
             f"Adapter {adapter.name!r} has rank {entry.rank} ({entry.key}), the engine was started with "
-            f"max_lora_rank={limit}. The engine was made before swift_lora_fix could give it room: set --lora_rank "
-            f"{releases.engine_rank(entry.rank) or entry.rank}, or use --vllm_enable_lora false (fused mode)."
+            f"max_lora_rank={limit}. The engine was made before swift_lora_fix could give it room: set "
+            f"{adapter.words.rank} to {releases.engine_rank(entry.rank) or entry.rank}, or use "
+            f"{adapter.words.without_lora} (fused mode)."
         )
 
 
@@ -56,13 +58,15 @@ def towers_without_layers(adapter: Adapter, engine: Callable[[], EngineHandle]) 
     return [module for module in _unserved(adapter, engine()) if is_tower(module)]
 
 
-def _tower_advice(modules: list[str], engine: EngineHandle) -> str:
-    """Suggest the option if vLLM has it, it is off, and all these modules lie outside the language model."""
+def _tower_advice(modules: list[str], engine: EngineHandle, words: Words) -> str:
+    """Suggest the option if vLLM has it, the trainer's users can set it, it is off, and all these modules lie outside
+    the language model."""
     config = engine.lora_config
     known = hasattr(config, TOWER_OPTION)  # older releases of vLLM lack it
-    if not known or getattr(config, TOWER_OPTION) or not all(is_tower(module) for module in modules):
+    if not known or not words.more or getattr(config, TOWER_OPTION) or not all(is_tower(module) for module in modules):
         return ""
-    return f"or --vllm_engine_kwargs '{{\"{TOWER_OPTION}\": true}}' where vLLM serves this model's tower, "
+    option = words.more.format(f'{{"{TOWER_OPTION}": true}}')
+    return f"or {option} where vLLM serves this model's tower, "
 
 
 def is_tower(module: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...common.words import Words
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from .fitting import TOWER_OPTION, is_tower
@@ -21,7 +22,7 @@ class Room:
     towers: bool
 
 
-def needed(model: torch.nn.Module, adapter_name: str, asked: int) -> Room:
+def needed(model: torch.nn.Module, adapter_name: str, asked: int, words: Words) -> Room:
     """The room that the adapter needs. ms-swift gives vLLM ``--lora_rank`` (``asked``) as it is: vLLM refuses a rank
     that is not in its list, and an adapter whose largest rank is above (a rank pattern, ``--adapters``) has no room.
 
@@ -40,7 +41,7 @@ def needed(model: torch.nn.Module, adapter_name: str, asked: int) -> Room:
     if rank is None:
         raise UnsupportedAdapterError(
             f"vLLM's LoRA layers have room for rank {releases.ENGINE_RANKS[-1]} at most, adapter {adapter_name!r} has "
-            f"rank {most}. Use --vllm_enable_lora false (fused mode), or a smaller --lora_rank."
+            f"rank {most}. Use {words.without_lora} (fused mode), or a smaller rank ({words.rank})."
         )
     options = {option.name for option in dataclasses.fields(EngineArgs)}
     return Room(rank, TOWER_OPTION in options and any(is_tower(name) for name in layers))

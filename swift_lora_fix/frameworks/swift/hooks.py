@@ -87,7 +87,7 @@ def _prepare_batch_inputs(wrapped: Callable[..., Any], trainer: Any, args: Args,
 
 
 def _from_pretrained(wrapped: Callable[..., Any], instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    check_start(_start_folder(*args, **kwargs))
+    check_start(_start_folder(*args, **kwargs), "--resume_from_checkpoint, --adapters or --ref_adapters")
     return wrapped(*args, **kwargs)
 
 

@@ -21,6 +21,7 @@ import torch
 
 from ...common.log import info
 from ...common.shadowing import do_nothing, holding, shadowed
+from ...common.words import Words
 from ...engine.vllm.fitting import TOWER_OPTION
 from ...engine.vllm.room import needed
 from ...errors import UnsupportedTrainerError
@@ -28,9 +29,19 @@ from ...install import releases
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
 from ...server.wire import PROBE
-from ...trainer import Answer, Load, Scored, Weights, Words
+from ...trainer import Answer, Load, Scored, Weights
 
-WORDS = Words("ms-swift", with_lora="--vllm_enable_lora true", without_lora="--vllm_enable_lora false")
+WORDS = Words(
+    framework="ms-swift",
+    with_lora="--vllm_enable_lora true",
+    without_lora="--vllm_enable_lora false",
+    rank="--lora_rank",
+    targets="--target_modules",
+    start="--adapters",
+    resume="--resume_from_checkpoint",
+    more="--vllm_engine_kwargs '{}'",
+    verify="swift-lora-fix verify --adapter CHECKPOINT",
+)
 
 
 class SwiftTrainer:
@@ -241,7 +252,7 @@ class SwiftTrainer:
             yield
             return
         asked = int(args.lora_rank)
-        room = needed(self.model, DEFAULT_ADAPTER, asked)
+        room = needed(self.model, DEFAULT_ADAPTER, asked, WORDS)
         values: dict[str, Any] = {"lora_rank": room.rank}
         if room.rank != asked:
             info(f"the engine gets room for LoRA rank {room.rank}, the next one that vLLM takes (--lora_rank {asked}).")

@@ -15,7 +15,7 @@ from ...common.log import info
 from ...common.settings import Settings
 from ...install.registry import Patch, PatchSet
 from . import port as ports
-from .port import TrlRollout, TrlTrainer
+from .port import TrlBatch, TrlRollout, TrlTrainer
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -109,6 +109,14 @@ def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: 
     return infer(*args, **kwargs)
 
 
+def _score_completions(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
+    batch = wrapped(*args, **kwargs)
+    session = sessions.session_of(trainer.vllm_generation) if trainer.use_vllm else None
+    if session is not None:
+        session.note_batch(TrlBatch(trainer, batch))
+    return batch
+
+
 def _make_accelerator(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     result = wrapped(*args, **kwargs)
     ports.note_trainer(trainer)
@@ -159,6 +167,18 @@ GENERATION = PatchSet(
             _engine_generate,
             why="TRL's requests name no adapter, and nothing checks what the engine holds",
             goes_when="TRL's requests name the adapter, and a missing one is refused",
+        ),
+    ),
+)
+
+SCORING = PatchSet(
+    "TRL scoring",
+    (
+        Patch(
+            "GRPOTrainer._generate_and_score_completions",
+            _score_completions,
+            why="a mismatch that only real prompts show (images, tools, length) is in no number of the proof",
+            goes_when="TRL logs the distance over all tokens and ranks, and without dropout",
         ),
     ),
 )

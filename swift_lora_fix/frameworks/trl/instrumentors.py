@@ -13,7 +13,7 @@ from types import ModuleType
 from ...common.log import info, show
 from ...errors import MissingPackageError, UnsupportedReleaseError
 from ...install import contract, releases
-from ...install.instrumentor import Instrumentor
+from ...install.instrumentor import Arming, Instrumentor
 
 TRAINER_MODULE = "transformers.trainer"
 PEFT_MODULE = "peft.peft_model"
@@ -73,6 +73,30 @@ class Generation(Instrumentor):
         self.arming.reason = f"in {module.__name__}"
         if fresh:
             info(f"patched {module.__name__} of TRL {version}.")
+
+
+class Scoring(Instrumentor):
+    """The trainer's scoring of its rollouts. It only gives metrics: everything else works without it."""
+
+    triggers = (releases.TRL_TRAINER_MODULE,)
+    otherwise = "the rollouts' own logprobs are not compared with the trainer's"
+
+    def __init__(self, arming: Arming, generation: Generation) -> None:
+        super().__init__(arming)
+        self.generation = generation
+
+    def instrument(self, module: ModuleType) -> None:
+        if not self.generation.is_instrumented:  # this module imports that one
+            return
+        contract.check_trl_scoring(module)
+        from . import hooks
+
+        self.patch_sets = (hooks.SCORING,)
+        hooks.SCORING.apply(module)
+
+    @property
+    def is_asked_for_by_name(self) -> bool:
+        return False
 
 
 def is_ms_swift() -> bool:

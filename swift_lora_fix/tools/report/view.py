@@ -25,7 +25,7 @@ QUIET_SECONDS = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", metavar="RUN_DIR", type=Path, help="the run's --output_dir, or one of its vN-* folders"
+        "folder", metavar="RUN_DIR", type=Path, help="the run's output folder, a vN-* folder in it, or a checkpoint"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help=f"the chart (default: RUN_DIR/{CHART_NAME})")
 

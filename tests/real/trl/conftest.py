@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swift_lora_fix.install import releases
-from tests.support import driver, hangs
+from tests.support import driver
+from tests.support.trl_driver import CHECKPOINT_STEP, Run
 
 HERE = Path(__file__).parent
 RUNS_HERE = releases.installed_trl() is not None and releases.installed_swift() is None
-CHECKPOINT_STEP, STEPS = 2, 5
+STEPS = 5
 # One a step from step 1 on, and the cause that is to be named; "" where nothing was broken.
 FAULTS = {
     "double_count_in_place": "double-count",
@@ -39,47 +37,6 @@ FUSED_FAULTS = {
     "trainer_base_by_one_ulp": "trainer-base-changed",
     "none ": "",
 }
-
-
-@dataclass
-class Run:
-    """One TRL script (tests/support/trl_run.py). options: its keys. environment: on top of the process's."""
-
-    folder: Path
-    options: dict[str, Any]
-    environment: dict[str, str] = field(default_factory=dict)
-    returncode: int | None = None
-
-    def start(self) -> Run:
-        """Run it to its end; the exit status is in ``returncode``, never raised."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-u", "-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
-        fixed = {"PYTHONPATH": str(driver.REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
-        fixed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(driver.free_port())}  # runs are made side by side
-        with open(self.folder / "log.txt", "w") as log:
-            process = driver.launch(command, {**fixed, **self.environment}, driver.REPOSITORY, log)
-            try:
-                self.returncode = hangs.wait(process, self.folder)
-            finally:
-                process.kill()
-                process.wait()
-        return self
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text(errors="replace")
-
-    def probes(self) -> list[dict[str, Any]]:
-        """One record a rollout, measured from outside."""
-        return [json.loads(line) for line in (self.folder / "probe.jsonl").read_text().splitlines()]
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """What TRL logged, one record a rollout. (After a resume its history has the steps before, too.)"""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "reward" in line][-len(self.probes()) :]
-
-    def checkpoint(self, step: int = CHECKPOINT_STEP) -> Path:
-        return self.folder / "run" / f"checkpoint-{step}"
 
 
 class Runs:
@@ -123,6 +80,10 @@ class Runs:
         if "sleeping" in name:
             options["adapter"] = str(self.futures["killed"].result().checkpoint())
             arguments.update(max_steps=3, save_steps=100, vllm_enable_sleep_mode=True)
+        if name == "auto":
+            options["adapter"] = str(self.futures["killed"].result().checkpoint())
+            environment["SWIFT_LORA_FIX_MODE"] = "auto"
+            arguments.update(save_steps=100)
         if name == "rloo":
             options.update(trainer="RLOO", lora={"use_dora": True, "modules_to_save": ["lm_head"]})
             arguments.update(max_steps=3, save_steps=100)
@@ -130,7 +91,7 @@ class Runs:
 
 
 # In the order in which they start; and what each needs.
-NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping")
+NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping", "auto")
 SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo")
 NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
 

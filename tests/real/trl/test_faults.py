@@ -7,7 +7,9 @@ from collections import defaultdict
 
 import pytest
 
-from .conftest import FAULTS, FUSED_FAULTS, Run
+from tests.support.trl_driver import Run
+
+from .conftest import FAULTS, FUSED_FAULTS
 
 pytestmark = pytest.mark.e2e
 
@@ -34,6 +36,8 @@ def test_each_fault_is_named_and_repaired(run: Run, name: str, faults: dict[str,
     causes = named(run)
     expected = {step: [cause] for step, cause in enumerate(faults.values(), 1) if cause}
     assert causes == expected
-    assert "LoRA weights from --adapters" in run.log and "the trainer's tensors equal the file's" in run.log
+    assert (
+        "LoRA weights from a PeftModel loaded from" in run.log and "the trainer's tensors equal the file's" in run.log
+    )
     for probe in run.probes():
         assert probe["mean"] < 0.03, probe

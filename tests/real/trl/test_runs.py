@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 
 import pytest
 
-from .conftest import CHECKPOINT_STEP, STEPS, Run, Runs
+from tests.support.environments import swift_lora_fix
+from tests.support.trl_driver import CHECKPOINT_STEP, Run
+
+from .conftest import STEPS, Runs
 
 pytestmark = pytest.mark.e2e
 
-SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "rloo")
+SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "rloo", "auto")
 served = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in SERVED])
 
 
@@ -37,7 +42,12 @@ def test_engine_and_trainer_agree_at_every_sync(run: Run, name: str) -> None:
         assert 0 < noise < 0.05, "as quiet as bf16 rounding is"
         assert line["lora_sync/agrees"] == 1 and line["lora_sync/policy_step"] == probe["step"]
         assert f"engine and trainer agree at step {probe['step']}" in run.log
-        assert line["sampling/sampling_logp_difference/mean"] < 2.5 * noise if name != "rloo" else True
+        if name == "rloo":
+            assert "lora_sync/batch_mean" not in line, "it keeps no logprobs of its engine's"
+        else:
+            theirs = line["sampling/sampling_logp_difference/mean"]
+            assert line["lora_sync/batch_mean"] == pytest.approx(theirs, rel=1e-3) and 0 < theirs < 2.5 * noise
+            assert line["lora_sync/batch_tokens"] > 1
     late = [probe for probe in probes if probe["step"]]
     assert all(probe["effect"] > 20 * line["lora_sync/noise"] for probe, line in zip(late, metrics[-len(late) :]))
     assert metrics[-1]["lora_sync/distinguishable"] == 1, "a missing or doubled adapter would be noticed"
@@ -74,6 +84,19 @@ def test_a_resume_is_compared_with_its_file(runs: Runs, name: str, place: str) -
     where = f"{file.parent} at step {CHECKPOINT_STEP}"
     assert f"{where}, SHA-256 {digest}, the trainer's tensors equal the file's" in run.log
     assert f"chain of custody: file (SHA-256 {digest}) = trainer = {place}" in run.log
+
+
+@pytest.mark.needs("auto")
+def test_auto_measures_both_modes_on_the_runs_own_rollouts(run: Run) -> None:
+    assert "The mode is measured soon." in run.log and "auto mode, measured on this run" in run.log
+    assert re.search(r"chosen: (adapter|fused)\.", run.log), run.log[-3000:]
+
+
+@pytest.mark.needs("uninterrupted")
+def test_the_report_reads_what_trl_saved(run: Run, tmp_path: Path) -> None:
+    done = swift_lora_fix("report", run.folder / "run", "--out", tmp_path / "chart.png")
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "The engine served the trainer's policy at every step" in said
 
 
 @pytest.mark.needs("adapter_resumed")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from swift_lora_fix.trainer import Words
+from swift_lora_fix.common.words import Words
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from swift_lora_fix.engine.vllm import room
 from swift_lora_fix.engine.vllm.fitting import TOWER_OPTION
 from swift_lora_fix.errors import UnsupportedAdapterError
-from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.frameworks.swift.port import WORDS, SwiftTrainer
 from swift_lora_fix.install import releases
 from tests.support.peft_models import peft_model
 
@@ -38,12 +38,12 @@ def test_each_rank_that_we_give_vllm_is_one_that_it_takes() -> None:
     ],
 )
 def test_the_rank_is_the_next_one_that_vllm_takes(asked: int, config: dict[str, Any], expected: int) -> None:
-    assert room.needed(peft_model(**config), "default", asked).rank == expected
+    assert room.needed(peft_model(**config), "default", asked, WORDS).rank == expected
 
 
 def test_more_than_vllm_has_room_for_is_refused_with_the_way_out() -> None:
     with pytest.raises(UnsupportedAdapterError, match="rank 512 at most.*has rank 600.*--vllm_enable_lora false"):
-        room.needed(peft_model(r=600), "default", 8)
+        room.needed(peft_model(r=600), "default", 8, WORDS)
 
 
 class Sighted(torch.nn.Module):
@@ -62,8 +62,8 @@ def test_towers_are_asked_for_where_the_adapter_reaches_them_and_vllm_can() -> N
     from vllm.engine.arg_utils import EngineArgs
 
     can = TOWER_OPTION in {option.name for option in dataclasses.fields(EngineArgs)}
-    assert room.needed(sighted("visual.proj", "layer"), "default", 8).towers is can
-    assert not room.needed(sighted("layer"), "default", 8).towers
+    assert room.needed(sighted("visual.proj", "layer"), "default", 8, WORDS).towers is can
+    assert not room.needed(sighted("layer"), "default", 8, WORDS).towers
 
 
 def trainer_of(model: Any, **arguments: Any) -> Any:

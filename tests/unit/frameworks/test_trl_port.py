@@ -17,8 +17,9 @@ import torch
 import swift_lora_fix
 from swift_lora_fix import errors
 from swift_lora_fix.frameworks.trl import port as ports
-from swift_lora_fix.frameworks.trl.port import TrlTrainer
+from swift_lora_fix.frameworks.trl.port import TrlBatch, TrlTrainer
 from swift_lora_fix.install import releases
+from swift_lora_fix.proof.batch import compare
 from tests.support.peft_models import peft_model
 
 PORT = Path(swift_lora_fix.__file__).parent / "frameworks" / "trl" / "port.py"
@@ -40,7 +41,8 @@ def test_each_name_is_in_the_contract() -> None:
             if isinstance(inner, ast.Name) and inner.id == "self" and owner in chain:
                 read |= set(chain[: chain.index(owner)])
     assert {"enable_sleep_mode", "_metrics", "global_step", "processing_class"} <= read, "the test sees them"
-    assert read - set(releases.TRL_ATTRIBUTES) - OF_ACCELERATE - OF_OTHERS - {"tokenizer"} == set()
+    known = {*releases.TRL_ATTRIBUTES, *releases.TRL_SCORING_ATTRIBUTES, "_get_per_token_logps_and_entropies"}
+    assert read - known - OF_ACCELERATE - OF_OTHERS - {"tokenizer"} == set()
 
 
 class Engine(torch.nn.Module):
@@ -168,6 +170,64 @@ def test_weights_are_not_read_from_files_again_after_a_sleep() -> None:
         holder.collective_rpc("other")
     holder.collective_rpc("reload_weights")
     assert called == ["other", "reload_weights"]
+
+
+class Trainer:
+    """TRL's GRPO trainer as far as a batch of it is read. Its model drops half of its inputs out while it trains."""
+
+    rollout_func = None
+
+    def __init__(self, **sampling: Any) -> None:
+        self.model, self.accelerator = torch.nn.Dropout(0.5), Accelerator()
+        plain = dict(top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0, structured_outputs_regex=None)
+        given = {"temperature": 1.0, "generation_kwargs": {}, **plain, **sampling}
+        self.vllm_generation = SimpleNamespace(**given)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, ids: Any, mask: Any, keep: int, batch_size: Any = None, pixel_values: Any = None
+    ) -> Any:
+        return model(ids.float())[:, -keep:] * pixel_values, None
+
+
+BATCH = {
+    "prompt_ids": torch.tensor([[7], [7]]),
+    "prompt_mask": torch.tensor([[1], [1]]),
+    "completion_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]),
+    "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    "tool_mask": torch.tensor([[1, 0, 1], [1, 1, 1]]),
+    "old_per_token_logps": torch.full((2, 3), -1.0),
+    "sampling_per_token_logps": torch.full((2, 3), -1.5),
+    "pixel_values": 10,
+}
+
+
+def test_a_batch_is_compared_where_the_engine_chose_the_tokens() -> None:
+    batch = TrlBatch(Trainer(), BATCH)
+    assert batch.why_not == ""
+    found, wrong = compare(batch.scored(anew=False), 1, torch.device("cpu"))
+    assert found is not None and (found.tokens, found.distance.mean, wrong) == (4, 0.5, "")
+
+
+def test_a_batch_is_scored_anew_without_dropout_and_with_its_images() -> None:
+    trainer = Trainer()
+    (part,) = TrlBatch(trainer, BATCH).scored(anew=True)
+    assert part.trainer.tolist() == [[10, 20, 30], [40, 50, 0]] and trainer.model.training
+
+
+@pytest.mark.parametrize(
+    "sampling, lacking, why",
+    [
+        ({"top_p": 0.9}, "", "sampling altered them (top_p 0.9)"),
+        ({"generation_kwargs": {"top_k": 5}}, "", "sampling altered them (top_k 5)"),
+        ({"generation_kwargs": {"temperature": 0.5}}, "", "sampling altered them (temperature 0.5)"),
+        ({"temperature": 0.0}, "", "they were sampled at temperature 0"),
+        ({}, "old_per_token_logps", "TRL does not score its rollouts here"),
+        ({}, "sampling_per_token_logps", "TRL did not get them from vLLM"),
+    ],
+)
+def test_what_is_not_like_with_like_is_not_compared(sampling: dict[str, Any], lacking: str, why: str) -> None:
+    batch = {name: value for name, value in BATCH.items() if name != lacking}
+    assert TrlBatch(Trainer(**sampling), batch).why_not.startswith(why)
 
 
 def test_releases_and_what_they_allow() -> None:

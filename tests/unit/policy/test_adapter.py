@@ -71,7 +71,7 @@ def test_embeddings_are_served_and_another_adapter_is_not() -> None:
 def test_what_vllm_cannot_serve_is_refused_by_name(config: dict, named: str) -> None:
     with pytest.raises(errors.UnsupportedAdapterError, match="vLLM's LoRA cannot serve") as caught:
         adapter.bind(peft_model(**config))
-    assert named in str(caught.value) and "--vllm_enable_lora false" in str(caught.value)
+    assert named in str(caught.value) and "Use an engine without LoRA layers (fused mode)" in str(caught.value)
 
 
 def test_an_adapter_that_is_not_there() -> None:

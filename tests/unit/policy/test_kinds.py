@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from transformers.pytorch_utils import Conv1D
 
+from swift_lora_fix.common.words import PLAIN
 from swift_lora_fix.errors import UnsupportedAdapterError
 from swift_lora_fix.policy import adapter, kinds, merging
 
@@ -407,7 +408,7 @@ def test_what_one_mode_serves_the_other_refuses_and_says_so(name: str) -> None:
     message = assert_refused(case.model(), refuses)
     named = [option for option in [*options, "Conv1d", "use_dora", "lora_bias"] if option in message]
     assert named, message
-    flag = {"adapter": "--vllm_enable_lora true", "fused": "--vllm_enable_lora false (fused mode)"}[serves]
+    flag = {"adapter": PLAIN.with_lora, "fused": f"{PLAIN.without_lora} (fused mode)"}[serves]
     assert f"Use {flag} for this adapter, or train it without that." in message
 
 

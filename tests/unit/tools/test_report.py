@@ -125,7 +125,7 @@ def test_nothing_proved(tmp_path: Path, lines: list[dict[str, Any]], told: str) 
         (None, "has no logging.jsonl"),
         ([], "is empty: the run ended before its first logging step"),
         (STOCK, 'no lora_sync/ line in 3: the plugin was not loaded, .* --external_plugins "$(swift-lora-fix plugin)"'),
-        (["[1, 2]", "{", "step 3"], "is no log of ms-swift: none of its 3 lines is a JSON object"),
+        (["[1, 2]", "{", "step 3"], "is no log of a run: none of its 3 lines is a JSON object"),
     ],
 )
 def test_logs_with_nothing_in_them(tmp_path: Path, lines: list[Any] | None, told: str) -> None:
@@ -146,6 +146,38 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     assert done.returncode == 2 and "is no folder: name the run's output folder" in words(done.stderr)
     done = swift_lora_fix("report", tmp_path, "--out", log / "chart.png")
     assert done.returncode == 2 and "cannot be written" in words(done.stderr) and "--out" in done.stderr
+
+
+def write_checkpoint(folder: Path, step: int, lines: Iterable[dict[str, Any]]) -> Path:
+    """A checkpoint of transformers', with the run's log so far: as TRL leaves it."""
+    history = [{**line, "step": int(line["global_step/max_steps"].partition("/")[0])} for line in lines]
+    for line in history:
+        del line["global_step/max_steps"]
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    return checkpoint
+
+
+def test_a_run_of_trls_is_read_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    for last in (2, 10, 4):
+        write_checkpoint(tmp_path, last, [entry(step) for step in range(1, last + 1)])
+    done = swift_lora_fix("report", tmp_path)
+    assert done.returncode == 0 and "at every step that could tell (9 of 10 probed)" in words(done.stdout)
+    assert "read from checkpoint-10/trainer_state.json" in words(done.stdout)
+    assert (tmp_path / "lora_sync.png").is_file()
+    one = swift_lora_fix("report", tmp_path / "checkpoint-2")
+    assert one.returncode == 0 and "(1 of 2 probed)" in words(one.stdout)
+
+
+def test_a_run_of_trls_with_nothing_of_ours(tmp_path: Path) -> None:
+    state = write_checkpoint(tmp_path, 3, STOCK) / "trainer_state.json"
+    done = swift_lora_fix("report", tmp_path)
+    assert done.returncode == 2 and "no lora_sync/ line in 3" in words(done.stderr)
+    assert "`import swift_lora_fix` before the trainer is made" in words(done.stderr)
+    state.write_text("{")
+    done = swift_lora_fix("report", tmp_path)
+    assert done.returncode == 2 and "is no trainer state of transformers" in words(done.stderr)
 
 
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ....common.words import PLAIN, Words
 from ....errors import EngineStateError
 from ....policy.adapter import Adapter
 from ..handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
@@ -56,10 +57,10 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
     loaded = engine.llm_engine.add_lora(request_class(**fields))
     if loaded is False:
         raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
-    check_served(engine)
+    check_served(engine, adapter.words)
 
 
-def check_served(engine: EngineHandle) -> None:
+def check_served(engine: EngineHandle, words: Words = PLAIN) -> None:
     """Raise EngineStateError naming the modules of the loaded adapter that no LoRA layer of the engine applies. vLLM
     itself checks only the last part of their names."""
     manager = engine.manager
@@ -69,7 +70,7 @@ def check_served(engine: EngineHandle) -> None:
         raise EngineStateError(
             f"vLLM applies no LoRA in {len(ignored)} of the adapter's modules, so rollouts would silently lack them: "
             f"{', '.join(ignored[:8]) or 'all of them'}{' ...' if len(ignored) > 8 else ''}. "
-            "Train without these target modules, or use --vllm_enable_lora false (fused mode)."
+            f"Train without these target modules, or use {words.without_lora} (fused mode)."
         )
 
 

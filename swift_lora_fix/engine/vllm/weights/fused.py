@@ -153,8 +153,8 @@ class FusedWriter:
             names = ", ".join(sorted(pushed.derived)[:2]) or "weights of another rank"
             raise UnsupportedAdapterError(
                 f"vLLM makes another tensor out of {names}, "
-                "which would not follow the adapter that is folded in: use --vllm_enable_lora true and "
-                "SWIFT_LORA_FIX_MODE=adapter, or train without this module."
+                f"which would not follow the adapter that is folded in: use {self.adapter.words.with_lora} in adapter "
+                "mode, or train without this module."
             )
         self._folded = {}
         self._replayed.forget()
