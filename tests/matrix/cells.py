@@ -139,6 +139,7 @@ def _shrunk(name: str, given: dict[str, str], environment: dict[str, str]) -> Ce
         of_server = ("vllm_enable_lora", "vllm_enforce_eager", "vllm_max_model_len")
         arguments.update(dict.fromkeys(of_server))
     parallel = "deepspeed" in arguments or "fsdp" in arguments or arguments.get("vllm_tensor_parallel_size") == 2
+    parallel |= given["rlhf_type"] == "gkd"  # ms-swift's GKD reads a launcher's variables
     return Cell(
         name,
         architecture,

@@ -173,6 +173,7 @@ def _qwen2_5_omni(folder: Path) -> None:
     model = hf.Qwen2_5OmniForConditionalGeneration(config)
     _never_say(model.thinker, list(ids.values()))
     _save(model, folder)
+    torch.save({}, folder / "spk_dict.pt")  # the talker's voices, which are read in any case
     hf.Qwen2_5OmniProcessor(
         image_processor=hf.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=2 * 56 * 56),
         video_processor=hf.Qwen2VLVideoProcessor(),
