@@ -118,13 +118,16 @@ def _server(cell: Cell, model: Path, folder: Path) -> rollout_server.RolloutServ
     names = {"model_type": architecture.model_type, "template": architecture.template}
     arguments = {**names, "vllm_max_model_len": 512, **(cell.server or {})}
     plugins = tuple(PLUGINS / name for name in ("slf_vision.py", "slf_cpu_more.py", *cell.plugins))
-    return rollout_server.RolloutServer(model, folder, arguments, wire(), plugins=plugins)
+    engine = wire(PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_cpu_more.py")
+    return rollout_server.RolloutServer(model, folder, arguments, engine, plugins=plugins)
 
 
-def wire() -> dict[str, str]:
-    """For trainer and server: ms-swift's own connection, over a stand-in for NCCL."""
+def wire(*shims: Path) -> dict[str, str]:
+    """For trainer and server: ms-swift's own connection, over a stand-in for NCCL. shims: what vLLM's own processes
+    run too."""
     path = os.pathsep.join([str(PLUGINS.parent / "nccl_over_store"), search_path()])
-    everywhere = str(HERE / "site" / "sitecustomize.py")  # Python runs the first one on its path
+    # Python runs only the first sitecustomize.py on its path, which is the stand-in's
+    everywhere = os.pathsep.join(map(str, (HERE / "site" / "sitecustomize.py", *shims)))
     return {"PYTHONPATH": path, "SLF_EVERYWHERE": everywhere, "SWIFT_LORA_FIX_TRANSPORT": ""}
 
 
