@@ -77,6 +77,7 @@ ARCHITECTURE_WORDS = {
     "needs a GPU, not run": "需要 GPU，未运行",
     "not run": "未运行",
     "passed": "通过",
+    "refused": "拒绝",
     "fails": "失败",
 }
 
@@ -160,7 +161,8 @@ def architecture_table() -> str:
             cells = [cell for cell in all_cells().values() if (cell.architecture, cell.mode) == (name, mode)]
             records = [record for cell in cells for record in records_of(cell)]
             passed = {record["versions"]["ms-swift"] for record in records if record["outcome"] == "passed"}
-            failing = "fails" if records else "not run"
+            outcomes = {record["outcome"] for record in records}
+            failing = "refused" if "refused" in outcomes else "fails" if outcomes else "not run"
             if all(cell.needs_gpu for cell in cells):
                 failing = "needs a GPU, not run"
             known.append(f"passed ({', '.join(sorted(passed))})" if passed else failing)
