@@ -6,6 +6,7 @@ What a published argument is changed to, and why, is in ``RULES``; all others go
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,22 @@ TRITON = "where LoRA is on, vLLM computes experts by Triton alone (fused_moe/ora
 WITHOUT = "a server without LoRA layers is left alone"
 
 
+# ms-swift's fsdp2 (config/fsdp2.json), but for the checkpoint: a whole adapter in place of shards
+FSDP2_FULL = json.dumps(
+    {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "reshard_after_forward": True,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "cpu_ram_efficient_loading": True,
+            "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": True,
+        },
+    }
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """arguments: for ``swift rlhf``, beside the defaults of tests/support/driver.py. server: those of the ``swift
@@ -99,6 +116,7 @@ class Cell:
     @property
     def trainer(self) -> str:
         kinds = [str(self.arguments[name]) for name in ("deepspeed", "fsdp") if self.arguments.get(name)]
+        kinds = ["fsdp2, full state" if kind == FSDP2_FULL else kind for kind in kinds]
         kinds += ["DDP"] * (self.ranks > 1 and not kinds)
         kinds += ["server"] * (self.server is not None)
         kinds += ["offload"] * any(self.arguments.get(f"offload_{what}") == "true" for what in ("model", "optimizer"))
@@ -194,6 +212,13 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
+    published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
+    yield dataclasses.replace(
+        published_fsdp2,
+        name="trainers/fsdp2_full_state",
+        arguments={**published_fsdp2.arguments, "fsdp": FSDP2_FULL},
+        published=False,
+    )
     patterns = {"SLF_PATTERNS": json.dumps({"rank_pattern": {"q_proj": 4, "down_proj": 12}})}  # above --lora_rank 8
     plugins = ("slf_patterns.py",)
     for mode in ("adapter", "fused"):

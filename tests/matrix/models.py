@@ -206,6 +206,7 @@ def _smollm2(folder: Path) -> None:
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 HYBRID = dict(
     num_hidden_layers=4,  # three with GDN, one with attention
@@ -222,8 +223,8 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", _text("Qwen3", head_dim=32, tie_word_embeddings=True), note=TIED),
     "qwen3_moe": Architecture("qwen3_moe", _text("Qwen3Moe", head_dim=32, **EXPERTS)),
     "llama_tied": Architecture("llama", _text("Llama", tie_word_embeddings=True), note=TIED),
-    "gemma2": Architecture("gemma2", _text("Gemma2", head_dim=32, query_pre_attn_scalar=32)),
-    "gemma3": Architecture("gemma3_text", _text("Gemma3", "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32)),
+    "gemma2": Architecture("gemma2", _text("Gemma2", **GEMMA), note=TIED),
+    "gemma3": Architecture("gemma3_text", _text("Gemma3", "Gemma3TextConfig", **GEMMA), note=TIED),
     "phi3": Architecture("phi3", _text("Phi3")),
     "glm4": Architecture("glm4", _text("Glm4", head_dim=32)),
     "smollm2": Architecture("llama", _smollm2, note=", trained: SmolLM2-135M"),
