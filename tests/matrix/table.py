@@ -13,7 +13,8 @@ from .running import HERE, RECORDS, file_name
 HEAD = """# The matrix: what ms-swift publishes, run
 
 Made by `scripts/matrix --table` from the records in `records/`; do not edit. Each cell is one `swift rlhf` command with
-the plugin, on a tiny random model of the same architecture: killed in step 2 and resumed for two more steps.
+the plugin, on a tiny random model of the same architecture (SmolLM2 alone is whole and trained): killed in step 2 and
+resumed for two more steps.
 **passed**: at each of the 4 syncs the plugin's gate agreed; a judge outside of it found the engine nearer to the
 trainer than a quarter of what the adapter changes, in text and, where the model sees images, with an image; and not one
 bit of the trainer's base or adapter was changed by a sync. **refused**: stopped by this package, with the reason.
