@@ -176,6 +176,10 @@ class TrainerPort(Protocol):
     def longest_prompt(self) -> int | None:
         """Limit on the tokens of prompt and answer together; None without a limit."""
 
+    @property
+    def template_tokens(self) -> int:
+        """How many tokens its rollouts have around a prompt's own text: roles, a system prompt, a thinking prefix."""
+
     def scoring(self) -> AbstractContextManager[None]:
         """Context for a forward of ``model`` that does not belong to training."""
 

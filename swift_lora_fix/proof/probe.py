@@ -18,7 +18,7 @@ LONG_TOKENS = 560
 FEW = 2  # prompts, of the kinds that cost more
 OPENINGS = ("Consider the following list.", "Read these words.", "Here is a short text.", "Look at this once more.")
 WORDS = "one red apple two green pears three blue plums four old trees five new roads six grey birds seven long days"
-TEMPLATE_TOKENS = 2 * NEW_TOKENS  # room for what a chat template adds
+AROUND = 2 * NEW_TOKENS  # at least so much room is kept for what is around a prompt's body
 IGNORED = -100  # among labels: none of an answer's tokens
 
 Scores = list[list[float]]  # by answer, by token: the trainer's logprobs in nats
@@ -54,8 +54,11 @@ class Texts:
 
 
 def _room(trainer: TrainerPort) -> int:
-    """Tokens that are left for a prompt's own text."""
-    return (trainer.longest_prompt or 1024) - NEW_TOKENS - TEMPLATE_TOKENS
+    """Tokens that are left for a prompt's body, beside its opening, what the template writes, and the answer. A longer
+    prompt would be cut or refused (--truncation_strategy delete), as the run's own are."""
+    openings = (trainer.tokenizer.encode(f"0 {opening} ", add_special_tokens=False) for opening in OPENINGS)
+    around = max(AROUND, trainer.template_tokens + max(map(len, openings)))
+    return (trainer.longest_prompt or 1024) - NEW_TOKENS - around
 
 
 def score(

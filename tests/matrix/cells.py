@@ -6,6 +6,7 @@ What a published argument is changed to, and why, is in ``RULES``; all others go
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -66,17 +67,35 @@ RULES: dict[str, Rule] = {
     "use_gym_env": Rule(_to(None), "the rewards and turns are the tests'"),
     "multi_turn_scheduler": Rule(_to("slf_turns"), "the rewards and turns are the tests'"),
     "check_model": Rule(_to(None), "a local folder"),
+    "teacher_model_server": Rule(_to("TEACHER"), "a tiny one, on a port of its own"),
 }
 SAME = ("loss_scale", "truncation_strategy")  # as published
 
 TRITON = "where LoRA is on, vLLM computes experts by Triton alone (fused_moe/oracle/unquantized.py)"
-NO_NCCL = "NCCL between trainer and server; tests/real/server runs the servers' LoRA flags over the other transports"
+WITHOUT = "a server without LoRA layers is left alone"
+
+
+# ms-swift's fsdp2 (config/fsdp2.json), but for the checkpoint: a whole adapter in place of shards
+FSDP2_FULL = json.dumps(
+    {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "reshard_after_forward": True,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "cpu_ram_efficient_loading": True,
+            "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": True,
+        },
+    }
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """arguments: for ``swift rlhf``, beside the defaults of tests/support/driver.py. changed: published argument ->
-    (published value, its value here, why). needs_gpu: why it is not run here, or ''."""
+    """arguments: for ``swift rlhf``, beside the defaults of tests/support/driver.py. server: those of the ``swift
+    rollout`` beside it, if any. changed: published argument -> (published value, its value here, why). needs_gpu: why
+    it is not run here, or ''."""
 
     name: str
     architecture: str
@@ -87,15 +106,19 @@ class Cell:
     needs_gpu: str = ""
     published: bool = False
     plugins: tuple[str, ...] = ()
+    server: dict[str, Any] | None = None
 
     @property
     def mode(self) -> str:
-        return "adapter" if self.arguments.get("vllm_enable_lora") == "true" else "fused"
+        has_lora = self.arguments.get("vllm_enable_lora") == "true" or self.server is not None
+        return "adapter" if has_lora else "fused"
 
     @property
     def trainer(self) -> str:
         kinds = [str(self.arguments[name]) for name in ("deepspeed", "fsdp") if self.arguments.get(name)]
+        kinds = ["fsdp2, full state" if kind == FSDP2_FULL else kind for kind in kinds]
         kinds += ["DDP"] * (self.ranks > 1 and not kinds)
+        kinds += ["server"] * (self.server is not None)
         kinds += ["offload"] * any(self.arguments.get(f"offload_{what}") == "true" for what in ("model", "optimizer"))
         return ", ".join(kinds) or "plain"
 
@@ -124,26 +147,35 @@ def _shrunk(name: str, given: dict[str, str], environment: dict[str, str]) -> Ce
             arguments[argument] = value
     if given["rlhf_type"] == "gkd":
         arguments.update(reward_funcs=None, num_generations=None)
+    if "teacher_model_server" in given:
+        arguments["gkd_logits_topk"] = 8  # a variable of the published script
+    server = None
+    needs_gpu = _why_gpu(given, architecture)
+    if given["vllm_mode"] == "server" and not needs_gpu:
+        server = {name: arguments[name] for name in ("multi_turn_scheduler", "max_turns") if name in arguments}
+        changed["vllm_enable_lora"] = ("", "true, for swift rollout", WITHOUT)
+        of_server = ("vllm_enable_lora", "vllm_enforce_eager", "vllm_max_model_len")
+        arguments.update(dict.fromkeys(of_server))
     parallel = "deepspeed" in arguments or "fsdp" in arguments or arguments.get("vllm_tensor_parallel_size") == 2
+    parallel |= given["rlhf_type"] == "gkd"  # ms-swift's GKD reads a launcher's variables
     return Cell(
         name,
         architecture,
         arguments,
         changed,
         ranks=2 if parallel else 1,
-        needs_gpu=_why_gpu(given),
+        needs_gpu=needs_gpu,
         published=True,
         plugins=("slf_turns.py",) if "multi_turn_scheduler" in given else (),
+        server=server,
     )
 
 
-def _why_gpu(given: dict[str, str]) -> str:
-    if given["vllm_mode"] == "server":
-        return NO_NCCL
+def _why_gpu(given: dict[str, str], architecture: str) -> str:
+    if given["vllm_mode"] == "server" and architecture == "qwen3_moe":
+        return TRITON
     if "quant_method" in given:
         return "bitsandbytes' 4-bit layers in vLLM"
-    if "teacher_model_server" in given:
-        return "a second vLLM server beside the run, for the teacher"
     return ""
 
 
@@ -180,6 +212,18 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
+    published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
+    yield dataclasses.replace(
+        published_fsdp2,
+        name="trainers/fsdp2_full_state",
+        arguments={**published_fsdp2.arguments, "fsdp": FSDP2_FULL},
+        published=False,
+    )
+    patterns = {"SLF_PATTERNS": json.dumps({"rank_pattern": {"q_proj": 4, "down_proj": 12}})}  # above --lora_rank 8
+    plugins = ("slf_patterns.py",)
+    for mode in ("adapter", "fused"):
+        lora = {"vllm_enable_lora": "true" if mode == "adapter" else "false"}
+        yield Cell(f"adapters/rank_12_by_pattern/{mode}", "qwen2", lora, environment=patterns, plugins=plugins)
 
 
 def all_cells() -> dict[str, Cell]:

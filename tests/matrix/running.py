@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tests.support import rollout_server
 from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
 
 from .cells import Cell
@@ -58,13 +60,22 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     started = datetime.datetime.now(datetime.timezone.utc)
     model = make_model(cell.architecture, folder)
     place = folder / file_name(cell)
-    trained = _part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}).start()
-    runs, checkpoint = [trained], trained.output / f"checkpoint-{KILLED_AT}"
-    if (checkpoint / "trainer_state.json").is_file():  # under FSDP2 the rest is in shards
-        more = {"resume_from_checkpoint": checkpoint}
-        if cell.arguments.get("save_only_model") == "true":
-            more["resume_only_model"] = "true"
-        runs.append(_part(cell, model, place / "resumed", {}, **more).start())
+    with ExitStack() as stack:
+        more: dict[str, Any] = {}
+        if "teacher_model_server" in cell.arguments:
+            (server,) = stack.enter_context(rollout_server.running([_teacher(cell, model, place / "teacher")]))
+            more["teacher_model_server"] = server.url
+        if cell.server is not None:
+            (server,) = stack.enter_context(rollout_server.running([_server(cell, model, place / "server")]))
+            more.update(vllm_server_host="127.0.0.1", vllm_server_port=server.port, vllm_server_timeout=900)
+            more["vllm_server_group_port"] = rollout_server.quiet_port()
+        runs = [_part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}, **more).start()]
+        checkpoint = runs[0].output / f"checkpoint-{KILLED_AT}"
+        if (checkpoint / "trainer_state.json").is_file():  # under FSDP2 the rest is in shards
+            more["resume_from_checkpoint"] = str(checkpoint)
+            if cell.arguments.get("save_only_model") == "true":
+                more["resume_only_model"] = "true"
+            runs.append(_part(cell, model, place / "resumed", {}, **more).start())
     outcome, why = judge(cell, runs)
     return {
         "cell": cell.name,
@@ -93,6 +104,33 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _teacher(cell: Cell, model: Path, folder: Path) -> rollout_server.TeacherServer:
+    """The same tiny model as the student's, without its adapter."""
+    architecture = ARCHITECTURES[cell.architecture]
+    names = {"model_type": architecture.model_type, "template": architecture.template}
+    arguments = {**names, "vllm_max_model_len": 512, "max_logprobs": cell.arguments["gkd_logits_topk"]}
+    plugins = tuple(PLUGINS / name for name in ("slf_vision.py", "slf_cpu_more.py"))
+    return rollout_server.TeacherServer(model, folder, arguments, {"PYTHONPATH": search_path()}, plugins=plugins)
+
+
+def _server(cell: Cell, model: Path, folder: Path) -> rollout_server.RolloutServer:
+    architecture = ARCHITECTURES[cell.architecture]
+    names = {"model_type": architecture.model_type, "template": architecture.template}
+    arguments = {**names, "vllm_max_model_len": 512, **(cell.server or {})}
+    plugins = tuple(PLUGINS / name for name in ("slf_vision.py", "slf_cpu_more.py", *cell.plugins))
+    engine = wire(PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_cpu_more.py")
+    return rollout_server.RolloutServer(model, folder, arguments, engine, plugins=plugins)
+
+
+def wire(*shims: Path) -> dict[str, str]:
+    """For trainer and server: ms-swift's own connection, over a stand-in for NCCL. shims: what vLLM's own processes
+    run too."""
+    path = os.pathsep.join([str(PLUGINS.parent / "nccl_over_store"), search_path()])
+    # Python runs only the first sitecustomize.py on its path, which is the stand-in's
+    everywhere = os.pathsep.join(map(str, (HERE / "site" / "sitecustomize.py", *shims)))
+    return {"PYTHONPATH": path, "SLF_EVERYWHERE": everywhere, "SWIFT_LORA_FIX_TRANSPORT": ""}
+
+
 def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **more: Any) -> Run:
     architecture = ARCHITECTURES[cell.architecture]
     lengths = dict(max_length=448, vllm_max_model_len=512) if architecture.media else {}
@@ -116,6 +154,7 @@ def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **
     names = ("slf_vision.py", "slf_cpu_more.py", *sharded, *cell.plugins)
     environment = {
         "PYTHONPATH": search_path(),
+        **(wire() if cell.server is not None else {}),
         "SLF_JUDGE_FILE": str(folder / "judge.jsonl"),
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
         **({"DS_ACCELERATOR": "cpu"} if "deepspeed" in cell.arguments else {}),

@@ -13,12 +13,14 @@ from .running import HERE, RECORDS, file_name
 HEAD = """# The matrix: what ms-swift publishes, run
 
 Made by `scripts/matrix --table` from the records in `records/`; do not edit. Each cell is one `swift rlhf` command with
-the plugin, on a tiny random model of the same architecture: killed in step 2 and resumed for two more steps.
+the plugin, on a tiny random model of the same architecture (SmolLM2 alone is whole and trained): killed in step 2 and
+resumed for two more steps.
 **passed**: at each of the 4 syncs the plugin's gate agreed; a judge outside of it found the engine nearer to the
 trainer than a quarter of what the adapter changes, in text and, where the model sees images, with an image; and not one
 bit of the trainer's base or adapter was changed by a sync. **refused**: stopped by this package, with the reason.
 **failing**: the rest. *not run*: there is no record. *needs a GPU*: this matrix cannot run
-it, and nothing here says that it works.
+it, and nothing here says that it works. *server*: with a `swift rollout` beside it, one worker, over ms-swift's own
+connection; what carries its bytes stands in for NCCL (`tests/support/nccl_over_store`).
 """
 COLUMNS = "| cell | architecture | mode | trainer | ms-swift, vLLM | outcome | off, in text | with an image | date |"
 
@@ -43,15 +45,21 @@ def write_table(path: Path = HERE / "README.md") -> None:
     path.write_text(render())
 
 
+def records_of(cell: Cell) -> list[dict[str, Any]]:
+    """One for each release of ms-swift, the newest first."""
+    paths = sorted(RECORDS.glob(f"*/{file_name(cell)}.json"), reverse=True)
+    return [json.loads(path.read_text()) for path in paths]
+
+
 def _rows(cell: Cell) -> Iterator[str]:
     head = f"| {cell.name} | {cell.architecture} | {cell.mode} | {cell.trainer}"
     if cell.needs_gpu:
         yield f"{head} | | needs a GPU: {cell.needs_gpu} | | | |"
         return
-    paths = sorted(RECORDS.glob(f"*/{file_name(cell)}.json"), reverse=True)
-    if not paths:
+    records = records_of(cell)
+    if not records:
         yield f"{head} | | not run | | | |"
-    for record in (json.loads(path.read_text()) for path in paths):
+    for record in records:
         why = f": {record['why']}" if record["why"] else ""
         outcome = f"**{record['outcome']}**{why}".replace("|", "\\|").replace("\n", " ")
         found = record["versions"]

@@ -68,6 +68,20 @@ CHINESE = {
 }
 
 
+ARCHITECTURE_WORDS = {
+    "Adapter mode": "adapter 模式",
+    "Fused mode": "融合模式",
+    ", with images": "，带图像",
+    ", tied embeddings": "，词嵌入共享权重",
+    ", trained: SmolLM2-135M": "，已训练模型：SmolLM2-135M",
+    "needs a GPU, not run": "需要 GPU，未运行",
+    "not run": "未运行",
+    "passed": "通过",
+    "refused": "拒绝",
+    "fails": "失败",
+}
+
+
 def affected_in_chinese() -> str:
     return _in_chinese(releases.markdown_table())
 
@@ -132,6 +146,36 @@ def defect_table() -> str:
         where = " to ".join(dict.fromkeys((having[0].first, having[-1].last)))
         rows.append((f"`{defect.key}`", where, defect.symptom, _sentence(defect.remedy)))
     return table(("Defect", "ms-swift", "What you see", "With swift_lora_fix"), *rows)
+
+
+def architecture_table() -> str:
+    """Every architecture of the matrix: with which releases of ms-swift it passed, or what else is known, by mode."""
+    from tests.matrix.cells import all_cells
+    from tests.matrix.models import ARCHITECTURES
+    from tests.matrix.table import records_of
+
+    rows = []
+    for name, architecture in ARCHITECTURES.items():
+        known = []
+        for mode in ("adapter", "fused"):
+            cells = [cell for cell in all_cells().values() if (cell.architecture, cell.mode) == (name, mode)]
+            records = [record for cell in cells for record in records_of(cell)]
+            passed = {record["versions"]["ms-swift"] for record in records if record["outcome"] == "passed"}
+            outcomes = {record["outcome"] for record in records}
+            failing = "refused" if "refused" in outcomes else "fails" if outcomes else "not run"
+            if all(cell.needs_gpu for cell in cells):
+                failing = "needs a GPU, not run"
+            known.append(f"passed ({', '.join(sorted(passed))})" if passed else failing)
+        images = ", with images" * architecture.media
+        rows.append((f"`{architecture.model_type}`{images}{architecture.note}", *known))
+    return table(("Architecture (`--model_type`)", "Adapter mode", "Fused mode"), *rows)
+
+
+def architectures_in_chinese() -> str:
+    english = architecture_table().replace("Architecture (`--model_type`)", "架构（`--model_type`）")
+    for words, chinese in ARCHITECTURE_WORDS.items():
+        english = english.replace(words, chinese)
+    return english
 
 
 def kind_table() -> str:

@@ -1,4 +1,4 @@
-"""Starts a real ``swift rollout``, on the CPU unless told otherwise."""
+"""Starts a real ``swift rollout`` or ``swift deploy``, on the CPU unless told otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import requests
 
@@ -45,6 +45,7 @@ class RolloutServer:
     plugins: tuple[Path, ...] = ()
     fixed: bool = True
     process: subprocess.Popen[bytes] | None = None
+    verb: ClassVar[str] = "rollout"
 
     @property
     def url(self) -> str:
@@ -55,11 +56,16 @@ class RolloutServer:
         return (self.folder / "server.txt").read_text(errors="replace")
 
     def command(self) -> list[str]:
-        script = swift_folder(this_python()) / "cli" / "rollout.py"
+        script = swift_folder(this_python()) / "cli" / f"{self.verb}.py"
         plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_server_shims.py"]
         plugins += [*self.plugins, *([FIX] if self.fixed else [])]
         command = [str(this_python()), str(script), "--external_plugins", *map(str, plugins)]
-        defaults = {
+        for name, value in {**self._defaults(), **self.arguments}.items():
+            command += [f"--{name}", str(value)]
+        return command
+
+    def _defaults(self) -> dict[str, Any]:
+        return {
             "model": self.model,
             "model_type": "qwen2",
             "template": "chatml",
@@ -71,9 +77,6 @@ class RolloutServer:
             "vllm_enforce_eager": "true",
             "vllm_max_model_len": 256,
         }
-        for name, value in {**defaults, **self.arguments}.items():
-            command += [f"--{name}", str(value)]
-        return command
 
     def start(self) -> RolloutServer:
         """Returns at once."""
@@ -112,6 +115,19 @@ class RolloutServer:
         if self.process is not None:
             self.signal(signal.SIGKILL)
             self.process.wait()
+
+
+@dataclass
+class TeacherServer(RolloutServer):
+    """``swift deploy`` with vLLM, as --teacher_model_server wants it: it tells the logprobs of what it is given."""
+
+    fixed: bool = False
+    verb: ClassVar[str] = "deploy"
+
+    def _defaults(self) -> dict[str, Any]:
+        defaults = {**super()._defaults(), "infer_backend": "vllm"}
+        del defaults["vllm_enable_lora"], defaults["vllm_max_lora_rank"]
+        return defaults
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.matrix import cells, running, table
+from tests.support import rollout_server
 from tests.support.driver import Run, this_python
 
 CELL = cells.Cell("some/cell", "qwen2_5_vl", {})
@@ -87,6 +88,17 @@ def test_each_published_command_is_there_once_and_its_changes_are_said() -> None
         for name, value in command["arguments"].items():
             kept = str(cell.arguments.get(name)) == value
             assert kept or name in cell.changed, f"{cell.name}: --{name} {value} was changed in silence"
+
+
+def test_the_servers_of_published_commands() -> None:
+    made = {cell.name: cell for cell in cells.published()}
+    node, game = made["grpo/multi_node/server_multi_node"], made["grpo/plugin/openenv/run_grpo_sudoku_server"]
+    assert node.server == {} and node.mode == "adapter" and node.trainer == "zero2, server"
+    assert game.server == {"multi_turn_scheduler": "slf_turns", "max_turns": 2}, "turns are made by the server"
+    assert node.arguments["vllm_enable_lora"] is None and "vllm_enable_lora" in node.changed, "told to the server"
+    assert made["grpo/external/moe_lora"].needs_gpu and made["grpo/external/moe_lora"].server is None
+    teacher = rollout_server.TeacherServer(Path("model"), Path("folder"), {"max_logprobs": 8}).command()
+    assert teacher[1].endswith("deploy.py") and "--max_logprobs" in teacher and "--vllm_enable_lora" not in teacher
 
 
 def test_the_committed_table_is_that_of_the_records() -> None:

@@ -230,6 +230,18 @@ def test_a_rank_above_the_engines_is_refused_with_the_way_out(engine: FakeEngine
         check_fits(adapter.bind(peft_model(r=8)), EngineHandle(engine))
 
 
+def test_one_lora_for_a_layer_that_vllm_takes_in_parts_is_refused(engine: FakeEngine) -> None:
+    """GLM-4's gate_up_proj: one module in transformers, two for vLLM's LoRA layers."""
+    manager = engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    manager.packed_modules = {"second": ["second"]}
+    check_fits(adapter.bind(peft_model(r=4)), EngineHandle(engine))
+    manager.packed_modules = {"second": ["second_gate", "second_up"]}
+    with pytest.raises(errors.UnsupportedAdapterError, match="take second .*in parts .*fused mode"):
+        check_fits(adapter.bind(peft_model(r=4)), EngineHandle(engine))
+    manager.modules["second"] = type("MergedColumnParallelLinearVariableSliceWithLoRA", (), {})()
+    check_fits(adapter.bind(peft_model(r=4)), EngineHandle(engine))
+
+
 def test_a_module_without_a_lora_layer_is_refused_before_anything_is_sent(engine: FakeEngine) -> None:
     del engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager.modules["second"]
     sent: list[Any] = []

@@ -16,9 +16,16 @@ TOWER_OPTION = "enable_tower_connector_lora"  # of vLLM's LoRAConfig: LoRA in vi
 
 
 def check_fits(adapter: Adapter, engine: EngineHandle) -> None:
-    """Raise UnsupportedAdapterError when the adapter's rank exceeds the engine's, or when modules have no LoRA layer.
-    The message names them, and the mode that serves them."""
+    """Raise UnsupportedAdapterError when the adapter's rank exceeds the engine's, or when modules have no LoRA layer
+    that takes them. The message names them, and the mode that serves them."""
     _check_ranks(adapter, engine)
+    whole = _whole(adapter, engine)
+    if whole:
+        raise UnsupportedAdapterError(
+            f"The LoRA layers of this vLLM take {whole[0]} (and {len(whole) - 1} more) in parts that are "
+            f"trained apart, and adapter {adapter.name!r} has one LoRA for the whole: vLLM would fail with an "
+            "IndexError. Use --vllm_enable_lora false (fused mode), or train without them."
+        )
     unserved = _unserved(adapter, engine)
     if unserved:
         raise UnsupportedAdapterError(
@@ -47,8 +54,22 @@ def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
     manager = engine.manager
     parts = [part for parts in manager.packed_modules.values() for part in parts]
     served = Names((*manager.modules, *parts))
-    modules = dict.fromkeys(entry.key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for entry in adapter.entries)
-    return [module for module in modules if module not in served and ".experts" not in module]
+    return [module for module in _modules(adapter) if module not in served and ".experts" not in module]
+
+
+def _whole(adapter: Adapter, engine: EngineHandle) -> list[str]:
+    """Modules that are one in the trainer, and packed out of several in the engine: ``gate_up_proj`` of GLM-4. Layers
+    of vLLM that take either are named VariableSlice (lora/layers/column_parallel_linear.py); the others index the
+    single tensor as if it were the list of its parts."""
+    manager = engine.manager
+    several = [name for name, parts in manager.packed_modules.items() if len(parts) > 1 and ".experts" not in name]
+    packed = Names([name for name in several if "VariableSlice" not in type(manager.modules.get(name)).__name__])
+    return [module for module in _modules(adapter) if module in packed]
+
+
+def _modules(adapter: Adapter) -> list[str]:
+    names = (entry.key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for entry in adapter.entries)
+    return list(dict.fromkeys(names))
 
 
 def towers_without_layers(adapter: Adapter, engine: Callable[[], EngineHandle]) -> list[str]:

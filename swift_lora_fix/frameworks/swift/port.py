@@ -167,6 +167,12 @@ class SwiftTrainer:
         return min((int(limit) for limit in (engine, self.trainer.template.max_length) if limit), default=None)
 
     @property
+    def template_tokens(self) -> int:
+        template = self.trainer.template
+        with holding(template, mode="vllm", max_length=None):
+            return len(template.encode({"messages": [{"role": "user", "content": "a"}]})["input_ids"])
+
+    @property
     def sees_media(self) -> bool:
         """Whether its model is multimodal."""
         return bool(self.trainer.template.model_meta.is_multimodal)

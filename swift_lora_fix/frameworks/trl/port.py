@@ -195,6 +195,10 @@ class TrlTrainer:
     def longest_prompt(self) -> int | None:
         return int(self.vllm_engine.vllm_config.model_config.max_model_len)
 
+    @property
+    def template_tokens(self) -> int:
+        return len(_ids(self.tokenizer, "a"))
+
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -323,20 +327,13 @@ class TrlRollout:
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=1.0, max_tokens=new_tokens, logprobs=0, seed=0)
-        asked = [{"prompt_token_ids": self._ids(text)} for text in prompts]
+        asked = [{"prompt_token_ids": _ids(self._trainer.tokenizer, text)} for text in prompts]
         answers = []
         for output in self._infer(asked, how, use_tqdm=False):
             answer = output.outputs[0]
             logprobs = tuple(float(at[token].logprob) for at, token in zip(answer.logprobs, answer.token_ids))
             answers.append(Answer(tuple(output.prompt_token_ids), tuple(answer.token_ids), logprobs))
         return answers
-
-    def _ids(self, text: str) -> list[int]:
-        tokenizer = self._trainer.tokenizer
-        if not tokenizer.chat_template:
-            return list(tokenizer(text)["input_ids"])
-        said = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
 
     def tokens_per_second(self, most_tokens: int) -> float:
         how = self._sampling.clone()
@@ -397,6 +394,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "structured_outputs_regex": (None, ""),
 }
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt of ``text``, with the tokenizer's chat template where it has one."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    said = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def trl_name(name: str) -> str:

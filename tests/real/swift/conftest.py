@@ -345,6 +345,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], Callable[[Runs, str], Any]]] = {
     "offloaded": (("train_fixed",), _offloaded),
     "media": ((), _media),
     "cell_rank": ((), _cell("adapters/rank_12")),
+    "cell_rank_by_pattern": ((), _cell("adapters/rank_12_by_pattern/adapter")),
     "cell_experts": ((), _cell("adapters/experts/fused")),
     "cell_towers": ((), _cell("adapters/towers/adapter")),
     "fused_dora_resume": (("fused_dora",), _fused("dora", resume=True)),

@@ -21,6 +21,14 @@ def test_a_rank_that_vllm_does_not_take(runs: Runs) -> None:
     assert record["mode"] == "adapter" and [sync["step"] for sync in record["syncs"]] == [0, 1, 2, 3]
 
 
+@pytest.mark.needs("cell_rank_by_pattern")
+def test_a_rank_above_the_one_that_was_asked_for(runs: Runs) -> None:
+    """``rank_pattern`` gives one module rank 12, and ``--lora_rank`` is left at 8."""
+    record = runs.get("cell_rank_by_pattern").record  # type: ignore[attr-defined]
+    assert record["outcome"] == "passed", record
+    assert record["mode"] == "adapter" and [sync["step"] for sync in record["syncs"]] == [0, 1, 2, 3]
+
+
 @pytest.mark.skipif(not NEWEST, reason="transformers stacks experts from 5 on")
 @pytest.mark.needs("cell_experts")
 def test_stacked_experts_are_folded(runs: Runs) -> None:

@@ -81,6 +81,7 @@ class LearnerPort:
     attaches_adapter = property(lambda self: self.learner.names_adapter)
     tokenizer = property(lambda self: self.learner.text)
     longest_prompt = 120
+    template_tokens = 20
 
     def attach_adapter(self, wanted: bool) -> None:
         self.learner.names_adapter = wanted

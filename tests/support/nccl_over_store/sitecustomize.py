@@ -1,8 +1,8 @@
 """Test-only stand-in for NCCL, which needs GPUs: vLLM's ``PyNcclCommunicator`` sends through the store of its group.
 
 In ``PYTHONPATH`` it is in every process of a run before ms-swift is: its trainer connects before any plugin. Where the
-file ``$SLF_SPOIL`` exists, one bit of what is received is another one. ``$SLF_EVERYWHERE`` is one more file to run, in
-vLLM's own processes too, which load no plugin of ms-swift's.
+file ``$SLF_SPOIL`` exists, one bit of what is received is another one. ``$SLF_EVERYWHERE`` has more files to run
+(``os.pathsep`` between them), in vLLM's own processes too, which load no plugin of ms-swift's.
 """
 
 import contextlib
@@ -39,5 +39,5 @@ def _replace(module):
 
 
 wrapt.register_post_import_hook(_replace, "vllm.distributed.device_communicators.pynccl")
-if os.environ.get("SLF_EVERYWHERE"):
-    runpy.run_path(os.environ["SLF_EVERYWHERE"])
+for path in filter(None, os.environ.get("SLF_EVERYWHERE", "").split(os.pathsep)):
+    runpy.run_path(path)

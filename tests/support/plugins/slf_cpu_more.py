@@ -70,6 +70,20 @@ def _seed_in_parts(module):
         module.torch = Torch(torch)
 
 
+@wrapt.when_imported("vllm.model_executor.layers.mamba.ops.cpu.gdn_attention")
+def _leave_convolutions_alone(module):
+    """Where the processor has AVX512-BF16, the backend packs the convolutions of GDN layers as it packs linear weights,
+    and its kernel takes for granted that they are. Here they are not (slf_cpu_shims.py): the plain kernel is used."""
+    import torch
+
+    class Part(wrapt.ObjectProxy):
+        pass
+
+    Part._is_avx512_bf16_supported = staticmethod(lambda: False)
+    Part.cpu = property(lambda self: Part(torch.cpu))
+    module.torch = Part(torch)
+
+
 @wrapt.when_imported("vllm.distributed.device_communicators.cpu_communicator")
 def _name_shared_memory(module):
     """Ranks of one engine share memory under a name that their port is part of, and ms-swift's engine has none: the

@@ -12,6 +12,7 @@ def _read_ids(module):
 
     def init_env_args(self):
         original(self)
-        self.image_token_id, self.video_token_id = self.config.image_token_id, self.config.video_token_id
+        config = getattr(self.config, "thinker_config", self.config)  # Omni's
+        self.image_token_id, self.video_token_id = config.image_token_id, config.video_token_id
 
     module.Qwen2VLTemplate.init_env_args = init_env_args

@@ -280,6 +280,19 @@ def asked(text: str, prompt: Sequence[int], tokens: Sequence[int], images: Seque
     return Answer(tuple(prompt), tuple(tokens), (0.0,) * len(tokens), request)
 
 
+def test_the_template_is_asked_what_it_writes_around_a_text() -> None:
+    trainer, asked_for = made(Template(multimodal=True)), []
+
+    def encode(inputs: dict[str, Any]) -> dict[str, Any]:
+        asked_for.append((trainer.template.mode, trainer.template.max_length, inputs["messages"]))
+        return {"input_ids": [USER, 1, ASSISTANT, THINKING]}
+
+    trainer.template.encode = encode
+    assert SwiftTrainer(trainer).template_tokens == 4
+    assert asked_for == [("vllm", None, [{"role": "user", "content": "a"}])], "as rollouts are encoded, and never cut"
+    assert trainer.template.settings() == ("vllm", 7, True, 4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_text_model_is_given_the_engines_ids(side: str) -> None:
     trainer = made(Template(multimodal=False, padding_side=side))

@@ -326,6 +326,19 @@ def test_metrics_go_where_the_framework_averages_them() -> None:
     metrics.record(trainer, held)  # a trainer without such metrics is left alone
 
 
+class Words:
+    def encode(self, text: str, add_special_tokens: bool) -> list[str]:
+        return text.split()
+
+
+@pytest.mark.parametrize("around", [0, 20, 60])
+def test_a_prompt_leaves_room_for_what_the_template_writes_around_it(around: int) -> None:
+    port = port_of(peft_model(), text=Words())
+    port.template_tokens = around
+    longest = max(len(text.split()) for text in probe.prompts(port, cache_block=544))
+    assert longest + around + probe.NEW_TOKENS <= port.longest_prompt
+
+
 def test_settings_of_the_proof() -> None:
     assert Settings.from_environment({}).on_mismatch == "raise" and Settings.from_environment({}).gate_every == 50
     given = {"SWIFT_LORA_FIX_ON_MISMATCH": "Repair", "SWIFT_LORA_FIX_GATE_EVERY": "0"}
