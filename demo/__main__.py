@@ -258,6 +258,7 @@ def show_failure(console: Console, error: RunFailed) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo")
+    parser.add_argument("--model", choices=["tiny"], help="smollm2: see demo.trained")
     parser.add_argument("--release", choices=sorted(RELEASE_TITLE), default="affected")
     parser.add_argument("--chart", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
