@@ -21,11 +21,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from demo.trained import model, report, runs
 from demo.trained.runs import KILLED, PLUGIN, REFERENCE, STOCK
 from swift_lora_fix.errors import ChartError, MissingPackageError
+from tests.support import hangs
 from tests.support.driver import REPOSITORY, Run
-from tests.support.hangs import Hang
 
 STEPS = ("model", KILLED, REFERENCE, STOCK, PLUGIN, "report")
 NEEDS_THE_CHECKPOINT = (STOCK, PLUGIN)
@@ -95,7 +97,7 @@ class Demo:
             self.say(f"{name}: {runs.WHAT[name]}")
             try:
                 run.start()
-            except Hang as error:
+            except hangs.Hang as error:
                 raise RunFailed(run, str(error)) from error
             self.say(f"{name}: ended with status {run.returncode} after {time.monotonic() - since:.0f} s")
             return run
@@ -128,7 +130,10 @@ class Demo:
             raise RunFailed(run, f"ended with status {run.returncode} after the batches of steps {steps}")
 
     def stop(self) -> None:
+        """Start no further run, and end those that run: they have sessions of their own."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        for child in psutil.Process().children():
+            hangs.kill(child.pid)
 
 
 def batches_of(name: str, plan: runs.Setting) -> int:
@@ -216,6 +221,10 @@ def main(words: Sequence[str] | None = None) -> int:
         demo.stop()
         show_failure(error)
         return 1
+    except KeyboardInterrupt:
+        demo.stop()
+        print(f"Interrupted. The runs' files: {args.folder}")
+        return 130
     except subprocess.CalledProcessError as error:  # the model
         print((error.stderr or b"").decode(errors="replace")[-2000:])
         print(f"FAILED: no model. The command was: {shlex.join(map(str, error.cmd))}")
@@ -237,4 +246,5 @@ def show_failure(error: RunFailed) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
