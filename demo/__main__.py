@@ -24,7 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from demo.report import RELEASE_TITLE, Check, Outcome, save_chart, table
+from demo.checks import Check
+from demo.report import RELEASE_TITLE, Outcome, save_chart, table
 from swift_lora_fix.errors import ChartError, MissingPackageError
 from swift_lora_fix.install import releases
 from tests.support import bounds

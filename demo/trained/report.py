@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from demo.report import Check
+from demo.checks import Check
 from demo.trained import model, runs
 from demo.trained.runs import KILLED, PLUGIN, REFERENCE, STOCK
 from swift_lora_fix.common import charts
