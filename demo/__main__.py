@@ -24,7 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from demo.report import RELEASE_TITLE, Check, Outcome, save_chart, table
+from demo.checks import Check
+from demo.report import RELEASE_TITLE, Outcome, save_chart, table
 from swift_lora_fix.errors import ChartError, MissingPackageError
 from swift_lora_fix.install import releases
 from tests.support import bounds
@@ -258,6 +259,7 @@ def show_failure(console: Console, error: RunFailed) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo")
+    parser.add_argument("--model", choices=["tiny"], help="smollm2: see demo.trained")
     parser.add_argument("--release", choices=sorted(RELEASE_TITLE), default="affected")
     parser.add_argument("--chart", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from demo.checks import Check
 from swift_lora_fix.common import charts
 from tests.support import bounds
 from tests.support.bounds import Probe
@@ -22,13 +23,6 @@ CPU_ONLY = (
     "trainer's. On a GPU stock's first batch is right; the cast and the crash are the same."
 )
 STOCK, FIXED, QUIET, SCALE = charts.STOCK, charts.OURS, charts.QUIET, charts.AMBER
-
-
-@dataclass(frozen=True)
-class Check:
-    passed: bool
-    text: str
-    bound: str
 
 
 @dataclass(frozen=True)

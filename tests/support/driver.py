@@ -25,7 +25,8 @@ class Run:
     """One run: what to start, and afterwards what came of it.
 
     arguments are ms-swift's, without dashes; environment is added to the process's. ``fixed`` loads the plugin;
-    ``plugins`` come before it, ``last_plugins`` after everything (their wrappers are the outermost).
+    ``plugins`` come before it, ``last_plugins`` after everything (their wrappers are the outermost). ``helpers``: the
+    tests' reward and, on the CPU, what makes a large LoRA at once.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Run:
     ranks: int = 1
     gpu: bool = False
     probe: bool = True
+    helpers: bool = True
     returncode: int | None = None
 
     @property
@@ -71,8 +73,9 @@ class Run:
                 f"--master_port={free_port()}",
             ]
         plugins = [] if self.gpu else [PLUGINS / "slf_cpu_shims.py"]
-        plugins += [*self.plugins, *([FIX] if self.fixed else []), PLUGINS / "slf_rewards.py"]
-        plugins += [] if self.gpu else [PLUGINS / "slf_grow.py"]
+        plugins += [*self.plugins, *([FIX] if self.fixed else [])]
+        if self.helpers:
+            plugins += [PLUGINS / "slf_rewards.py", *([] if self.gpu else [PLUGINS / "slf_grow.py"])]
         plugins += [PLUGINS / "slf_probe.py"] if self.probe else []
         plugins += self.last_plugins
         command = [*launcher, str(cli / "cli" / "rlhf.py"), "--external_plugins", *map(str, plugins)]
