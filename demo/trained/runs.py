@@ -53,7 +53,7 @@ COMMON: dict[str, Any] = {
 }
 CPU = Setting(30, 18, 20, 2, "40", {"learning_rate": 1e-3})
 GPU = Setting(60, 40, 44, 8, "6", {
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "vllm_gpu_memory_utilization": 0.2,
     "vllm_engine_kwargs": '{"kv_cache_memory_bytes": 2147483648}',  # several engines start at once: nothing to measure
 })  # fmt: skip
