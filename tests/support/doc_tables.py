@@ -188,11 +188,12 @@ def kind_table() -> str:
 
 
 def patch_table() -> str:
-    """Every patch of ms-swift and PEFT in the trainer's process, why it is there, and when it may go."""
+    """Every patch of ms-swift, PEFT and vLLM in the trainer's process, why it is there, and when it may go."""
+    from swift_lora_fix.engine.vllm.dense import hooks as dense
     from swift_lora_fix.frameworks.swift import hooks
     from swift_lora_fix.install.registry import PatchSet
 
-    sets = [value for value in vars(hooks).values() if isinstance(value, PatchSet)]
+    sets = [value for module in (hooks, dense) for value in vars(module).values() if isinstance(value, PatchSet)]
     rows = [(f"`{p.target}`", _sentence(p.why), _sentence(p.goes_when)) for each in sets for p in each.patches]
     return table(("Patched", "Why", "Goes when"), *rows)
 
