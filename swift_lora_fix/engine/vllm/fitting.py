@@ -24,7 +24,7 @@ def check_fits(adapter: Adapter, engine: EngineHandle) -> None:
         raise UnsupportedAdapterError(
             f"The LoRA layers of this vLLM take {whole[0]} (and {len(whole) - 1} more) in parts that are "
             f"trained apart, and adapter {adapter.name!r} has one LoRA for the whole: vLLM would fail with an "
-            "IndexError. Use --vllm_enable_lora false (fused mode), or train without them."
+            f"IndexError. Use {adapter.words.without_lora} (fused mode), or train without them."
         )
     unserved = _unserved(adapter, engine)
     if unserved:
