@@ -42,6 +42,10 @@ def decide(trainer: TrainerPort) -> Scope:
     asked = settings.mode
     if trainer.engine_place == "server":
         return _for_servers(trainer, settings)
+    if trainer.engine_place == "folders":
+        if asked not in ("", "adapter"):
+            raise SettingsError(f"SWIFT_LORA_FIX_MODE={asked!r} is for colocated engines: unset it for a vLLM server.")
+        return Scope(True, "armed, server mode: vLLM loads each policy from a folder, the trainer is only read.")
     if trainer.engine_place != "colocate":
         return _aside(f"vllm_mode is {trainer.engine_place!r}, neither 'colocate' nor 'server'", trainer)
     if asked == "adapter" and not trainer.engine_has_lora:

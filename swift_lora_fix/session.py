@@ -33,6 +33,7 @@ from .looks import Examination, Pending
 from .policy import adapter as adapters
 from .policy import merging, origin
 from .proof.causes import Finding
+from .server.trainer.folders import FolderEngine, FolderWriter
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
 from .trainer import BatchPort, RolloutPort, TrainerPort
@@ -304,6 +305,11 @@ class Session:
         if trainer.engine_place == "server":
             servers = RemoteEngine(trainer)
             self.engine, self.writer = servers, RemoteWriter(trainer, servers, self.adapter)
+            self.examiner.bind(self.engine, self.writer)
+            return
+        if trainer.engine_place == "folders":
+            folders = FolderEngine(trainer)
+            self.engine, self.writer = folders, FolderWriter(trainer, folders, self.adapter)
             self.examiner.bind(self.engine, self.writer)
             return
         engine = self.engine = EngineHandle(trainer.vllm_engine)

@@ -123,7 +123,8 @@ class TrainerPort(Protocol):
 
     @property
     def engine_place(self) -> str:
-        """``colocate``: vLLM runs in this process; ``server``: in rollout servers."""
+        """Where vLLM runs. ``colocate``: in this process; ``server``: in rollout servers with this package;
+        ``folders``: in a plain ``vllm serve``, which loads adapters from folders."""
 
     @property
     def engine_has_lora(self) -> bool:
@@ -142,6 +143,10 @@ class TrainerPort(Protocol):
         """Whether another thread generates rollouts while the next step is trained."""
 
     @property
+    def output_folder(self) -> str:
+        """Where the run writes."""
+
+    @property
     def resume_from(self) -> str | None:
         """The checkpoint that the run says it resumes from."""
 
@@ -153,7 +158,8 @@ class TrainerPort(Protocol):
 
     @property
     def server_client(self) -> Any:
-        """The current client of the rollout servers; None without servers, and on all ranks but the main one."""
+        """The current client of the rollout servers; None without servers, and on all ranks but the main one. For
+        ``folders`` it has ``base_url``, and ``model``, the name that its requests ask for."""
 
     @property
     def adapter_request_class(self) -> Any:

@@ -33,7 +33,9 @@ def check_scoring(module: ModuleType) -> None:
 
 def check_trl(module: ModuleType) -> None:
     """Raise ContractError as ``check`` does, for TRL's ``VLLMGeneration`` and the names that TRL's port uses."""
-    problems = [problem for target in releases.TRL_HOOKS if (problem := _problem(module, target))]
+    serves = releases.trl_talks_to_vllm_serve(releases.installed_trl() or releases.OLDEST_TRL)
+    targets = releases.TRL_HOOKS + (releases.TRL_SERVER_HOOKS if serves else ())
+    problems = [problem for target in targets if (problem := _problem(module, target))]
     sources = [_source(name) for name in (module.__name__, releases.TRL_TRAINER_MODULE)]
     problems += [f"{name} is not used by it any more" for name in unused(sources, releases.TRL_ATTRIBUTES)]
     if problems:

@@ -317,7 +317,7 @@ TRL_SERVER_MERGES_TWICE = Defect(
     symptom="With vllm_mode='server' the first sync merges and unmerges the LoRA once more to list the weights, so the "
     "base drifts once more.",
     evidence="sync_weights walks _iter_named_params() for _weight_metadata before it sends",
-    remedy="none: with vllm_mode='server' TRL's own sync runs",
+    remedy="a vllm serve that takes adapters gets the adapter as a folder; to others TRL's own sync runs",
     gone_when="the names are listed without merging",
     on_options="`vllm_mode='server'`: the first sync merges twice",
     mended=False,
@@ -409,6 +409,14 @@ TRL_HOOKS = (
     Target("LLM.__init__", names=("model", "enable_lora", "max_loras", "max_lora_rank")),
     Target("LLM.generate", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
 )
+OLDEST_TRL_WITH_VLLM_SERVE = "1.11.0"  # older ones have a server of their own, without LoRA
+TRL_SERVER_HOOKS = (
+    Target("VLLMClient.init_communicator", is_function=False),
+    Target(
+        "VLLMClient.generate", positional=1, names=("n", "temperature", "max_tokens", "logprobs", "generation_kwargs")
+    ),
+    Target("VLLMClient.get_server_info"),
+)
 # In TRL_TRAINER_MODULE, where the trainer scores its rollouts; and what the port reads there. Only metrics need them.
 TRL_SCORING_HOOKS = (
     Target("GRPOTrainer._generate_and_score_completions", positional=1),
@@ -423,7 +431,7 @@ TRL_SCORING_ATTRIBUTES = (
 TRL_ATTRIBUTES = (
     "model", "accelerator", "processing_class", "mode", "enable_sleep_mode", "llm", "llm_engine", "is_main_process",
     "num_processes", "device", "state", "global_step", "_metrics", "training", "load_weights", "merge_adapter",
-    "unmerge_adapter", "named_parameters", "wake_up", "sleep", "sync_weights", "vllm_generation",
+    "unmerge_adapter", "named_parameters", "wake_up", "sleep", "sync_weights", "vllm_generation", "vllm_client",
 )  # fmt: skip
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -600,6 +608,10 @@ def is_too_old(version: str) -> bool:
 
 def is_trl_too_old(version: str) -> bool:
     return Version(version) < Version(OLDEST_TRL)
+
+
+def trl_talks_to_vllm_serve(version: str) -> bool:
+    return Version(version) >= Version(OLDEST_TRL_WITH_VLLM_SERVE)
 
 
 def trl_family_of(version: str) -> TrlFamily | None:

@@ -5,13 +5,15 @@
 Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``GRPO``, ``RLOO``); ``adapter`` (a folder
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
-``plain_base``: the engine gets the trainer's base without the LoRA); ``bench`` (a file whose ``begin`` gets the
-trainer, instead of the probe).
+``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
+``server`` (url of a ``vllm serve``, in place of a colocated engine); ``bench`` (a file whose ``begin`` gets the
+trainer, in place of the probe).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
 the trainer's frozen base that differ from the start), ``lora_changed`` (LoRA entries that syncs changed),
-``lora_dtypes``, ``merges`` (calls of ``merge_adapter``), ``seconds`` (of the sync), ``lora_sum``, ``tokens``. It is
+``lora_dtypes``, ``merges`` (calls of ``merge_adapter``), ``seconds`` (of the sync), ``lora_sum``, ``tokens``; of a
+server ``asked`` (the names that this rollout's requests asked for) and ``held`` (those that the server knows). It is
 measured from outside, and knows nothing of swift_lora_fix.
 """
 
@@ -51,6 +53,7 @@ class Probe:
         self.trainer, self.file, self.options = trainer, file, options
         self.generation = trainer.vllm_generation
         self.start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+        self.client = self.generation.vllm_client if "server" in options else None
         self.lora_changed = self.merges = 0
         self.seconds = 0.0
         self.dtypes: set[str] = set()
@@ -61,7 +64,7 @@ class Probe:
             return merge(tuner, *args, **kwargs)
 
         def synchronize() -> None:
-            before, slots = self.lora(), self.slots()
+            before, slots = self.lora(), [] if self.client else self.slots()
             started = time.perf_counter()
             sync()
             self.seconds = time.perf_counter() - started
@@ -82,25 +85,61 @@ class Probe:
             return outputs
 
         BaseTuner.merge_adapter = counted
-        self.ask = self.generation.llm.generate
-        self.generation.llm.generate = answered
+        self.asked: list[str] = []
+        if self.client:
+            self.watch_server()
+        else:
+            self.ask = self.generation.llm.generate
+            self.generation.llm.generate = answered
         self.generation.sync_weights, self.generation.generate = synchronize, rollout
+
+    def watch_server(self) -> None:
+        """Notes which names requests ask for, and asks for the newest by itself."""
+        client, post = self.client, self.client._post
+
+        def noted(url: str, **kwargs: Any) -> Any:
+            if url.endswith("/v1/completions"):
+                self.asked.append(kwargs["json"]["model"])
+            return post(url, **kwargs)
+
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            outputs = generate(*args, **kwargs)
+            self.record(outputs["completion_ids"])
+            return outputs
+
+        generate = client.generate
+        client._post, client.generate = noted, answered
+
+    def answers(self, ids: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        """Greedy answers of the engine to these prompts, and their logprobs."""
+        if self.client:
+            name = self.held()[-1]
+            request = dict(model=name, prompt=ids, temperature=0, max_tokens=NEW_TOKENS, logprobs=0)
+            request |= dict(return_token_ids=True, return_tokens_as_token_ids=True)
+            choices = self.client.session.post(f"{self.client.base_url}/v1/completions", json=request).json()["choices"]
+            return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0)
+        found = []
+        for output in self.ask([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False):
+            answer = list(output.outputs[0].token_ids)
+            found.append((answer, [at[token].logprob for at, token in zip(output.outputs[0].logprobs, answer)]))
+        return found
+
+    def held(self) -> list[str]:
+        models = self.client.session.get(f"{self.client.base_url}/v1/models").json()["data"]
+        return [model["id"] for model in models]
 
     def lora(self) -> dict[str, Any]:
         return {n: p.detach().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def record(self, completions: list[list[int]]) -> None:
-        from vllm import SamplingParams
-
         tokenizer = self.trainer.processing_class
         ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
-        how = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0)
-        outputs = self.ask([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False)
         gaps, effects, tokens = [], [], []
-        for output in outputs:
-            answer = list(output.outputs[0].token_ids)
-            engine = [at[token].logprob for at, token in zip(output.outputs[0].logprobs, answer)]
-            held, plain = self.score(list(output.prompt_token_ids), answer)
+        for prompt, (answer, engine) in zip(ids, self.answers(ids)):
+            held, plain = self.score(prompt, answer)
             gaps += [abs(a - b) for a, b in zip(engine, held)]
             effects += [abs(a - b) for a, b in zip(held, plain)]
             tokens.append(answer)
@@ -118,7 +157,9 @@ class Probe:
             seconds=self.seconds,
             tokens=tokens,
             completions=completions,
+            **({"asked": self.asked, "held": self.held()} if self.client else {}),
         )
+        self.asked = []
 
     def score(self, prompt: list[int], answer: list[int]) -> tuple[list[float], list[float]]:
         import torch
@@ -151,6 +192,10 @@ class Probe:
     def break_something(self, slots: list[Any]) -> None:
         faults, step = self.options.get("faults", []), self.trainer.state.global_step
         if not 1 <= step <= len(faults):
+            return
+        if faults[step - 1] == "unload":
+            for name in self.held()[1:]:
+                self.client.session.post(f"{self.client.base_url}/v1/unload_lora_adapter", json={"lora_name": name})
             return
         if faults[step - 1] == "plain_base":
             self.engine.load_weights(list(self.plain_base()))
@@ -209,6 +254,8 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
         report_to="none",
         seed=7,
     )
+    if "server" in options:
+        defaults.update(vllm_mode="server", vllm_server_base_url=options["server"])
     config = getattr(trl, f"{kind}Config")(**{**defaults, **options.get("arguments", {})})
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
     lora = None

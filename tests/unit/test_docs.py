@@ -148,6 +148,8 @@ def test_every_command_can_be_given() -> None:
                 assert set(re.findall(r"(--[\w-]+)", rest)) <= swifts, words
             elif words[0] == "swift":
                 assert words[1] in ("rlhf", "rollout") and flags <= swifts, (words, flags - swifts)
+            elif words[0] == "vllm":
+                assert words[1] == "serve", words
             else:
                 assert words[0] in ("pip", "python3", ".venv-docs/bin/python") or (ROOT / words[0]).is_file(), words
             seen += 1

@@ -11,7 +11,7 @@ from swift_lora_fix.install import releases
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "trl.md").read_text()
-PATCHES = [*hooks.GENERATION.patches, *hooks.SCORING.patches, *hooks.TRANSFORMERS.patches]
+PATCHES = [*hooks.GENERATION.patches, *hooks.SERVER.patches, *hooks.SCORING.patches, *hooks.TRANSFORMERS.patches]
 
 
 def test_the_table_is_the_table_of_facts() -> None:

@@ -120,6 +120,10 @@ class SwiftTrainer:
         return bool(self.trainer.args.async_generate)
 
     @property
+    def output_folder(self) -> str:
+        return str(self.trainer.args.output_dir)
+
+    @property
     def resume_from(self) -> str | None:
         claimed = self.trainer.args.resume_from_checkpoint
         return os.fspath(claimed) if isinstance(claimed, (str, os.PathLike)) else None

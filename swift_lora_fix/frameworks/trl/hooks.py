@@ -15,7 +15,7 @@ from ...common.log import info
 from ...common.settings import Settings
 from ...install.registry import Patch, PatchSet
 from . import port as ports
-from .port import TrlBatch, TrlRollout, TrlTrainer
+from .port import TrlBatch, TrlRollout, TrlServerRollout, TrlTrainer
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -25,16 +25,25 @@ def _make_generation(wrapped: Callable[..., Any], generation: Any, args: Args, k
     given = inspect.signature(wrapped).bind(*args, **kwargs)
     given.apply_defaults()
     model, mode = given.arguments["model"], given.arguments["mode"]
-    with ports.making_engine(_engine_arguments(model) if mode == "colocate" else {}):
+    asked, seen = Settings.from_environment().mode, None
+    if mode == "server":
+        seen = ports.server_of(model, given.arguments["accelerator"], asked)
+    with ports.making_engine(_engine_arguments(model) if mode == "colocate" else {}, seen):
         result = wrapped(*args, **kwargs)
     port = TrlTrainer(generation)
-    problem = _why_not(port)
+    problem = port.told_by_main_rank(seen.problem) if seen is not None else _why_not(port)
+    port.takes_folders = seen is not None and not problem
     if problem:
-        info(f"stepping aside: {problem}. TRL's own weight sync runs unchanged.")
+        if seen is None or not seen.is_said:
+            _say_aside(problem)
         return result
     port.note_engine()
     sessions.begin(generation, port)
     return result
+
+
+def _say_aside(why: str) -> None:
+    info(f"stepping aside: {why}. TRL's own weight sync runs unchanged.")
 
 
 def _engine_arguments(model: Any) -> dict[str, Any]:
@@ -50,8 +59,6 @@ def _engine_arguments(model: Any) -> dict[str, Any]:
 
 
 def _why_not(port: TrlTrainer) -> str:
-    if port.engine_place != "colocate":
-        return f"vllm_mode is {port.engine_place!r}, and under TRL only 'colocate' is served"
     if port.tuner == "lora" and port.sharding:
         return f"the model is sharded by {port.sharding}, and a sync from there is not tried yet under TRL"
     return ""
@@ -59,6 +66,17 @@ def _why_not(port: TrlTrainer) -> str:
 
 def _make_engine(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
     return wrapped(*args, **{**kwargs, **(ports.engine_arguments.get() or {})})
+
+
+def _connect(wrapped: Callable[..., Any], client: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Without a connection for weights to a server that takes adapters as folders: it gets nothing else."""
+    seen = ports.server_seen.get()
+    if seen is not None and seen.look(client):
+        return None
+    if seen is not None:  # before TRL's own way, which may fail
+        _say_aside(seen.problem)
+        seen.is_said = True
+    return wrapped(*args, **kwargs)
 
 
 def _sync_weights(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -94,6 +112,19 @@ def _generate(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: 
         result = rollouts()
         session.after_rollout()
     return result
+
+
+def _server_generate(wrapped: Callable[..., Any], client: Any, args: Args, kwargs: Kwargs) -> Any:
+    port = ports.port_of_engine(client)
+    session = sessions.session_of(port.generation) if port is not None else None
+    if session is None or port is None:
+        return wrapped(*args, **kwargs)
+
+    def infer(*args: Any, **kwargs: Any) -> Any:
+        return session.engine.generate(lambda: wrapped(*args, **kwargs))
+
+    session.before_rollout(TrlServerRollout(port, infer, *args, **kwargs))
+    return infer(*args, **kwargs)
 
 
 def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -167,6 +198,24 @@ GENERATION = PatchSet(
             _engine_generate,
             why="TRL's requests name no adapter, and nothing checks what the engine holds",
             goes_when="TRL's requests name the adapter, and a missing one is refused",
+        ),
+    ),
+)
+
+SERVER = PatchSet(
+    "TRL server",
+    (
+        Patch(
+            "VLLMClient.init_communicator",
+            _connect,
+            why="TRL sends a LoRA to a vLLM server as merged weights, over NCCL",
+            goes_when="TRL's synchronous trainers send the adapter, as its asynchronous one does",
+        ),
+        Patch(
+            "VLLMClient.generate",
+            _server_generate,
+            why="requests ask for the base model's name, and nothing checks what the server answers with",
+            goes_when="TRL's requests name the policy",
         ),
     ),
 )

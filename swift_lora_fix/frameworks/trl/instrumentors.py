@@ -63,7 +63,9 @@ class Generation(Instrumentor):
         from . import hooks
 
         trainer, loads = importlib.import_module(TRAINER_MODULE), importlib.import_module(PEFT_MODULE)
-        plans = ((hooks.GENERATION, module), (hooks.TRANSFORMERS, trainer), (peft.LOADS, loads))
+        plans = [(hooks.GENERATION, module), (hooks.TRANSFORMERS, trainer), (peft.LOADS, loads)]
+        if releases.trl_talks_to_vllm_serve(version):
+            plans.append((hooks.SERVER, module))
         fresh = not hooks.GENERATION.is_applied
         for patch_set, target in plans:
             patch_set.plan(target)

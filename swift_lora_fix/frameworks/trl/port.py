@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from ...common.words import Words
 from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
 from ...errors import UnsupportedAdapterError, UnsupportedTrainerError
 from ...install import releases
+from ...policy import adapter as adapters
 from ...policy.adapter import DEFAULT_ADAPTER
 from ...proof.probe import evaluating, same_random_state
+from ...server.trainer import folders
 from ...trainer import Answer, Load, Scored, Weights
 
 PUSH_BYTES = 1 << 30  # so much is handed to vLLM at once: whole copies of sharded weights must not pile up
@@ -43,6 +46,7 @@ _ports: weakref.WeakKeyDictionary[Any, TrlTrainer] = weakref.WeakKeyDictionary()
 
 # While a ``VLLMGeneration`` is made: what its engine needs beyond TRL's own arguments.
 engine_arguments: ContextVar[Mapping[str, Any] | None] = ContextVar("engine_arguments", default=None)
+server_seen: ContextVar[ServerSeen | None] = ContextVar("server_seen", default=None)
 
 
 def note_trainer(trainer: Any) -> None:
@@ -67,13 +71,13 @@ class TrlTrainer:
     words = WORDS
     offloads_model = False
     is_asynchronous = False
-    server_client = None
 
     def __init__(self, generation: Any) -> None:
         self._of = weakref.ref(generation)
         self.attaches_adapter = True
         self.is_pushing = False  # TRL's own sync runs inside ours
         self.must_sync = False
+        self.takes_folders = False  # its vLLM server does
         self._has_slept = False  # since the last sync
 
     @property
@@ -130,25 +134,24 @@ class TrlTrainer:
 
     @property
     def engine_place(self) -> str:
-        return str(self.generation.mode)
+        return "folders" if self.takes_folders else str(self.generation.mode)
 
     @property
     def sharding(self) -> str:
-        """How accelerate shards the model, where a sync from there was not tried yet; else ""."""
-        accelerator = self.generation.accelerator
-        if accelerator.distributed_type.name == "FSDP":
-            return "FSDP"
-        plugin = accelerator.state.deepspeed_plugin
-        return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else ""
+        return sharding_of(self.generation.accelerator)
 
     @property
     def engine_has_lora(self) -> bool:
-        return self.vllm_engine.vllm_config.lora_config is not None
+        return self.takes_folders or self.vllm_engine.vllm_config.lora_config is not None
 
     @property
     def sleep_level(self) -> int:
-        """TRL sleeps at level 2 after each rollout."""
-        return 2 if self.generation.enable_sleep_mode else 0
+        """TRL's colocated engine sleeps at level 2 after each rollout."""
+        return 2 if self.generation.enable_sleep_mode and not self.takes_folders else 0
+
+    @property
+    def output_folder(self) -> str:
+        return str(self.trainer.args.output_dir)
 
     @property
     def resume_from(self) -> str | None:
@@ -160,9 +163,22 @@ class TrlTrainer:
     def vllm_engine(self) -> Any:
         return self.generation.llm.llm_engine
 
+    @property
+    def server_client(self) -> Any:
+        return self.generation.vllm_client if self.takes_folders and self.is_main_rank else None
+
     def note_engine(self) -> None:
-        """Its ``LLM`` was made: that one's rollouts are this trainer's."""
-        _ports[self.generation.llm] = self
+        """Its ``LLM``, or the client of its server, was made: that one's rollouts are this trainer's."""
+        asked = self.server_client if self.takes_folders else self.generation.llm
+        if asked is not None:
+            _ports[asked] = self
+
+    def told_by_main_rank(self, problem: str) -> str:
+        """What the main rank says. Only that one has a client of the server."""
+        from accelerate.utils import broadcast_object_list
+
+        told: list[str] = broadcast_object_list([problem], from_process=0)
+        return told[0]
 
     @property
     def adapter_request_class(self) -> Any:
@@ -193,7 +209,10 @@ class TrlTrainer:
 
     @property
     def longest_prompt(self) -> int | None:
-        return int(self.vllm_engine.vllm_config.model_config.max_model_len)
+        if not self.takes_folders:
+            return int(self.vllm_engine.vllm_config.model_config.max_model_len)
+        client = self.server_client
+        return int(client.get_server_info()["model_config"]["max_model_len"]) if client is not None else None
 
     @property
     def template_tokens(self) -> int:
@@ -260,7 +279,7 @@ class TrlTrainer:
 
     def wake_weights(self) -> None:
         """As TRL's own sync does before it writes."""
-        if self.generation.enable_sleep_mode:
+        if self.sleep_level:
             self.generation.llm.wake_up(tags=["weights"])
             self.generation._llm_weights_sleeping = False  # from 1.10 on TRL looks at it
 
@@ -269,7 +288,7 @@ class TrlTrainer:
 
     def note_generated(self) -> None:
         """TRL puts the engine to sleep at the end of each ``generate``."""
-        self._has_slept = bool(self.generation.enable_sleep_mode)
+        self._has_slept = bool(self.sleep_level)
 
     @property
     def lacks_policy(self) -> bool:
@@ -278,7 +297,7 @@ class TrlTrainer:
 
     def keeping_weights(self) -> contextlib.AbstractContextManager[None]:
         """Up to 1.9 TRL has a waking engine read its weights from the model's files again, after they were synced."""
-        if not self.generation.enable_sleep_mode:
+        if not self.sleep_level:
             return contextlib.nullcontext()
         llm = self.generation.llm
         own = llm.collective_rpc
@@ -306,7 +325,7 @@ class TrlRollout:
     def __init__(
         self,
         trainer: TrlTrainer,
-        infer: Callable[..., Sequence[Any]],
+        infer: Callable[..., Any],
         prompts: Any,
         sampling_params: Any = None,
         **kwargs: Any,
@@ -342,6 +361,34 @@ class TrlRollout:
         outputs = self._infer(self._prompts, how, use_tqdm=False)
         seconds = time.perf_counter() - started
         return max(1, sum(len(answer.token_ids) for output in outputs for answer in output.outputs)) / seconds
+
+
+class TrlServerRollout(TrlRollout):
+    """One call of ``VLLMClient.generate``. infer: the call itself; the rest are its arguments."""
+
+    def __init__(
+        self,
+        trainer: TrlTrainer,
+        infer: Callable[..., Any],
+        prompts: Sequence[Any],
+        features: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(trainer, infer, prompts)
+        self._arguments = kwargs
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self._prompts) * int(self._arguments["n"]) * int(self._arguments["max_tokens"])
+
+    def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
+        how: dict[str, Any] = dict(n=1, temperature=1.0, max_tokens=new_tokens, logprobs=0)
+        said = self._infer([self._ids(text) for text in prompts], **how, generation_kwargs={"seed": 0})
+        parts = zip(said["prompt_ids"], said["completion_ids"], said["logprobs"])
+        return [Answer(tuple(ids), tuple(answer), tuple(at[0] for at in logps)) for ids, answer, logps in parts]
+
+    def tokens_per_second(self, most_tokens: int) -> float:
+        raise AssertionError("a server has one mode")
 
 
 class TrlBatch:
@@ -410,6 +457,14 @@ def trl_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("modules_to_save.default.", "")
 
 
+def sharding_of(accelerator: Any) -> str:
+    """How accelerate shards the model, where a sync from there was not tried yet; else ""."""
+    if accelerator.distributed_type.name == "FSDP":
+        return "FSDP"
+    plugin = accelerator.state.deepspeed_plugin
+    return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else ""
+
+
 def tuner_of(model: Any) -> str:
     """``lora`` when a LoRA is trained; otherwise what is, in words."""
     from peft import PeftModel
@@ -425,8 +480,7 @@ def lora_arguments(model: Any, limits: Sequence[int]) -> dict[str, Any]:
 
     limits: the ranks that vLLM takes (``MaxLoRARanks``). Raises UnsupportedAdapterError when the rank is above them.
     """
-    config = model.peft_config[DEFAULT_ADAPTER]
-    rank = max([int(config.r), *map(int, (config.rank_pattern or {}).values())])
+    rank = _rank_of(model)
     room = releases.engine_rank(rank, limits)
     if room is None:
         raise UnsupportedAdapterError(
@@ -436,11 +490,48 @@ def lora_arguments(model: Any, limits: Sequence[int]) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
 
+def _rank_of(model: Any) -> int:
+    config = model.peft_config[DEFAULT_ADAPTER]
+    return max([int(config.r), *map(int, (config.rank_pattern or {}).values())])
+
+
+@dataclass
+class ServerSeen:
+    """What a trainer's vLLM server says while TRL connects to it. rank: the adapter's; 0: it is not to be asked.
+    problem: why it does not get the adapter as a folder, "" if it does. is_said: it was logged."""
+
+    rank: int
+    problem: str
+    is_said: bool = False
+
+    def look(self, client: Any) -> bool:
+        """Whether it gets the adapter as a folder."""
+        if self.rank:
+            self.problem = folders.why_not(client.base_url, client.get_server_info()["lora_config"], self.rank)
+        return not self.problem
+
+
+def server_of(model: Any, accelerator: Any, mode: str) -> ServerSeen:
+    """What is known before TRL has connected. mode: SWIFT_LORA_FIX_MODE."""
+    if tuner_of(model) != "lora":
+        return ServerSeen(0, f"the tuner is {tuner_of(model)!r}, not 'lora'")
+    if mode not in ("", "adapter"):
+        return ServerSeen(0, f"SWIFT_LORA_FIX_MODE={mode!r} is for colocated engines")
+    if sharding_of(accelerator):
+        return ServerSeen(0, f"the model is sharded by {sharding_of(accelerator)}, and that is not tried with servers")
+    try:
+        adapters.bind(model, words=WORDS)
+    except UnsupportedAdapterError as error:
+        return ServerSeen(0, str(error).rstrip("."))
+    return ServerSeen(_rank_of(model), "before TRL 1.11 servers are TRL's own, which have no LoRA layers")
+
+
 @contextlib.contextmanager
-def making_engine(arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Context in which an ``LLM`` is made with ``arguments`` beside its own."""
-    token = engine_arguments.set(arguments)
+def making_engine(arguments: Mapping[str, Any], server: ServerSeen | None = None) -> Iterator[None]:
+    """Context in which an ``LLM`` is made with ``arguments`` beside its own, or a client connects to ``server``."""
+    tokens = engine_arguments.set(arguments), server_seen.set(server)
     try:
         yield
     finally:
-        engine_arguments.reset(token)
+        engine_arguments.reset(tokens[0])
+        server_seen.reset(tokens[1])

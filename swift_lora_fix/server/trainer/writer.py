@@ -12,7 +12,7 @@ import torch
 from ...common.clock import Clock
 from ...common.digest import checksum
 from ...common.log import info, warning
-from ...common.ranks import ranks_agree
+from ...common.ranks import on_main_rank, ranks_agree
 from ...engine.port import ServingPort, WriteReport
 from ...engine.vllm.finite import FiniteCheck
 from ...engine.vllm.slots import loader
@@ -238,18 +238,7 @@ class RemoteWriter:
 
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
         """Run it on the main rank. Every rank gets its error, or None."""
-        problem: Exception | None = None
-        if self.engine.servers is not None:
-            try:
-                work()
-            except Exception as error:
-                problem = error
-        if self.ranks > 1:
-            told = [None if problem is None else f"{type(problem).__name__}: {problem}"]
-            torch.distributed.broadcast_object_list(told, src=0, device=self.device)
-            if told[0] is not None and problem is None:
-                problem = RolloutServerError(f"On the main rank: {told[0]}")
-        return problem
+        return on_main_rank(work, self.engine.servers is not None, self.ranks, self.device)
 
 
 def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:

@@ -32,6 +32,7 @@ class Learner:
     world: int = 1
     client: Any = None
     text: Any = None
+    folder: str = ""
     resumed: str | None = None
     must_sync: bool = False
     prepared: int = 0
@@ -75,6 +76,7 @@ class LearnerPort:
     offloads_model = property(lambda self: self.learner.parks_policy)
     is_asynchronous = False
     resume_from = property(lambda self: self.learner.resumed)
+    output_folder = property(lambda self: self.learner.folder)
     vllm_engine = property(lambda self: self.learner.llm)
     server_client = property(lambda self: self.learner.client)
     adapter_request_class = property(lambda self: self.learner.request_kind)

@@ -31,7 +31,7 @@ from swift_lora_fix.trainer import Answer
 
 PACKAGE = Path(swift_lora_fix.__file__).parent
 PORT = PACKAGE / "frameworks" / "swift" / "port.py"
-OF_TRANSFORMERS = {"resume_from_checkpoint"}
+OF_TRANSFORMERS = {"resume_from_checkpoint", "output_dir"}
 # names of Python's, of PyTorch's, and of what vLLM and ms-swift answer with, which are no trainer's
 OTHERS = {"get", "update", "choices", "logprobs", "response", "prompt_token_ids", "token_ids", "content", "n"}
 

@@ -133,7 +133,8 @@ def test_without_a_session_stock_trl_runs(generation: Generation) -> None:
 @pytest.mark.parametrize(
     "mode, kind, reason",
     [
-        ("server", "MULTI_GPU", "vllm_mode is 'server', and under TRL only 'colocate' is served"),
+        ("server", "MULTI_GPU", "before TRL 1.11 servers are TRL's own, which have no LoRA layers"),
+        ("server", "FSDP", "the model is sharded by FSDP"),
         ("colocate", "FSDP", "the model is sharded by FSDP"),
         ("colocate", "DEEPSPEED", "the model is sharded by DeepSpeed ZeRO-3"),
     ],
@@ -152,7 +153,7 @@ def test_what_is_not_tried_is_left_alone_and_said(
     def construct(model: Any, accelerator: Any = None, mode: str = "colocate") -> None: ...
 
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
-        hooks._make_generation(construct, made, (made.model,), {"mode": mode})  # type: ignore[attr-defined]
+        hooks._make_generation(construct, made, (made.model, made.accelerator), {"mode": mode})  # type: ignore[attr-defined]
     assert len(caplog.messages) == 1 and reason in caplog.messages[0] and "TRL's own weight sync" in caplog.messages[0]
     assert sessions.session_of(made) is None
 
