@@ -383,7 +383,8 @@ class TrlServerRollout(TrlRollout):
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
         how: dict[str, Any] = dict(n=1, temperature=1.0, max_tokens=new_tokens, logprobs=0)
-        said = self._infer([_ids(self._trainer.tokenizer, text) for text in prompts], **how, generation_kwargs={"seed": 0})
+        asked = [_ids(self._trainer.tokenizer, text) for text in prompts]
+        said = self._infer(asked, **how, generation_kwargs={"seed": 0})
         parts = zip(said["prompt_ids"], said["completion_ids"], said["logprobs"])
         return [Answer(tuple(ids), tuple(answer), tuple(at[0] for at in logps)) for ids, answer, logps in parts]
 
