@@ -6,7 +6,7 @@ Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``G
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
-``server`` (url of a ``vllm serve``, in place of a colocated engine); ``bench`` (a file whose ``begin`` gets the
+``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated engine); ``bench`` (a file whose ``begin`` gets the
 trainer, in place of the probe).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
@@ -256,6 +256,8 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     )
     if "server" in options:
         defaults.update(vllm_mode="server", vllm_server_base_url=options["server"])
+    if "example" in options:
+        return of_example(folder, options, {**defaults, **options.get("arguments", {})})
     config = getattr(trl, f"{kind}Config")(**{**defaults, **options.get("arguments", {})})
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
     lora = None
@@ -271,6 +273,17 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         peft_config=lora,
     )
+
+
+def of_example(folder: Path, options: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """The trainer of a script in ``examples/``, by the command line that a user gives it."""
+    from tests.support.tiny import PROMPTS
+
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    arguments |= {"model_name_or_path": options["model"], "dataset": prompts, "lora_r": 8, "lora_alpha": 16}
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return runpy.run_path(options["example"])["make_trainer"](words)
 
 
 def main(folder: Path, options: dict[str, Any]) -> None:

@@ -87,12 +87,15 @@ class Runs:
         if name == "rloo":
             options.update(trainer="RLOO", lora={"use_dora": True, "modules_to_save": ["lm_head"]})
             arguments.update(max_steps=3, save_steps=100)
+        if name == "example":
+            options.update(fixed=False, example=str(driver.REPOSITORY / "examples" / "trl_grpo.py"))
+            arguments.update(max_steps=3, save_steps=100)
         return Run(self.folder / name, options, environment)
 
 
 # In the order in which they start; and what each needs.
 NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping", "auto")
-SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo")
+SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example")
 NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
 
 

@@ -15,7 +15,7 @@ from .conftest import STEPS, Runs
 
 pytestmark = pytest.mark.e2e
 
-SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "rloo", "auto")
+SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "rloo", "auto", "example")
 served = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in SERVED])
 
 
@@ -34,7 +34,7 @@ def test_engine_and_trainer_agree_at_every_sync(run: Run, name: str) -> None:
     assert run.returncode == 0, run.log[-3000:]
     probes, metrics = run.probes(), run.metrics()
     first = CHECKPOINT_STEP if "resumed" in name else 0
-    last = 3 if name == "rloo" or "sleeping" in name else STEPS
+    last = 3 if name in ("rloo", "example") or "sleeping" in name else STEPS
     assert [probe["step"] for probe in probes] == list(range(first, last))
     for probe, line in zip(probes, metrics, strict=True):
         noise = line["lora_sync/noise"]
