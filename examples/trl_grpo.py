@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """GRPO with TRL, a LoRA, and vLLM in the trainer's process: one GPU. Needs TRL, vLLM and PEFT.
 
-    python3 examples/trl_grpo.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --dataset prompts.jsonl --output_dir output
+    python3 examples/trl_grpo.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --dataset prompts.jsonl \\
+        --output_dir output
     ... --resume_from_checkpoint output/checkpoint-100
 
 DATASET: a file of lines such as {"prompt": "..."}. Every other argument is one of TRL's GRPOConfig or ModelConfig.

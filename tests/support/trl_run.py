@@ -6,8 +6,8 @@ Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``G
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
-``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated engine); ``bench`` (a file whose ``begin`` gets the
-trainer, in place of the probe).
+``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated
+engine); ``bench`` (a file whose ``begin`` gets the trainer, in place of the probe).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
