@@ -30,6 +30,7 @@ from .trainer import BatchPort, RolloutPort, TrainerPort
 BASE_AUDIT_EVERY = 50  # after the first syncs every so many are looked at whole, where the gate is off
 PARTS = 16  # in fused mode each sync's audit looks at every 16th module, in turn; a whole look at all of them
 CHANGED = ("slots-changed", "weights-changed")  # causes of audits that only say so
+BATCH_FAR = 5.0  # times the distance that the gate's own questions explain, of the rollouts themselves: a warning
 SMALL_LOOKS = 5  # after so many in which the adapter is too small to tell, that is said
 
 
@@ -235,8 +236,28 @@ class Examiner:
             if found is not None:
                 seen.batch = found
                 metrics.record_batch(trainer, found)
+                self._weigh_batch(served, found)
         if reason and self.says_once(f"batch: {kind}"):
             info(f"the rollouts' own logprobs are not compared with the trainer's: {reason}.")
+
+    def _weigh_batch(self, served: Served, found: batch.Batch) -> None:
+        """The run's own prompts as evidence, beside a verdict that found the engine sound.
+
+        They have what the gate's have not: images, tools, other lengths. They have no hypotheses of their own, so this
+        is a warning, and names no cause.
+        """
+        verdict = self.examination.verdict
+        if verdict is None or not verdict.agrees:
+            return
+        explained = max(verdict.noise, verdict.distance.mean) + verdict.rounding
+        if found.distance.mean <= BATCH_FAR * explained:  # not for NaN
+            return
+        if self.says_once(f"batch: far at step {served.step}"):
+            warning(
+                f"step {served.step}: the gate found the engine sound, but the rollouts are farther from the trainer "
+                f"than its questions explain ({explained:.3g}): {found}. Something that only your prompts have (images,"
+                " tools, their length) may be computed in another way. Watch lora_sync/batch_mean."
+            )
 
     def _known_faults(self) -> tuple[str, ...]:
         device = self.trainer.device

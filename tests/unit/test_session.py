@@ -393,6 +393,27 @@ def test_the_rollouts_are_compared_with_what_the_trainer_makes_of_them(session: 
     assert session.examination.batch is None
 
 
+@pytest.mark.parametrize("logprob, warned", [(-1.46, 0), (-1.44, 1), (float("nan"), 1)])
+def test_rollouts_far_beyond_what_the_gate_explains_are_a_warning(
+    session: Session, logprob: float, warned: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate's noise is 0.01, so 0.05 are allowed; the trainer has -1.5. Once a step, beside a sound verdict."""
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    session.trainer.model.eval()
+    scored = ScoredBatch()
+    part = Scored([[logprob, logprob]], torch.full((1, 2), -1.5), torch.ones(1, 2))
+    monkeypatch.setattr(scored, "scored", lambda anew: [part])
+    with caplog.at_level(logging.WARNING, logger="swift.lora_fix"):
+        session.note_batch(scored)
+        session.examination.verdicts = judged("disagrees", cause="stale").verdicts
+        session.note_batch(scored)
+        assert not caplog.messages, "the gate did not look, or has said worse"
+        session.examination.verdicts = judged().verdicts
+        for _ in range(2):
+            session.note_batch(scored)
+    assert len([message for message in caplog.messages if "the rollouts are farther" in message]) == warned
+
+
 def test_with_dropout_rollouts_are_scored_anew_where_the_gate_asked(session: Session) -> None:
     session.trainer.model.train()
     session.trainer.model.dropout = torch.nn.Dropout(0.1)
