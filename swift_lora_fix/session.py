@@ -23,9 +23,11 @@ from . import metrics, scope
 from .auto import Auto
 from .common.clock import Clock
 from .common.log import info, warning
+from .common.ranks import on_main_rank
 from .common.settings import Settings
 from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
 from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
+from .engine.vllm.dense import asked
 from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
 from .examiner import Examiner, Served
@@ -201,9 +203,16 @@ class Session:
 
         rollout: to ask the engine, on the rank that makes rollouts; None on the others. Raises as ``before_rollout``.
         """
-        while True:
+
+        def ask() -> None:
             if rollout is not None:
                 self.before_rollout(rollout)
+
+        while True:
+            # an error is raised on every rank: the others would wait for the answers for ever
+            problem = on_main_rank(ask, rollout is not None, self.trainer.ranks, self.trainer.device)
+            if problem is not None:
+                raise problem
             if not self._judge_pending("Nothing was generated."):
                 return
             self.synchronize()
@@ -305,20 +314,19 @@ class Session:
         if trainer.engine_place == "server":
             servers = RemoteEngine(trainer)
             self.engine, self.writer = servers, RemoteWriter(trainer, servers, self.adapter)
-            self.examiner.bind(self.engine, self.writer)
-            return
-        if trainer.engine_place == "folders":
+        elif trainer.engine_place == "folders":
             folders = FolderEngine(trainer)
             self.engine, self.writer = folders, FolderWriter(trainer, folders, self.adapter)
-            self.examiner.bind(self.engine, self.writer)
-            return
-        engine = self.engine = EngineHandle(trainer.vllm_engine)
-        if mode == "adapter":
+        elif mode == "adapter":
+            engine = self.engine = EngineHandle(trainer.vllm_engine)
             direct = Settings.from_environment().writer == "direct"
             self.writer = AdapterModeWriter(trainer, engine, self.adapter, direct)
         else:
+            engine = self.engine = EngineHandle(trainer.vllm_engine)
             self.writer = FusedModeWriter(trainer, engine, self.adapter, merging.bind(trainer.model, self.adapter.name))
         self.examiner.bind(self.engine, self.writer)
+        if self.examiner.says_once("kernels"):
+            asked.check(self.writer.mode, self.engine)
 
     def _bind_again(self) -> None:
         """Needed when parameters or the engine were replaced: ZeRO-3 and FSDP2 shard after ``begin``, FSDP2 into new

@@ -427,7 +427,11 @@ class TrlBatch:
         trainer, batch = self.trainer, self._batch
         score = trainer._get_per_token_logps_and_entropies
         ids, mask = (torch.cat([batch[f"prompt_{what}"], batch[f"completion_{what}"]], 1) for what in ("ids", "mask"))
-        more = {name: batch[name] for name in inspect.signature(score).parameters if name in batch}
+        parameters, args = inspect.signature(score).parameters, trainer.args
+        more = {name: batch[name] for name in parameters if name in batch}
+        if "batch_size" in parameters:  # as TRL's own: the whole batch at a time may be more than the memory holds
+            of_training, of_evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
+            more["batch_size"] = of_training if trainer.model.training else of_evaluation
         model, device = trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator.device
         with torch.no_grad(), evaluating(model), same_random_state(device):
             logps: torch.Tensor = score(trainer.model, ids, mask, batch["completion_ids"].size(1), **more)[0]
@@ -496,6 +500,10 @@ def _rank_of(model: Any) -> int:
     return max([int(config.r), *map(int, (config.rank_pattern or {}).values())])
 
 
+# values of PEFT's init_lora_weights (LoraConfig) that take the adapter's first values out of the base
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 @dataclass
 class ServerSeen:
     """What a trainer's vLLM server says while TRL connects to it. rank: the adapter's; 0: it is not to be asked.
@@ -518,6 +526,9 @@ def server_of(model: Any, accelerator: Any, mode: str) -> ServerSeen:
         return ServerSeen(0, f"the tuner is {tuner_of(model)!r}, not 'lora'")
     if mode not in ("", "adapter"):
         return ServerSeen(0, f"SWIFT_LORA_FIX_MODE={mode!r} is for colocated engines")
+    made = str(model.peft_config[DEFAULT_ADAPTER].init_lora_weights)
+    if made.startswith(CHANGE_THE_BASE):
+        return ServerSeen(0, f"init_lora_weights={made!r} changes the base, and the server has its model folder's")
     if sharding_of(accelerator):
         return ServerSeen(0, f"the model is sharded by {sharding_of(accelerator)}, and that is not tried with servers")
     try:

@@ -102,9 +102,18 @@ class FolderEngine:
             )
         before, self.name = self.name, name
         if before is not None:
-            answer = _post(url, "unload_lora_adapter", {"lora_name": before})
-            if answer.status_code != 200:
-                warning(f"vLLM server {url} did not unload {before}: {answer.text[:200]}")
+            self._unload(before)
+
+    def _unload(self, name: str) -> None:
+        """A policy that nothing asks for any more. One that stays costs memory, and is a warning."""
+        url = self.client.base_url
+        try:
+            answer = _post(url, "unload_lora_adapter", {"lora_name": name})
+            why = "" if answer.status_code == 200 else answer.text[:200]
+        except RolloutServerError as error:
+            why = str(error)
+        if why:
+            warning(f"vLLM server {url} did not unload {name}: {why}")
 
     def held(self) -> set[str]:
         """The names that the server knows. Raises RolloutServerError when it does not answer."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+import logging
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from swift_lora_fix.engine.vllm.dense import op
+from swift_lora_fix.engine.vllm.dense import asked, layers, op, proving
+from swift_lora_fix.engine.vllm.dense.instrumentor import DenseLayers
+from swift_lora_fix.errors import ContractError
+from swift_lora_fix.install.instrumentor import Arming
 
 SLICES = {"one": [130], "two": [40, 40], "qkv": [100, 33, 33], "four": [64, 64, 32, 7]}
 
@@ -140,3 +144,79 @@ def test_nan_in_the_slots_stays_with_the_tokens_that_have_the_adapter(kernels: M
         out = torch.empty(40, 64).half()
         combine(out, **values, slices=[64])
         assert torch.equal(out.isnan().any(dim=1), values["indices"] == 0)
+
+
+@pytest.fixture
+def asks_for_dense(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setenv("SWIFT_LORA_FIX_KERNELS", "dense")
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    return caplog
+
+
+def test_an_engine_without_the_layers_that_were_asked_for_is_an_error(
+    asks_for_dense: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    engine = SimpleNamespace(is_shared=False, model=model)
+    with pytest.raises(ContractError, match="no LoRA layer of this engine is dense"):
+        asked.check("adapter", engine)
+    model[0].dense_rows = torch.zeros(1)
+    asked.check("adapter", engine)
+    monkeypatch.setenv("SWIFT_LORA_FIX_KERNELS", "vllm")
+    del model[0].dense_rows
+    asked.check("adapter", engine)
+    assert not asks_for_dense.messages
+
+
+@pytest.mark.parametrize(("mode", "word"), [("fused", "is for adapter mode"), ("adapter", "is for the servers")])
+def test_where_it_has_no_effect_one_line_says_so(
+    asks_for_dense: pytest.LogCaptureFixture, mode: str, word: str
+) -> None:
+    asked.check(mode, SimpleNamespace(is_shared=True))
+    assert len(asks_for_dense.messages) == 1 and word in asks_for_dense.messages[0]
+
+
+def test_only_who_asks_for_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    arming = Arming("SLF_TEST_ARMED")
+    for kernels, watches in (("", False), ("vllm", False), ("dense", True)):
+        monkeypatch.setenv("SWIFT_LORA_FIX_KERNELS", kernels)
+        dense = DenseLayers(arming)
+        dense.watch()
+        assert dense._watching is watches
+
+
+class Block(torch.nn.Module):
+    """Two LoRA layers: one whose weight an attention layer keeps a view of, one that two layers are around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.viewed, self.twice, self.again = (torch.nn.Module() for _ in range(4))
+        self.free.base_layer, self.viewed.base_layer = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.twice.base_layer = self.again.base_layer = torch.nn.Linear(3, 3)
+        self.view = self.viewed.base_layer.weight.detach()[:2]
+
+
+def test_weights_that_somebody_else_holds_are_left_where_they_are() -> None:
+    block = Block()
+    shared = layers._shared_storages(block)
+
+    def place(module: torch.nn.Module) -> int:
+        return module.base_layer.weight.untyped_storage().data_ptr()
+
+    assert place(block.viewed) in shared and place(block.twice) in shared and place(block.free) not in shared
+
+
+def test_a_kernel_of_vllms_that_gives_nan_is_no_measure() -> None:
+    """vLLM 48590: there the dense layer is right, and must not be refused for it."""
+    rows, b = torch.randn(12, 8), torch.randn(8, 4)
+    layer = SimpleNamespace(
+        base_layer=SimpleNamespace(weight=rows[:8]), dense_b=b, dense_slices=[8], lora_a_stacked=(rows[None, None, 8:],)
+    )
+    x = torch.randn(5, 8)
+    ours = x @ rows[:8].T + (x @ rows[8:].T) @ b.T
+    broken = ours.clone()
+    broken[0, 0] = float("nan")
+    assert proving._compare(layer, x, None, ours, broken) is None
+    assert "error is" in str(proving._compare(layer, x, None, 1.01 * ours, broken))
+    assert "error is" in str(proving._compare(layer, x, None, broken, ours))

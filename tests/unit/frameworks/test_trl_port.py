@@ -17,7 +17,7 @@ import torch
 import swift_lora_fix
 from swift_lora_fix import errors
 from swift_lora_fix.frameworks.trl import port as ports
-from swift_lora_fix.frameworks.trl.port import TrlBatch, TrlTrainer
+from swift_lora_fix.frameworks.trl.port import TrlBatch, TrlTrainer, server_of
 from swift_lora_fix.install import releases
 from swift_lora_fix.proof.batch import compare
 from tests.support.peft_models import peft_model
@@ -59,6 +59,7 @@ class Engine(torch.nn.Module):
 
 class Accelerator:
     num_processes, is_main_process, device = 1, True, torch.device("cpu")
+    distributed_type, state = "NO", SimpleNamespace(deepspeed_plugin=None)
 
     def unwrap_model(self, model: Any) -> Any:
         return model
@@ -183,10 +184,13 @@ class Trainer:
         plain = dict(top_k=0, top_p=1.0, min_p=None, repetition_penalty=1.0, structured_outputs_regex=None)
         given = {"temperature": 1.0, "generation_kwargs": {}, **plain, **sampling}
         self.vllm_generation = SimpleNamespace(**given)
+        self.args = SimpleNamespace(per_device_train_batch_size=4, per_device_eval_batch_size=2)
+        self.chunks: list[Any] = []
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, ids: Any, mask: Any, keep: int, batch_size: Any = None, pixel_values: Any = None
     ) -> Any:
+        self.chunks.append(batch_size)
         return model(ids.float())[:, -keep:] * pixel_values, None
 
 
@@ -213,6 +217,9 @@ def test_a_batch_is_scored_anew_without_dropout_and_with_its_images() -> None:
     trainer = Trainer()
     (part,) = TrlBatch(trainer, BATCH).scored(anew=True)
     assert part.trainer.tolist() == [[10, 20, 30], [40, 50, 0]] and trainer.model.training
+    trainer.model.eval()
+    TrlBatch(trainer, BATCH).scored(anew=True)
+    assert trainer.chunks == [4, 2], "in parts, as TRL scores: a whole batch may be more than the memory holds"
 
 
 @pytest.mark.parametrize(
@@ -229,6 +236,14 @@ def test_a_batch_is_scored_anew_without_dropout_and_with_its_images() -> None:
 def test_what_is_not_like_with_like_is_not_compared(sampling: dict[str, Any], lacking: str, why: str) -> None:
     batch = {name: value for name, value in BATCH.items() if name != lacking}
     assert TrlBatch(Trainer(**sampling), batch).why_not.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("init", "problem"), [("pissa", "init_lora_weights='pissa' changes the base"), (True, "before TRL")]
+)
+def test_a_server_has_the_base_of_its_model_folder(init: Any, problem: str) -> None:
+    """PiSSA takes the adapter's first values out of the trainer's base, which no folder of an adapter carries."""
+    assert server_of(peft_model(init_lora_weights=init), Accelerator(), "").problem.startswith(problem)
 
 
 def test_releases_and_what_they_allow() -> None:

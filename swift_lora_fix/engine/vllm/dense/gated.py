@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ....common.log import warning
 from . import op
 from .proving import apart
 
@@ -37,6 +38,9 @@ def fuse(manager: Any, name: str) -> bool:
     try:
         if not apart(partial(_is_proved, block, layer), layer.dense_rows.device):
             return False
+    except Exception as error:  # another kind of block, too little memory: the two stay apart
+        warning(f"{name} stays apart from the activation that follows: {type(error).__name__}: {error}")
+        return False
     finally:
         for slot in (*layer.lora_a_stacked, *layer.lora_b_stacked):
             slot.zero_()

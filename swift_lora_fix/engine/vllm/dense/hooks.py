@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from ....common.settings import Settings
 from ....install.registry import Patch, PatchSet
 from . import layers
 
@@ -12,8 +11,7 @@ from . import layers
 def make_dense(wrapped: Callable[..., Any], manager: Any, args: Any, kwargs: Any) -> Any:
     """``LoRAModelManager._create_lora_modules``: makes the layers that it made dense, before anything is compiled."""
     made = wrapped(*args, **kwargs)
-    if Settings.from_environment().kernels == "dense":
-        layers.make_dense(manager)
+    layers.make_dense(manager)
     return made
 
 

@@ -16,6 +16,11 @@ class DenseLayers(Instrumentor):
     triggers = (MODEL_MANAGER,)
     otherwise = "vLLM's own LoRA kernels compute the adapter"
 
+    def watch(self) -> None:
+        """Only where these layers are asked for: nobody else's vLLM is touched."""
+        if self.is_asked_for_by_name:
+            super().watch()
+
     def instrument(self, module: ModuleType) -> None:
         from . import hooks
 

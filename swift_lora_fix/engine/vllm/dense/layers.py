@@ -8,8 +8,11 @@ A layer that does not allow this, or is not proved (proving.py), keeps vLLM's ke
 
 from __future__ import annotations
 
+import hashlib
+import json
 import types
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,8 +51,9 @@ def make_dense(manager: Any) -> None:
     """
     kept: Counter[str] = Counter()
     made: list[str] = []
-    problem = _engine_does_not_fit(manager)
+    problem = None
     try:
+        problem = _engine_does_not_fit(manager)
         if problem is None:
             _make(manager, made, kept)
     except Exception as error:  # memory may be short, Triton raises many kinds
@@ -79,17 +83,16 @@ def _make(manager: Any, made: list[str], kept: Counter[str]) -> None:
             made.append(name)
         else:
             kept[f"{type(layer).__name__}: {why}"] += 1
-    fused = sum(gated.fuse(manager, name) for name in made)
+    fused = [name for name in made if gated.fuse(manager, name)]
     if fused:
-        info(f"dense LoRA layers: {fused} go on to the activation that follows, proved against the two apart.")
+        info(f"dense LoRA layers: {len(fused)} go on to the activation that follows, proved against the two apart.")
+    _mark(made, fused)
     if manager.device.type == "cuda" and made:
         torch.cuda.empty_cache()  # the weights have moved out of where they were
 
 
 def _engine_does_not_fit(manager: Any) -> str | None:
-    """Why no layer of this engine can be dense, or None. Marks the engine's config for vLLM's compile cache."""
-    from vllm.config import get_current_vllm_config
-
+    """Why no layer of this engine can be dense, or None."""
     config = manager.lora_config
     if config.max_loras != 1:
         return f"the engine has room for {config.max_loras} adapters at a time (max_loras)"
@@ -101,11 +104,22 @@ def _engine_does_not_fit(manager: Any) -> str | None:
 
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
         return "VLLM_BATCH_INVARIANT asks for vLLM's own products"
-    extra = get_current_vllm_config().additional_config
-    if not isinstance(extra, dict):
+    if not isinstance(_config().additional_config, dict):
         return "the engine's additional_config is no dictionary, so vLLM's compile cache could not tell them apart"
-    extra[MARK] = VERSION  # in place: copies of the config share it
     return None
+
+
+def _mark(made: list[str], fused: list[str]) -> None:
+    """Mark the engine's config for vLLM's compile cache: which layers are dense, and how. Copies of the config share
+    the dictionary."""
+    said = json.dumps([VERSION, sorted(made), sorted(fused)]).encode()
+    _config().additional_config[MARK] = hashlib.sha256(said).hexdigest()[:16]
+
+
+def _config() -> Any:
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
 
 
 def _does_not_fit(layer: Any, shared: set[int]) -> str | None:
@@ -142,9 +156,22 @@ def _most_slices() -> int:
 
 
 def _shared_storages(model: torch.nn.Module) -> set[int]:
-    """The memory that more than one parameter of the model uses."""
-    found = Counter(parameter.untyped_storage().data_ptr() for parameter in model.parameters() if parameter.numel())
-    return {pointer for pointer, number in found.items() if number > 1}
+    """The memory that more than one tensor of the model uses, or that lies in a layer with two LoRA layers around it.
+    Tensors that are no parameters count: an attention layer may keep views of a weight."""
+    held = (tensor for module in model.modules() for tensor in _tensors(module) if tensor.numel())
+    found = Counter(tensor.untyped_storage().data_ptr() for tensor in held)
+    bases = [base for module in model.modules() if (base := module._modules.get("base_layer")) is not None]
+    wrapped = Counter(map(id, bases))
+    twice = (tensor for base in bases if wrapped[id(base)] > 1 for tensor in base.parameters())
+    return {pointer for pointer, number in found.items() if number > 1} | {
+        tensor.untyped_storage().data_ptr() for tensor in twice
+    }
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Those of the module itself: parameters, buffers, plain attributes."""
+    for values in (vars(module).values(), module._parameters.values(), module._buffers.values()):
+        yield from (value for value in values if isinstance(value, torch.Tensor))
 
 
 @torch.no_grad()
