@@ -59,7 +59,7 @@ class Engine(torch.nn.Module):
 
 class Accelerator:
     num_processes, is_main_process, device = 1, True, torch.device("cpu")
-    distributed_type, state = "NO", SimpleNamespace(deepspeed_plugin=None)
+    distributed_type, state = SimpleNamespace(name="NO"), SimpleNamespace(deepspeed_plugin=None)
 
     def unwrap_model(self, model: Any) -> Any:
         return model
