@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import dense, forks
+from tests.support import forks
 
 pytestmark = pytest.mark.e2e
 
@@ -58,7 +58,8 @@ def test_vllms_own_kernels_stay_where_they_are_asked_for(by_vllm: dict[str, Any]
     assert by_vllm["plain"] > 0.1 * by_vllm["effect"], "mended upstream: compare ours with it in the test above"
 
 
-@pytest.mark.parametrize("fault", [name for name in dense.FAULTS if name != "slices"])
+# of tests/support/dense.py, whose import would change this process's environment
+@pytest.mark.parametrize("fault", ["scale", "everybody", "raises"])
 def test_sums_that_are_wrong_are_not_trusted(folder: Path, fault: str) -> None:
     """Asked for by name, which is impossible then; the words of what the proof saw are passed on."""
     done = run(folder, "qwen2", "dense", fault)
