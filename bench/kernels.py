@@ -23,6 +23,7 @@ from typing import Any
 
 from bench import command
 from swift_lora_fix.common import charts
+from tests.support.tiny import REAL_KV_HEADS, REAL_SHAPES, REAL_VOCABULARY
 
 PROMPT_TOKENS = 64
 WAYS: dict[str, dict[str, str]] = {
@@ -31,13 +32,9 @@ WAYS: dict[str, dict[str, str]] = {
     "dual": {"SWIFT_LORA_FIX_KERNELS": "vllm", "VLLM_LORA_ENABLE_DUAL_STREAM": "1"},
     "dense": {"SWIFT_LORA_FIX_KERNELS": "dense"},
 }
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
-    "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
-}
-KEY_VALUE_HEADS = {"qwen2-7b": 4, "qwen2-1.5b": 2, "tiny": 2}
-VOCABULARY = {"qwen2-7b": 152064, "qwen2-1.5b": 151936, "tiny": 512}
+TINY = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+SHAPES: dict[str, dict[str, Any]] = {**REAL_SHAPES, "tiny": TINY}
+KEY_VALUE_HEADS = {**REAL_KV_HEADS, "tiny": 2}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -154,7 +151,7 @@ def make_model(folder: Path, shape: str, rank: int, device: str) -> None:
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "num_key_value_heads": heads,
-        "vocab_size": VOCABULARY[shape],
+        "vocab_size": 512 if shape == "tiny" else REAL_VOCABULARY,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,

@@ -20,6 +20,25 @@ from tests.support import hangs
 from tests.support.driver import FIX, PLUGINS, launch, swift_folder, this_python
 
 
+def wait_for(process: subprocess.Popen[Any], log: Path, url: str) -> None:
+    """Until the server answers at ``url``. Raises hangs.Hang where it does not, AssertionError where it has ended."""
+    progress = hangs.Progress(process.pid, log)
+    while True:
+        assert process.poll() is None, _end_of(log)
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(url, timeout=30).status_code == 200:
+                return
+        time.sleep(0.5)
+        try:
+            progress.check()
+        except hangs.Hang as hang:
+            raise hangs.Hang(f"the server does not answer: {hang}\n{_end_of(log)}") from None
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-4000:]
+
+
 def quiet_port() -> int:
     """A free one that no outgoing connection is given: ms-swift silently takes another port where one is in use."""
     while True:
@@ -94,17 +113,8 @@ class RolloutServer:
     def wait(self) -> RolloutServer:
         """Until it answers. Raises hangs.Hang where it does not."""
         assert self.process is not None
-        progress = hangs.Progress(self.process.pid, self.folder / "server.txt")
-        while True:
-            assert self.process.poll() is None, self.log[-4000:]
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health/", timeout=30).status_code == 200:
-                    return self
-            time.sleep(0.5)
-            try:
-                progress.check()
-            except hangs.Hang as hang:
-                raise hangs.Hang(f"the server does not answer: {hang}\n{self.log[-4000:]}") from None
+        wait_for(self.process, self.folder / "server.txt", f"{self.url}/health/")
+        return self
 
     def signal(self, number: int) -> None:
         assert self.process is not None

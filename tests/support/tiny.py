@@ -66,6 +66,7 @@ REAL_SHAPES = {
     "qwen2-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
     "qwen2-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
 }
+REAL_VOCABULARY = 152064
 REAL_KV_HEADS = {"qwen2-1.5b": 2, "qwen2-7b": 4}
 SMALL_MOE = dict(  # Qwen3-30B-A3B with fewer layers and experts
     hidden_size=2048,
@@ -91,7 +92,7 @@ def make_real_shape(name: str, folder: Path, *, seed: int = 0) -> Path:
     is_moe = name == "qwen3-moe"
     shape = SMALL_MOE if is_moe else {**REAL_SHAPES[name], "num_key_value_heads": REAL_KV_HEADS[name]}
     config = (hf.Qwen3MoeConfig if is_moe else hf.Qwen2Config)(
-        vocab_size=152064,
+        vocab_size=REAL_VOCABULARY,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         bos_token_id=0,

@@ -11,15 +11,12 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import requests
-
-from tests.support import driver, hangs
-from tests.support.rollout_server import quiet_port
+from tests.support import driver
+from tests.support.rollout_server import quiet_port, wait_for
 
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
 
@@ -55,14 +52,8 @@ class VllmServer:
     def wait(self) -> VllmServer:
         """Raises hangs.Hang where it does not answer."""
         assert self.process is not None
-        progress = hangs.Progress(self.process.pid, self.folder / "server.txt")
-        while True:
-            assert self.process.poll() is None, self.log[-4000:]
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=30).status_code == 200:
-                    return self
-            time.sleep(0.5)
-            progress.check()
+        wait_for(self.process, self.folder / "server.txt", f"{self.url}/health")
+        return self
 
     def stop(self) -> None:
         if self.process is not None:

@@ -212,13 +212,17 @@ def _clean(trainer, infer, requests, config):
         _perturb(trainer, torch, generator)
         trainer._move_model_to_vllm(skip_async_check=True)
         _rollouts(trainer, infer, requests, config)
-        seen = session.session_of(trainer).examination
-        v = seen.verdict
-        seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds]
-        seconds.append(session.session_of(trainer).last_seconds)
-        told = [v.ratio, v.is_distinguishable]
-        verdicts.append([v.distance.mean, v.distance.max, v.noise, v.control_base, v.control_double, *seconds, *told])
+        verdicts.append(_verdict(session.session_of(trainer)))
     _record(fault="clean", verdicts=verdicts)
+
+
+def _verdict(held):
+    """A row about the last sync of a session: see ``tests.support.faults.verdicts``."""
+    seen = held.examination
+    v = seen.verdict
+    seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds, held.last_seconds]
+    told = [v.ratio, v.is_distinguishable]
+    return [v.distance.mean, v.distance.max, v.noise, v.control_base, v.control_double, *seconds, *told]
 
 
 def _rollouts(trainer, infer, requests, config):

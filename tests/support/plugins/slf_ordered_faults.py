@@ -59,12 +59,7 @@ def _clean(trainer, sync):
     for _ in range(int(os.environ["SLF_CLEAN_SYNCS"])):
         slf_faults._perturb(trainer, torch, generator)
         sync()
-        seen = session.session_of(trainer).examination
-        v = seen.verdict
-        seconds = [seen.audit_seconds, seen.base_audit_seconds, seen.gate_seconds]
-        seconds.append(session.session_of(trainer).last_seconds)
-        told = [v.ratio, v.is_distinguishable]
-        verdicts.append([v.distance.mean, v.distance.max, v.noise, v.control_base, v.control_double, *seconds, *told])
+        verdicts.append(slf_faults._verdict(session.session_of(trainer)))
     _record(fault="clean", verdicts=verdicts)
 
 

@@ -6,7 +6,6 @@ and ``act_fn`` of that MLP passes on what it gets. That this MLP does it so is p
 
 from __future__ import annotations
 
-import math
 import types
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from ....common.log import warning
 from . import op
-from .proving import apart
+from .proving import apart, clear_slots, fill_slots, normal
 
 LAYER, ACTIVATION = "gate_up_proj", "SiluAndMul"
 TOKENS = (1, 33, op.TOGETHER + 7)
@@ -42,8 +41,7 @@ def fuse(manager: Any, name: str) -> bool:
         warning(f"{name} stays apart from the activation that follows: {type(error).__name__}: {error}")
         return False
     finally:
-        for slot in (*layer.lora_a_stacked, *layer.lora_b_stacked):
-            slot.zero_()
+        clear_slots(layer)
         layer.punica_wrapper._token_lora_indices.fill_(-1)
     _install(block, layer)
     return True
@@ -53,16 +51,11 @@ def _is_proved(block: Any, layer: Any) -> bool:
     """Whether ``block`` gives the same with the activation in the layer and apart from it, with a random adapter that
     every other token has."""
     indices, rows = layer.punica_wrapper._token_lora_indices, layer.dense_rows
-    inputs = rows.shape[1]
     generator = torch.Generator(rows.device).manual_seed(0)
-    size = float(layer.base_layer.weight.float().square().mean().sqrt()) or 1 / math.sqrt(inputs)
-    for slot in layer.lora_a_stacked:
-        slot.copy_(_random(slot.shape, slot, generator) / math.sqrt(inputs))
-    for slot in layer.lora_b_stacked:
-        slot.copy_(_random(slot.shape, slot, generator) * size * math.sqrt(inputs / slot.shape[3]))
+    fill_slots(layer, generator)
     indices.copy_(torch.arange(indices.numel(), device=rows.device) % 2 - 1)
     for tokens in dict.fromkeys(min(tokens, indices.numel()) for tokens in TOKENS):
-        x = _random((tokens, inputs), rows, generator).to(rows.dtype)
+        x = normal((tokens, rows.shape[1]), generator).to(rows.dtype)
         apart_from_it = block(x).double()
         before = _install(block, layer)
         try:
@@ -80,12 +73,6 @@ def _install(block: Any, layer: Any) -> tuple[Any, Any]:
     return before
 
 
-def _random(shape: Any, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, device=like.device, generator=generator)
-
-
 def _apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """In place of the layer's ``apply``. bias: the base layer's own, or None."""
-    bias = None if bias is None else layer.dense_bias
-    indices = layer.punica_wrapper._token_lora_indices
-    return torch.ops.swift_lora_fix.dense_gated(x, layer.dense_rows, bias, layer.dense_b, indices, layer.dense_slices)
+    return torch.ops.swift_lora_fix.dense_gated(*op.arguments(layer, x, bias))

@@ -215,9 +215,4 @@ def _restore(layer: Any, before: dict[str, Any]) -> None:
 
 def _apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """In place of the layer's ``apply``. bias: the base layer's own, or None."""
-    bias = None if bias is None else layer.dense_bias
-    indices = layer.punica_wrapper._token_lora_indices
-    return torch.ops.swift_lora_fix.dense_linear(x, layer.dense_rows, bias, layer.dense_b, indices, layer.dense_slices)
-
-
-OPERATOR = op.dense_linear  # importing ``op`` registers the operator that ``_apply`` calls
+    return torch.ops.swift_lora_fix.dense_linear(*op.arguments(layer, x, bias))

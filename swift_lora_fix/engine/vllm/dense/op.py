@@ -60,6 +60,18 @@ def dense_gated(
     return out.view(*x.shape[:-1], slices[0])
 
 
+def arguments(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    """What both operators take for a dense LoRA layer of vLLM's. bias: the base layer's own, or None."""
+    return (
+        x,
+        layer.dense_rows,
+        None if bias is None else layer.dense_bias,
+        layer.dense_b,
+        layer.punica_wrapper._token_lora_indices,
+        layer.dense_slices,
+    )
+
+
 def _products(
     x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -47,6 +47,27 @@ def apart(work: Callable[[], Result], device: torch.device) -> Result:
         return threads.submit(context.run, on_this_device).result()
 
 
+def fill_slots(layer: Any, generator: torch.Generator) -> None:
+    """A random adapter in the slots of a dense layer, whose update is about as large as the layer's own output."""
+    weight = layer.base_layer.weight
+    inputs, rank = weight.shape[1], layer.dense_b.shape[1]
+    size = float(weight.float().square().mean().sqrt()) or 1 / math.sqrt(inputs)
+    for slot in layer.lora_a_stacked:
+        slot.copy_(normal(slot.shape, generator) / math.sqrt(inputs))
+    for slot in layer.lora_b_stacked:
+        slot.copy_(normal(slot.shape, generator) * size * math.sqrt(inputs / rank))
+
+
+def clear_slots(layer: Any) -> None:
+    for slot in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+        slot.zero_()
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Normally distributed float32, on the generator's device."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+
 class Prover:
     """Proves each kind of layer once: class, shapes, dtype, with or without bias. manager: vLLM's, of these layers."""
 
@@ -67,27 +88,17 @@ class Prover:
                 work = partial(self._prove, layer, apply_before, bias)
                 self._known[kind] = apart(work, layer.dense_rows.device)
             finally:
-                for slot in (*layer.lora_a_stacked, *layer.lora_b_stacked):
-                    slot.zero_()
+                clear_slots(layer)
                 self._assign(layer, 1, has_adapter=False)  # vLLM's kernels go by what they were told last
         return self._known[kind]
 
     def _prove(self, layer: Any, apply_before: Apply, bias: torch.Tensor | None) -> str | None:
         weight = layer.base_layer.weight
-        inputs, rank = weight.shape[1], layer.dense_b.shape[1]
         generator = torch.Generator(weight.device).manual_seed(0)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=weight.device)
-
-        size = float(weight.float().square().mean().sqrt()) or 1 / math.sqrt(inputs)
-        for slot in layer.lora_a_stacked:
-            slot.copy_(random(*slot.shape) / math.sqrt(inputs))
-        for slot in layer.lora_b_stacked:
-            slot.copy_(random(*slot.shape) * size * math.sqrt(inputs / rank))
+        fill_slots(layer, generator)
         room = layer.punica_wrapper._token_lora_indices.numel()
         for tokens in dict.fromkeys(min(tokens, room) for tokens in TOKENS):
-            x = random(tokens, inputs).to(weight.dtype)
+            x = normal((tokens, weight.shape[1]), generator).to(weight.dtype)
             self._assign(layer, tokens, has_adapter=True)
             problem = _compare(layer, x, bias, layer.apply(x, bias), apply_before(x, bias))
             if problem is None:
