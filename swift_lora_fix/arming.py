@@ -29,7 +29,8 @@ _trl_scoring = TrlScoring(_arming, _trl)
 TRL = "trl"
 # vLLM's loading of adapters is not here: it is patched by importing swift_lora_fix.memory (memory/hooks.py).
 _of_swift = (_peft, _trainer, _tuners, _scoring, _server, _megatron, Ray(_arming), Rewrite(_arming))
-_instrumentors = (*_of_swift, _trl, _trl_scoring, DenseLayers(_arming))
+_dense = DenseLayers(_arming, lambda: _trainer.is_instrumented or _trl.is_instrumented or _server.is_instrumented)
+_instrumentors = (*_of_swift, _trl, _trl_scoring, _dense)
 
 
 @dataclass(frozen=True)

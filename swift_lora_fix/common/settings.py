@@ -15,7 +15,7 @@ _WRITERS = {"direct", "loader"}
 _ON_MISMATCH = {"raise", "repair", "warn"}
 _MODES = {"", "adapter", "fused", "auto"}
 _TRANSPORTS = {"", "nccl", "reload"}
-_KERNELS = {"vllm", "dense"}
+_KERNELS = {"auto", "vllm", "dense"}
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Settings:
         ``--vllm_enable_lora``, true for ``adapter`` and false for ``fused``.
     writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
         through vLLM's own adapter loader, the slow reference path).
-    kernels: ``SWIFT_LORA_FIX_KERNELS``, in adapter mode: ``vllm`` (the default: vLLM's own LoRA kernels) or ``dense``
-        (the adapter's A lies below the base weight, so that one matrix product computes both; an error where no layer
-        of the engine allows it).
+    kernels: ``SWIFT_LORA_FIX_KERNELS``, in adapter mode: ``vllm`` (vLLM's own LoRA kernels), ``dense`` (the adapter's
+        A lies below the base weight, so that one matrix product computes both; an error where no layer of the engine
+        allows it) or ``auto`` (the default: dense on a GPU where a layer allows it, else vLLM's).
     on_mismatch: ``SWIFT_LORA_FIX_ON_MISMATCH``, when the engine does not serve the trainer's policy: ``raise`` (the
         default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or ``warn``
         (log it and go on).
@@ -55,7 +55,7 @@ class Settings:
     enabled: bool = True
     mode: str = ""
     writer: str = "direct"
-    kernels: str = "vllm"
+    kernels: str = "auto"
     on_mismatch: str = "raise"
     gate_every: int = 50
     lost_share: float = 0.5

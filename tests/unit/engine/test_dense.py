@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from swift_lora_fix.engine.vllm.dense import asked, layers, op, proving
+from swift_lora_fix.engine.vllm.dense import asked, hooks, layers, op, proving
 from swift_lora_fix.engine.vllm.dense.instrumentor import DenseLayers
 from swift_lora_fix.errors import ContractError
 from swift_lora_fix.install.instrumentor import Arming
@@ -177,13 +177,31 @@ def test_where_it_has_no_effect_one_line_says_so(
     assert len(asks_for_dense.messages) == 1 and word in asks_for_dense.messages[0]
 
 
-def test_only_who_asks_for_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    arming = Arming("SLF_TEST_ARMED")
-    for kernels, watches in (("", False), ("vllm", False), ("dense", True)):
-        monkeypatch.setenv("SWIFT_LORA_FIX_KERNELS", kernels)
-        dense = DenseLayers(arming)
-        dense.watch()
-        assert dense._watching is watches
+@pytest.mark.parametrize(("kernels", "watches"), [("", True), ("auto", True), ("vllm", False), ("dense", True)])
+def test_who_asks_for_vllms_kernels_is_not_patched(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, watches: bool
+) -> None:
+    monkeypatch.setenv("SWIFT_LORA_FIX_KERNELS", kernels)
+    dense = DenseLayers(Arming("SLF_TEST_ARMED"), lambda: True)
+    dense.watch()
+    assert dense._watching is watches and dense.is_asked_for_by_name is (kernels == "dense")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_layers_that_nobody_asked_for_are_dense_on_a_gpu_that_makes_a_trainers_rollouts(
+    monkeypatch: pytest.MonkeyPatch, asks_for_dense: pytest.LogCaptureFixture, device: str, trains: bool
+) -> None:
+    """An engine with room for two adapters: it cannot be dense, which is an error only for who asked for it."""
+    monkeypatch.setattr(hooks, "is_for_a_trainer", lambda: trains)
+    config = SimpleNamespace(max_loras=2)
+    manager = SimpleNamespace(device=torch.device(device), lora_config=config, model=torch.nn.Module())
+    with pytest.raises(ContractError, match=r"room for 2 adapters at a time \(max_loras\)"):
+        hooks.make_dense(lambda: None, manager, (), {})
+    monkeypatch.delenv("SWIFT_LORA_FIX_KERNELS")
+    hooks.make_dense(lambda: None, manager, (), {})
+    said = [line for line in asks_for_dense.messages if "room for 2 adapters" in line]
+    assert len(said) == (trains and device == "cuda"), asks_for_dense.messages
 
 
 class Block(torch.nn.Module):

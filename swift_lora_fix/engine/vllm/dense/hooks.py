@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from ....common.settings import Settings
 from ....install.registry import Patch, PatchSet
 from . import layers
+
+
+def _never() -> bool:
+    return False
+
+
+is_for_a_trainer: Callable[[], bool] = _never  # whether this process makes a trainer's rollouts; DenseLayers sets it
 
 
 def make_dense(wrapped: Callable[..., Any], manager: Any, args: Any, kwargs: Any) -> Any:
     """``LoRAModelManager._create_lora_modules``: makes the layers that it made dense, before anything is compiled."""
     made = wrapped(*args, **kwargs)
-    layers.make_dense(manager)
+    if Settings.from_environment().kernels == "dense":
+        layers.make_dense(manager)
+    elif manager.device.type == "cuda" and is_for_a_trainer():
+        layers.make_dense_if_possible(manager)
     return made
 
 

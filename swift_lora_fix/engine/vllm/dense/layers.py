@@ -49,6 +49,20 @@ def make_dense(manager: Any) -> None:
 
     What does not allow it keeps vLLM's kernels. Raises ContractError, saying why, if no layer can be made dense.
     """
+    problem = _try(manager)
+    if problem is not None:
+        raise ContractError(f"SWIFT_LORA_FIX_KERNELS='dense': no LoRA layer of this engine can be dense: {problem}.")
+
+
+def make_dense_if_possible(manager: Any) -> None:
+    """The same where nobody asked for it: if no layer can be made dense, one line says why."""
+    problem = _try(manager)
+    if problem is not None:
+        info(f"vLLM's kernels compute the adapter, because no LoRA layer of this engine can be dense: {problem}.")
+
+
+def _try(manager: Any) -> str | None:
+    """Make dense what can be, and say so. Returns why it is none, or None."""
     kept: Counter[str] = Counter()
     made: list[str] = []
     problem = None
@@ -59,12 +73,12 @@ def make_dense(manager: Any) -> None:
     except Exception as error:  # memory may be short, Triton raises many kinds
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not made:
-        problem = problem or "; ".join(kept) or "the model has no LoRA layers"
-        raise ContractError(f"SWIFT_LORA_FIX_KERNELS='dense': no LoRA layer of this engine can be dense: {problem}.")
+        return problem or "; ".join(kept) or "the model has no LoRA layers"
     if problem is not None:
         warning(f"some LoRA layers keep vLLM's kernels: {problem}.")
     rest = "".join(f"; {number} keep vLLM's kernels ({why})" for why, number in kept.items())
     info(f"dense LoRA layers: {len(made)}, each kind proved against float64 and against vLLM's kernels{rest}.")
+    return None
 
 
 def _make(manager: Any, made: list[str], kept: Counter[str]) -> None:

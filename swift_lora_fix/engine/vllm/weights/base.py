@@ -22,7 +22,7 @@ from ....policy.adapter import Adapter, check_unmerged, clean_name, frozen_param
 from ....trainer import Load, TrainerPort, Weights
 from ..handle import EngineHandle
 from ..watch import Region, WriteRecorder
-from .names import of_wrapped_layers
+from .names import of_wrapped_layers, with_experts_as_they_are
 
 
 def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing: Collection[str] = ()) -> Pushed:
@@ -35,7 +35,8 @@ def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing:
     loaded the model's files, they still hold those values, and one warning names them.
     """
     sources = _Sources(trainer)
-    with WriteRecorder(engine.model, sources.locate, frozenset(changing)) as recorder:
+    recording = WriteRecorder(engine.model, sources.locate, frozenset(changing))
+    with recording as recorder, with_experts_as_they_are(engine.model):
         _move(trainer, adapter, sources, of_wrapped_layers(engine))
     _check_complete(engine, recorder)
     pieces = tuple(Piece(w.name, w.destination, w.checksum) for w in recorder.frozen() if w.checksum is not None)
@@ -65,7 +66,8 @@ def reload(
                 value = value_of(source)
             yield name, value
 
-    _move(trainer, adapter, sources, lambda weights: _Streamed(lambda: items(weights)))
+    with with_experts_as_they_are(engine.model):
+        _move(trainer, adapter, sources, lambda weights: _Streamed(lambda: items(weights)))
     return sent
 
 

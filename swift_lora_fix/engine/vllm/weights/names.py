@@ -4,10 +4,14 @@ vLLM keeps such a layer's own weights under ``base_layer``. It wraps a packed la
 some of its parts have a LoRA. Up to 0.27, loading wants ``base_layer`` in the names of all these parts. From 0.28 on
 the wrapper has its own ``load_weights`` (vLLM 39935), and ``base_layer`` must not be in the name. A framework knows
 only the trainer's LoRA layers, so for the other parts, and for wrapped embeddings, its names end in a KeyError.
+
+Experts are apart. vLLM 0.26's ``RoutedExperts`` loads its own weights, and once it is wrapped it looks for them under
+a name that they never have (AttributeError: ``base_layer.w13_weight``).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from ..handle import EngineHandle
 
 WRAPPED = "base_layer"
+EXPERTS_PREFIX = "lora_base_layer_prefix"  # of RoutedExperts; FusedMoEWithLoRA sets it to "base_layer."
 # The trainer's names differ from vLLM's only at the front (model., language_model.), so the last parts are compared.
 TAIL = 4
 
@@ -54,6 +59,20 @@ def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tens
     if not layers:
         return lambda weights: weights
     return lambda weights: {rename(name): value for name, value in weights.items()}
+
+
+@contextlib.contextmanager
+def with_experts_as_they_are(model: torch.nn.Module) -> Iterator[None]:
+    """Context in which vLLM's wrapped experts load their weights as those that are not wrapped do."""
+    experts: list[Any] = [module for module in model.modules() if getattr(module, EXPERTS_PREFIX, "")]
+    before = [getattr(module, EXPERTS_PREFIX) for module in experts]
+    for module in experts:
+        setattr(module, EXPERTS_PREFIX, "")
+    try:
+        yield
+    finally:
+        for module, prefix in zip(experts, before):
+            setattr(module, EXPERTS_PREFIX, prefix)
 
 
 def _wrapped(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
