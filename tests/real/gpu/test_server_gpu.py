@@ -3,7 +3,8 @@
     SLF_GPU_MODEL=FOLDER python3 -m pytest tests/real/gpu/test_server_gpu.py -q -s -o filterwarnings=default
 
 As in test_gpu.py. Tensor parallel 2 takes both GPUs for the server, and the trainer shares the first: NCCL cannot join
-two processes of one GPU, so that is ``reload``'s alone.
+two processes of one GPU, so that is ``reload``'s alone. With a single GPU, trainer and server share it, and only what
+needs no NCCL runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tests.support.rollout_server import RolloutServer
 from tests.support.server_runs import assert_serves_the_trainer, killing, trainer
 
 torch = pytest.importorskip("torch")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+GPUS = torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a GPU")]
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 FLOOR = 0.1  # random weights
 GRAPHS = {"vllm_enforce_eager": "false"}
@@ -37,7 +40,7 @@ def model() -> Path:
 def started(model: Path, tmp_path: Path) -> Iterator[Any]:
     made: list[RolloutServer] = []
 
-    def start(environment: dict[str, str], devices: str = "1", **arguments: Any) -> RolloutServer:
+    def start(environment: dict[str, str], devices: str = str(min(1, GPUS - 1)), **arguments: Any) -> RolloutServer:
         settings = {"vllm_gpu_memory_utilization": 0.4, "vllm_max_num_seqs": 8, **arguments}
         visible = {"CUDA_VISIBLE_DEVICES": devices}
         server = RolloutServer(model, tmp_path / "server", settings, {**environment, **visible}, gpu=True)
@@ -64,7 +67,7 @@ def follows(run: Run, server: RolloutServer) -> None:
 
 
 @pytest.mark.parametrize("engine", ["false", "true"], ids=["sync", "async"])
-@pytest.mark.parametrize("transport", ["nccl", "reload"])
+@pytest.mark.parametrize("transport", [pytest.param("nccl", marks=two_gpus), "reload"])
 def test_rollouts_follow_the_trainer(model: Path, tmp_path: Path, started: Any, transport: str, engine: str) -> None:
     """By NCCL with the engine of ``swift rollout``'s default once more after it was killed."""
     settings = {"SWIFT_LORA_FIX_TRANSPORT": "" if transport == "nccl" else transport}
@@ -78,6 +81,7 @@ def test_rollouts_follow_the_trainer(model: Path, tmp_path: Path, started: Any, 
     follows(run, server)
 
 
+@two_gpus
 def test_tensor_parallel(model: Path, tmp_path: Path, started: Any) -> None:
     settings = {"SWIFT_LORA_FIX_TRANSPORT": "reload"}
     server = started(settings, "0,1", vllm_tensor_parallel_size=2)
