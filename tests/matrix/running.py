@@ -151,7 +151,7 @@ def wire(places: device.Places, *shims: Path) -> dict[str, str]:
 def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **more: Any) -> Run:
     architecture = ARCHITECTURES[cell.architecture]
     lengths = dict(max_length=448, vllm_max_model_len=512) if architecture.media else {}
-    media = dict(vllm_limit_mm_per_prompt='{"image": 1}') if architecture.media else {}
+    media = {"vllm_limit_mm_per_prompt": json.dumps(dict.fromkeys(architecture.media, 1))} if architecture.media else {}
     arguments = {
         "model_type": architecture.model_type,
         "template": architecture.template,
@@ -176,6 +176,7 @@ def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **
         **({"CUDA_VISIBLE_DEVICES": ",".join(places.trainer)} if on_gpu else {}),
         "SLF_JUDGE_FILE": str(folder / "judge.jsonl"),
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
+        "SWIFT_AUDIO_LOAD_BACKEND": "soundfile_pyav",  # librosa, its default, is a dozen packages
         **({"DS_ACCELERATOR": "cpu"} if "deepspeed" in cell.arguments and not on_gpu else {}),
         **cell.environment,
         **environment,
@@ -233,7 +234,7 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
 def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
     step = record["step"]
     if ARCHITECTURES[cell.architecture].media and record["media"] is None:
-        yield f"step {step}: no image in the prompts"
+        yield f"step {step}: no image or sound in the prompts"
     for kind in ("text", "media"):
         measured = record[kind]
         if measured and step and not measured["mean"] < MOST * measured["base"]:

@@ -46,7 +46,7 @@ def test_four_sound_syncs_pass(tmp_path: Path) -> None:
         ({"text": {"mean": 0.3, "base": 0.5}}, "text off by 0.3, without the adapter by 0.5"),
         ({"media": {"mean": 0.3, "base": 0.5}}, "media off by 0.3"),
         ({"media": {"mean": 0.02, "base": 0.4, "without_towers": 0.03}}, "without the towers' LoRA by 0.03"),
-        ({"media": None}, "no image in the prompts"),
+        ({"media": None}, "no image or sound in the prompts"),
         ({"base_changed": 7}, "base_changed 7"),
         ({"lora_changed": 1}, "lora_changed 1"),
         ({"merges": 2}, "merges 2"),
