@@ -35,8 +35,8 @@ TEXT = dict(**TINY, initializer_range=0.08, bos_token_id=0, eos_token_id=2, pad_
 
 @dataclass(frozen=True)
 class Architecture:
-    """model_type, template: ms-swift's names. media: what its prompts have, an image or a sound too. make: saves it in a
-    folder. note: what else the docs say of it."""
+    """model_type, template: ms-swift's names. media: what its prompts have beside text. make: saves it in a folder.
+    note: what else the docs say of it."""
 
     model_type: str
     make: Callable[[Path], None]
@@ -240,6 +240,30 @@ def _smollm2(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+BLOCK = 128  # of FP8 weights, in which all share a scale
+
+
+def _fp8(folder: Path) -> None:
+    """A Qwen2 whose files hold its linear layers in blocks of FP8, as DeepSeek and Qwen publish theirs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    _text("Qwen2", num_key_value_heads=4)(folder)
+    held = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        held[name] = value
+        if name.endswith("_proj.weight"):
+            rows, columns = (size // BLOCK for size in value.shape)
+            blocks = value.float().view(rows, BLOCK, columns, BLOCK)
+            scale = blocks.abs().amax(dim=(1, 3)) / 448
+            held[name] = (blocks / scale[:, None, :, None]).view(value.shape).to(torch.float8_e4m3fn)
+            held[f"{name}_scale_inv"] = scale
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": blocks}, indent=1))
+
+
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
@@ -276,6 +300,9 @@ ARCHITECTURES = {
     "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", IMAGE),
 }
 
+BASES = {"qwen2_fp8": Architecture("qwen2", _fp8)}  # quantised in the files
+ALL = {**ARCHITECTURES, **BASES}
+
 
 def make_rows(folder: Path, media: tuple[str, ...]) -> Path:
     """Write ``rows.jsonl``: prompts, each with all ``media`` (ranks that score together then agree on that)."""
@@ -303,11 +330,11 @@ def _make_sound(path: Path, hertz: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("architecture", choices=sorted(ALL))
     parser.add_argument("folder", type=Path)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    ARCHITECTURES[asked.architecture].make(asked.folder)
+    ALL[asked.architecture].make(asked.folder)
 
 
 if __name__ == "__main__":

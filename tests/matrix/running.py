@@ -18,7 +18,7 @@ from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
 
 from . import device
 from .cells import Cell
-from .models import ARCHITECTURES, make_rows
+from .models import ALL, make_rows
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -52,7 +52,7 @@ def make_model(architecture: str, folder: Path) -> Path:
         command = [str(this_python()), "-m", "tests.matrix.models", architecture, str(target)]
         environment = {**os.environ, "PYTHONPATH": search_path()}
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=environment)
-    make_rows(target.parent, ARCHITECTURES[architecture].media)
+    make_rows(target.parent, ALL[architecture].media)
     return target
 
 
@@ -88,6 +88,7 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
         "device": device.name(),
         "architecture": cell.architecture,
         "mode": cell.mode,
+        "served": "fused" if "armed, fused mode" in runs[-1].log else cell.mode,
         "trainer": cell.trainer,
         "ranks": runs[0].ranks,
         "changed": cell.changed,
@@ -108,7 +109,7 @@ def versions() -> dict[str, str]:
 
 def _teacher(cell: Cell, model: Path, folder: Path) -> rollout_server.TeacherServer:
     """The same tiny model as the student's, without its adapter."""
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     names = {"model_type": architecture.model_type, "template": architecture.template}
     arguments = {**names, "vllm_max_model_len": 512, "max_logprobs": cell.arguments["gkd_logits_topk"], **_share()}
     environment, on_gpu = {"PYTHONPATH": search_path()}, bool(device.gpus())
@@ -116,7 +117,7 @@ def _teacher(cell: Cell, model: Path, folder: Path) -> rollout_server.TeacherSer
 
 
 def _server(cell: Cell, model: Path, folder: Path) -> rollout_server.RolloutServer:
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     names = {"model_type": architecture.model_type, "template": architecture.template}
     arguments = {**names, "vllm_max_model_len": 512, **_share(), **(cell.server or {})}
     places = device.places(cell.ranks, True)
@@ -149,7 +150,7 @@ def wire(places: device.Places, *shims: Path) -> dict[str, str]:
 
 
 def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **more: Any) -> Run:
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     lengths = dict(max_length=448, vllm_max_model_len=512) if architecture.media else {}
     media = {"vllm_limit_mm_per_prompt": json.dumps(dict.fromkeys(architecture.media, 1))} if architecture.media else {}
     arguments = {
@@ -233,8 +234,9 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
 
 def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
     step = record["step"]
-    if ARCHITECTURES[cell.architecture].media and record["media"] is None:
-        yield f"step {step}: no image or sound in the prompts"
+    missing = set(ALL[cell.architecture].media) - set((record["media"] or {}).get("of", ()))
+    if missing:
+        yield f"step {step}: no {' and no '.join(sorted(missing))} in the prompts"
     for kind in ("text", "media"):
         measured = record[kind]
         if measured and step and not measured["mean"] < MOST * measured["base"]:

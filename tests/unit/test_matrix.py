@@ -15,7 +15,7 @@ from tests.support.driver import Run, this_python
 CELL = cells.Cell("some/cell", "qwen2_5_vl", {})
 SOUND = {
     "text": {"mean": 0.01, "base": 0.5},
-    "media": {"mean": 0.02, "base": 0.4},
+    "media": {"mean": 0.02, "base": 0.4, "of": ["image"]},
     "base_changed": 0,
     "lora_changed": 0,
     "merges": 0,
@@ -44,9 +44,10 @@ def test_four_sound_syncs_pass(tmp_path: Path) -> None:
     "changes, told",
     [
         ({"text": {"mean": 0.3, "base": 0.5}}, "text off by 0.3, without the adapter by 0.5"),
-        ({"media": {"mean": 0.3, "base": 0.5}}, "media off by 0.3"),
+        ({"media": {"mean": 0.3, "base": 0.5, "of": ["image"]}}, "media off by 0.3"),
         ({"media": {"mean": 0.02, "base": 0.4, "without_towers": 0.03}}, "without the towers' LoRA by 0.03"),
-        ({"media": None}, "no image or sound in the prompts"),
+        ({"media": None}, "no image in the prompts"),
+        ({"media": {"mean": 0.02, "base": 0.4, "of": ["audio"]}}, "no image in the prompts"),
         ({"base_changed": 7}, "base_changed 7"),
         ({"lora_changed": 1}, "lora_changed 1"),
         ({"merges": 2}, "merges 2"),

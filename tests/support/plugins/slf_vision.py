@@ -1,5 +1,5 @@
-"""Tiny vocabularies: ms-swift's templates of Qwen-VL and Gemma 3 have the ids of those models' own tokens for images and
-videos written into them.
+"""Tiny vocabularies: ms-swift's templates of Qwen-VL and Gemma 3 have the ids of those models' own tokens for images
+and videos written into them.
 
 The tests' tokenizer has the same tokens at other places.
 """
