@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .common.settings import Settings
-from .engine.vllm.fitting import towers_without_layers
+from .engine.vllm import fitting
 from .engine.vllm.handle import EngineHandle
 from .errors import SettingsError, UnsupportedAdapterError
 from .policy import adapter as adapters
@@ -33,6 +33,9 @@ def decide(trainer: TrainerPort) -> Scope:
 
     Raises SettingsError when SWIFT_LORA_FIX_MODE and the engine's LoRA layers contradict each other;
     UnsupportedAdapterError when it asks for fused mode but the weights cannot be rewritten (quantised, tied).
+
+    Where no mode is asked for by name and the engine's LoRA layers cannot apply the adapter, it is folded in, if that
+    can be had; else binding it raises.
     """
     if not trainer.uses_vllm:
         return _aside("rollouts do not use vLLM", trainer)
@@ -52,12 +55,12 @@ def decide(trainer: TrainerPort) -> Scope:
         raise SettingsError(
             f"SWIFT_LORA_FIX_MODE='adapter' needs vLLM's LoRA: start with {trainer.words.with_lora}, or unset it."
         )
-    towers = _towers_without_layers(trainer) if trainer.engine_has_lora and not asked else []
-    if towers and why_not_fused(trainer) is None:
+    misfit = _misfit(trainer) if trainer.engine_has_lora and asked in ("", "auto") else None
+    if misfit is not None and why_not_fused(trainer) is None:
         return Scope(
             True,
-            f"armed, fused mode: this vLLM makes no LoRA layers in the towers of this model ({towers[0]} and "
-            f"{len(towers) - 1} more), so the adapter is folded into the engine's weights, the trainer is only read.",
+            f"armed, fused mode: {misfit}. So the adapter is folded into the engine's weights, the trainer is only "
+            "read.",
             "fused",
         )
     if trainer.engine_has_lora and asked != "fused":
@@ -102,12 +105,13 @@ def _can_be_apart(trainer: TrainerPort) -> bool:
     return True
 
 
-def _towers_without_layers(trainer: TrainerPort) -> list[str]:
+def _misfit(trainer: TrainerPort) -> str | None:
+    """Why the LoRA layers of the trainer's engine cannot apply its adapter, or None."""
     try:
         adapter = adapters.bind(trainer.model, words=trainer.words)
     except UnsupportedAdapterError:
-        return []  # it is refused when it is bound to be served
-    return towers_without_layers(adapter, lambda: EngineHandle(trainer.vllm_engine))
+        return None  # it is refused when it is bound to be served
+    return fitting.why_not(adapter, EngineHandle(trainer.vllm_engine))
 
 
 def why_not_fused(trainer: TrainerPort) -> str | None:

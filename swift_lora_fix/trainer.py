@@ -71,13 +71,13 @@ class RolloutPort(Protocol):
 
     @property
     def has_media(self) -> bool:
-        """Whether a request of this call, on this rank, has an image that the model reads."""
+        """Whether a request of this call, on this rank, has an image or a sound that the model takes."""
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
         """Generate answers to ``prompts`` as user messages, on the path that rollouts take: temperature 1, fixed seed,
         at most ``new_tokens`` each. Lengths, settings and requests of the run's own rollout are kept, also on errors.
 
-        with_media: attach to each the first image of the first request that has one (needs ``has_media``).
+        with_media: attach to each the first image and the first sound of one request (needs ``has_media``).
         """
 
     def tokens_per_second(self, most_tokens: int) -> float:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from . import device
 from .cells import all_cells
 from .running import record_path, run
 from .table import write_table
@@ -41,10 +42,13 @@ def main() -> None:
         return
     if not cells:
         raise SystemExit(f"No cell is named {', '.join(asked.only)}: scripts/matrix --list names them.")
-    folder = asked.folder or Path(tempfile.mkdtemp(prefix="matrix-"))
+    folder = (asked.folder or Path(tempfile.mkdtemp(prefix="matrix-"))).resolve()
     failing = 0
     for cell in cells:
-        if cell.needs_gpu or asked.missing and record_path(cell).is_file():
+        if cell.needs_gpu and not device.gpus():
+            print(f"{cell.name} needs a GPU: {cell.needs_gpu}", flush=True)
+            continue
+        if asked.missing and record_path(cell).is_file():
             continue
         print(f"{cell.name} ...", flush=True)
         record = run(cell, folder)

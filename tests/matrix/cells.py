@@ -95,7 +95,7 @@ FSDP2_FULL = json.dumps(
 class Cell:
     """arguments: for ``swift rlhf``, beside the defaults of tests/support/driver.py. server: those of the ``swift
     rollout`` beside it, if any. changed: published argument -> (published value, its value here, why). needs_gpu: why
-    it is not run here, or ''."""
+    a CPU cannot run it, or ''."""
 
     name: str
     architecture: str
@@ -150,8 +150,7 @@ def _shrunk(name: str, given: dict[str, str], environment: dict[str, str]) -> Ce
     if "teacher_model_server" in given:
         arguments["gkd_logits_topk"] = 8  # a variable of the published script
     server = None
-    needs_gpu = _why_gpu(given, architecture)
-    if given["vllm_mode"] == "server" and not needs_gpu:
+    if given["vllm_mode"] == "server":
         server = {name: arguments[name] for name in ("multi_turn_scheduler", "max_turns") if name in arguments}
         changed["vllm_enable_lora"] = ("", "true, for swift rollout", WITHOUT)
         of_server = ("vllm_enable_lora", "vllm_enforce_eager", "vllm_max_model_len")
@@ -164,7 +163,7 @@ def _shrunk(name: str, given: dict[str, str], environment: dict[str, str]) -> Ce
         arguments,
         changed,
         ranks=2 if parallel else 1,
-        needs_gpu=needs_gpu,
+        needs_gpu=_why_gpu(given, architecture),
         published=True,
         plugins=("slf_turns.py",) if "multi_turn_scheduler" in given else (),
         server=server,
@@ -212,6 +211,7 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
+    yield Cell("bases/fp8", "qwen2_fp8", {"vllm_enable_lora": "true"})
     published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
     yield dataclasses.replace(
         published_fsdp2,

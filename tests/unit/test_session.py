@@ -297,6 +297,7 @@ def test_the_old_name_of_the_tuner_argument() -> None:
     holder = type("Trainer", (), {})()
     holder.args, holder.vllm_mode, holder.rollout_enable_lora = SimpleNamespace(**arguments), "colocate", True
     holder.model, holder.accelerator = peft_model(), SimpleNamespace(unwrap_model=lambda model: model)
+    holder.engine = SimpleNamespace(engine=FakeEngine())
     assert scope.decide(SwiftTrainer(holder)).ours
 
 
@@ -305,8 +306,26 @@ def test_towers_that_vllm_makes_no_lora_layers_in_are_served_by_folding(engine: 
     model = peft_model(target_modules=["first", "visual"], visual=True)
     decided = scope.decide(port_of(model, llm=engine))
     assert decided.ours and decided.mode == "fused" and "base_model.model.visual" not in decided.reason
-    assert "no LoRA layers in the towers" in decided.reason and "visual" in decided.reason
+    assert "no LoRA layer for 1 of the modules of adapter 'default' (visual)" in decided.reason
     assert scope.decide(port_of(peft_model(), llm=engine)).mode == "adapter"
+
+
+def test_what_the_lora_layers_cannot_take_is_folded_unless_they_were_asked_for_by_name(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    manager.packed_modules = {"second": ["second_gate", "second_up"]}
+    for asked in ("", "auto"):
+        monkeypatch.setenv("SWIFT_LORA_FIX_MODE", asked)
+        decided = scope.decide(port_of(peft_model(), llm=engine))
+        assert decided.mode == "fused" and not decided.is_open and "take second in parts" in decided.reason
+    monkeypatch.setattr(scope, "why_not_fused", lambda trainer: "it is tied")
+    assert scope.decide(port_of(peft_model(), llm=engine)).mode == "adapter", "refused when it is bound"
+    monkeypatch.undo()
+    monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "adapter")
+    port = port_of(peft_model(), llm=engine)
+    with pytest.raises(errors.UnsupportedAdapterError, match="take second in parts"):
+        sessions.begin(port.learner, port)
 
 
 def test_a_lora_beside_towers_that_are_trained_whole_is_folded(engine: FakeEngine) -> None:

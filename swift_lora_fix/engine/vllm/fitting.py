@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from ...common.words import Words
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from ...policy.adapter import Adapter
@@ -18,33 +15,42 @@ TOWER_OPTION = "enable_tower_connector_lora"  # of vLLM's LoRAConfig: LoRA in vi
 def check_fits(adapter: Adapter, engine: EngineHandle) -> None:
     """Raise UnsupportedAdapterError when the adapter's rank exceeds the engine's, or when modules have no LoRA layer
     that takes them. The message names them, and the mode that serves them."""
-    _check_ranks(adapter, engine)
-    whole = _whole(adapter, engine)
-    if whole:
-        raise UnsupportedAdapterError(
-            f"The LoRA layers of this vLLM take {whole[0]} (and {len(whole) - 1} more) in parts that are "
-            f"trained apart, and adapter {adapter.name!r} has one LoRA for the whole: vLLM would fail with an "
-            f"IndexError. Use {adapter.words.without_lora} (fused mode), or train without them."
-        )
-    unserved = _unserved(adapter, engine)
-    if unserved:
-        raise UnsupportedAdapterError(
-            f"vLLM has no LoRA layer for {len(unserved)} of the modules of adapter {adapter.name!r}: "
-            f"{', '.join(unserved[:4])}{' ...' if len(unserved) > 4 else ''}. Use {adapter.words.without_lora} (fused "
-            f"mode), {_tower_advice(unserved, engine, adapter.words)}or train without them."
-        )
+    fused, rank = f"{adapter.words.without_lora} (fused mode)", adapter.max_rank
+    advice = f"Use {fused}, {_tower_advice(adapter, engine)}or train without them."
+    if rank > engine.lora_config.max_lora_rank:
+        room = releases.engine_rank(rank) or rank
+        made = "The engine was made before swift_lora_fix could give it room"
+        advice = f"{made}: set {adapter.words.rank} to {room}, or use {fused}."
+    problem = why_not(adapter, engine)
+    if problem is not None:
+        raise UnsupportedAdapterError(f"The engine cannot apply the adapter: {problem}. {advice}")
 
 
-def _check_ranks(adapter: Adapter, engine: EngineHandle) -> None:
+def why_not(adapter: Adapter, engine: EngineHandle) -> str | None:
+    """Why the engine's LoRA layers cannot apply the adapter, with the modules that they cannot take; None if they
+    can."""
     limit = engine.lora_config.max_lora_rank
     if adapter.max_rank > limit:
         entry = max(adapter.entries, key=lambda e: e.rank)
-        raise UnsupportedAdapterError(
-            f"Adapter {adapter.name!r} has rank {entry.rank} ({entry.key}), the engine was started with "
-            f"max_lora_rank={limit}. The engine was made before swift_lora_fix could give it room: set "
-            f"{adapter.words.rank} to {releases.engine_rank(entry.rank) or entry.rank}, or use "
-            f"{adapter.words.without_lora} (fused mode)."
+        return (
+            f"adapter {adapter.name!r} has rank {entry.rank} ({entry.key}), the engine was started with "
+            f"max_lora_rank={limit}"
         )
+    whole = _whole(adapter, engine)
+    if whole:
+        return (
+            f"the LoRA layers of this vLLM take {_some(whole)} in parts that are trained apart, and adapter "
+            f"{adapter.name!r} has one LoRA for the whole (vLLM would fail with an IndexError)"
+        )
+    unserved = _unserved(adapter, engine)
+    if unserved:
+        count = len(unserved)
+        return f"vLLM has no LoRA layer for {count} of the modules of adapter {adapter.name!r} ({_some(unserved)})"
+    return None
+
+
+def _some(modules: list[str]) -> str:
+    return ", ".join(modules[:4]) + (" ..." if len(modules) > 4 else "")
 
 
 def _unserved(adapter: Adapter, engine: EngineHandle) -> list[str]:
@@ -72,21 +78,14 @@ def _modules(adapter: Adapter) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def towers_without_layers(adapter: Adapter, engine: Callable[[], EngineHandle]) -> list[str]:
-    """Modules of the adapter in vision or audio towers, or their connectors, that have no LoRA layer in the engine."""
-    if not any(is_tower(entry.key) for entry in adapter.entries):
-        return []
-    return [module for module in _unserved(adapter, engine()) if is_tower(module)]
-
-
-def _tower_advice(modules: list[str], engine: EngineHandle, words: Words) -> str:
-    """Suggest the option if vLLM has it, the trainer's users can set it, it is off, and all these modules lie outside
-    the language model."""
-    config = engine.lora_config
+def _tower_advice(adapter: Adapter, engine: EngineHandle) -> str:
+    """Suggest the option if vLLM has it, the trainer's users can set it, it is off, and all modules without a layer lie
+    outside the language model."""
+    config, more, modules = engine.lora_config, adapter.words.more, _unserved(adapter, engine)
     known = hasattr(config, TOWER_OPTION)  # older releases of vLLM lack it
-    if not known or not words.more or getattr(config, TOWER_OPTION) or not all(is_tower(module) for module in modules):
+    if not (known and more and modules) or getattr(config, TOWER_OPTION) or not all(map(is_tower, modules)):
         return ""
-    option = words.more.format(f'{{"{TOWER_OPTION}": true}}')
+    option = more.format(f'{{"{TOWER_OPTION}": true}}')
     return f"or {option} where vLLM serves this model's tower, "
 
 

@@ -210,7 +210,7 @@ class SwiftTrainer:
     def _row(self, answer: Answer) -> dict[str, Any]:
         """One answer as the template encodes it, but with the engine's own ids. Only the template knows what else a
         multimodal model needs. If its ids differ from the engine's (a prompt that was cut, say), the engine's ids alone
-        are used. Raises ValueError if such a request has images, because the ids alone do not contain them."""
+        are used. Raises ValueError if such a request has media, because the ids alone do not contain them."""
         tokens, asked = list(answer.tokens), [*answer.prompt, *answer.tokens]
         alone = {"input_ids": asked, "labels": [-100] * len(answer.prompt) + tokens}
         if not self.sees_media or answer.request is None:
@@ -223,11 +223,11 @@ class SwiftTrainer:
         if list(row["input_ids"][: len(asked)]) == asked:
             row["labels"] = [*alone["labels"], *[-100] * (len(row["input_ids"]) - len(asked))]
             return row
-        if not _images(answer.request):
+        if not _media(answer.request):
             return alone
         raise ValueError(
-            f"the template writes {len(row['input_ids'])} tokens for a probe with an image, and the engine was given "
-            f"other ones ({len(asked)}): --max_length or --vllm_max_model_len cuts it, or vLLM expands images in "
+            f"the template writes {len(row['input_ids'])} tokens for a probe with media, and the engine was given "
+            f"other ones ({len(asked)}): --max_length or --vllm_max_model_len cuts it, or vLLM expands them in "
             "another way"
         )
 
@@ -235,7 +235,7 @@ class SwiftTrainer:
         """The template's encoding of a probe's request and its answer's ids."""
         asked = copy.deepcopy(_fields(request))
         messages = [*asked["messages"], {"role": "assistant", "content": response}]
-        kept = {name: asked[name] for name in ("images", "chat_template_kwargs") if asked.get(name)}
+        kept = {name: asked[name] for name in (*MEDIA, "chat_template_kwargs") if asked.get(name)}
         row: dict[str, Any] = self.trainer.template.encode({"messages": messages, "add_eos": False, **kept})
         row.pop("_extra_kwargs", None)
         return row
@@ -379,13 +379,13 @@ class SwiftRollout:
 
     @property
     def has_media(self) -> bool:
-        return self._trainer.sees_media and any(_images(request) for request in self._requests)
+        return self._trainer.sees_media and any(_media(request) for request in self._requests)
 
     def ask(self, prompts: Sequence[str], new_tokens: int, with_media: bool = False) -> list[Answer]:
         assert self.has_media or not with_media, "whoever asks with media has looked whether there are any"
-        like = next(request for request in self._requests if _images(request) or not with_media)
-        images = _images(like)[:1] if with_media else []
-        requests = [_request(like, index, text, images) for index, text in enumerate(prompts)]
+        like = max(self._requests, key=lambda request: len(_media(request))) if with_media else self._requests[0]
+        media = _media(like) if with_media else {}
+        requests = [_request(like, index, text, media) for index, text in enumerate(prompts)]
         asked = copy.deepcopy(requests)  # ms-swift stores loaded media in the request that it encodes
         answers = []
         with self._trainer.undisturbed():
@@ -473,6 +473,8 @@ def tag(outputs: Any, step: int | None, digest: str) -> Any:
     return outputs
 
 
+MEDIA = ("images", "audios")  # of a request, that a probe has too
+
 # Request settings with which vLLM samples from the model's own distribution at the temperature.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0),
@@ -509,21 +511,22 @@ def _fields(request: Any) -> dict[str, Any]:
     return request if isinstance(request, dict) else vars(request)
 
 
-def _images(request: Any) -> list[Any]:
-    found = _fields(request).get("images") or []
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+def _media(request: Any) -> dict[str, list[Any]]:
+    """A request's first image and first sound, as it has them."""
+    found = {name: _fields(request).get(name) for name in MEDIA}
+    return {
+        name: list(value if isinstance(value, (list, tuple)) else [value])[:1] for name, value in found.items() if value
+    }
 
 
-def _request(like: Any, index: int, text: str, images: Sequence[Any] = ()) -> Any:
-    """A request like the run's own, but with only ``text`` and ``images``: no tools, no data of a scheduler."""
+def _request(like: Any, index: int, text: str, media: Mapping[str, Any]) -> Any:
+    """A request like the run's own, but with only ``text`` and ``media``: no tools, no data of a scheduler."""
     request = copy.copy(like)
     fields = _fields(request)
     fields["messages"] = [{"role": "user", "content": text}]
-    for name in ("images", "audios", "videos"):
+    for name in (*MEDIA, "videos"):
         if fields.get(name):
-            fields[name] = []
-    if images:
-        fields["images"] = list(images)
+            fields[name] = list(media.get(name, ()))
     if fields.get("objects"):  # boxes in images
         fields["objects"] = {}
     if fields.get("tools"):

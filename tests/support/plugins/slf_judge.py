@@ -3,9 +3,9 @@
 One JSON line a rollout goes to ``$SLF_JUDGE_FILE`` (``.rankN`` appended for ranks above 0): ``step``; for ``text``, and
 for ``media`` where the rollout has an image, mean |logprob engine - trainer| in nats of the trainer as it is
 (``mean``), without its adapter (``base``) and, where its LoRA reaches a vision tower, without that part of it
-(``without_towers``); ``base_changed`` and ``lora_changed``: entries of the trainer's frozen weights and of what it
-trains that the syncs changed; ``merges``: PEFT merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the
-rollout of step N. Load it after the plugin.
+(``without_towers``); for ``media`` also what was asked about (``of``: image, audio); ``base_changed`` and
+``lora_changed``: entries of the trainer's frozen weights and of what it trains that the syncs changed; ``merges``: PEFT
+merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the rollout of step N. Load it after the plugin.
 """
 
 import contextlib
@@ -54,6 +54,10 @@ def _measure(port, rollout, with_media):
         answers = rollout.ask(PROMPTS, NEW_TOKENS, with_media=with_media)
         mean = _mean(answers, probe.score(port, answers))
         found = {"mean": mean, "base": _mean(answers, probe.score(port, answers, port.model.disable_adapter()))}
+        if with_media:
+            asked = answers[0].request
+            fields = asked if isinstance(asked, dict) else vars(asked)
+            found["of"] = [kind for kind in ("image", "audio") if fields.get(f"{kind}s")]
         towers = _towers(port.model)
         if with_media and towers:
             found["without_towers"] = _mean(answers, probe.score(port, answers, _off(towers)))

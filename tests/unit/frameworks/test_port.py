@@ -131,6 +131,7 @@ class Request:
     objects: dict[str, Any] = field(default_factory=dict)
     tools: Any = None
     uuid: str = "own"
+    audios: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -270,6 +271,23 @@ def test_a_probe_with_media_has_the_first_image_of_the_batch_and_nothing_else() 
     assert not rollout_of(made(Template(multimodal=False)), requests).has_media, "this model would not look at it"
     rows = rollout_of(trainer, [{"messages": message, "images": [{"path": "a.png"}], "request_id": "own"}])
     assert rows.has_media
+
+
+def test_a_probe_with_media_is_like_the_request_that_has_most_kinds_of_them() -> None:
+    trainer, said = made(Template(multimodal=True)), [{"role": "user", "content": "what?"}]
+    heard = Request(said, audios=["a.wav", "b.wav"])
+    both = Request(said, ["b.png"], audios=["c.wav", "d.wav"])
+    assert rollout_of(trainer, [heard]).has_media
+    for requests, media in (
+        ([heard], ([], ["a.wav"])),
+        ([Request(said, ["a.png"]), heard, both], (["b.png"], ["c.wav"])),
+    ):
+        (answer,) = rollout_of(trainer, requests).ask(["one"], 16, True)
+        assert (answer.request.images, answer.request.audios) == media
+        with SwiftTrainer(trainer).scoring():
+            SwiftTrainer(trainer)._encode(answer.request, [5])
+        encoded = trainer.template.encoded[-1]
+        assert (encoded.get("images", []), encoded.get("audios", [])) == media, "the trainer scores what was heard"
 
 
 # ---- what the trainer is given ---------------------------------------------------------------------------------------
