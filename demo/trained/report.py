@@ -180,7 +180,7 @@ def save(kept: Mapping[str, Any], path: Path) -> None:
 def save_chart(kept: Mapping[str, Any], path: Path) -> None:
     """Reward above, format errors below, over steps. Raises MissingPackageError, ChartError."""
     plan, series = kept["plan"], kept["runs"]
-    with charts.chart(path, size=(8.5, 6.5), rows=2, sharex=True, option="--chart") as (figure, (above, below)):
+    with charts.chart(path, size=(7, 5.6), rows=2, sharex=True, option="--chart") as (figure, (above, below)):
         for axis, key, scale in ((above, "reward", 1), (below, "format_errors", 100)):
             _line(
                 axis,
@@ -200,20 +200,20 @@ def save_chart(kept: Mapping[str, Any], path: Path) -> None:
             axis.axvline(plan["checkpoint"] - 0.5, color=charts.QUIET, lw=1, ls=":")
             if series[KILLED]:
                 last = series[KILLED][-1]
-                axis.plot([last["step"]], [scale * last[key]], color=charts.OURS, marker="X", ms=11)
+                axis.plot([last["step"]], [scale * last[key]], color="black", marker="x", ms=9, mew=2, zorder=5)
         above.set_ylabel("mean reward of a batch")
         above.set_ylim(0, 1.02)
         below.set_ylabel("answers in the wrong form, %")
         below.set_ylim(-3, 103)
         below.set_xlabel(f"step (batches of {8 * plan['prompts']} answers)")
-        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET, "va": "top"}
-        below.text(plan["checkpoint"] - 0.2, 0.98, f"checkpoint-{plan['checkpoint']}", **note)
+        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET, "va": "top", "ha": "right"}
+        below.text(plan["checkpoint"] - 1, 0.98, f"checkpoint-{plan['checkpoint']}", **note)
         charts.horizontal_grid(above, below)
         handles, labels = above.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         figure.suptitle(
-            "The same run, killed (X) and resumed: stock ms-swift generates with twice the LoRA\n" + subtitle(kept),
-            fontsize=12,
+            "The same run, killed (x) and resumed: stock ms-swift generates with twice the LoRA\n" + subtitle(kept),
+            fontsize=11,
         )
 
 
