@@ -27,6 +27,7 @@ KEPT = Path(__file__).resolve().parents[2] / "docs" / "demo-reward.json"
 ARGUMENTS = ("learning_rate", "lora_rank", "lora_alpha", "temperature", "max_completion_length", "seed")
 ENGLISH = {
     "steps": "Steps",
+    "to": "to",
     "run": "Run",
     "reward": "Mean reward",
     "form": "Answers in the wrong form",
@@ -43,6 +44,7 @@ ENGLISH = {
 }
 CHINESE = {
     "steps": "步",
+    "to": "至",
     "run": "训练",
     "reward": "平均奖励",
     "form": "格式错误的回答",
@@ -144,7 +146,7 @@ def markdown_table(words: Mapping[str, str] = ENGLISH) -> str:
     rows = [[words[head] for head in ("steps", "run", "reward", "form", "right")], ["---"] * 5]
     for steps, name, batches in summary(kept):
         means = [sum(one[key] for one in batches) / len(batches) for key in ("reward", "format_errors", "right")]
-        rows.append([steps, words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"])
+        rows.append([steps.replace("to", words["to"]), words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -206,8 +208,8 @@ def save_chart(kept: Mapping[str, Any], path: Path) -> None:
         below.set_ylabel("answers in the wrong form, %")
         below.set_ylim(-3, 103)
         below.set_xlabel(f"step (batches of {8 * plan['prompts']} answers)")
-        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET, "va": "top", "ha": "right"}
-        below.text(plan["checkpoint"] - 1, 0.98, f"checkpoint-{plan['checkpoint']}", **note)
+        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET}
+        below.text(plan["checkpoint"] - 1, 0.98, f"checkpoint-{plan['checkpoint']}", va="top", ha="right", **note)
         charts.horizontal_grid(above, below)
         handles, labels = above.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
