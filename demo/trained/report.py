@@ -146,7 +146,9 @@ def markdown_table(words: Mapping[str, str] = ENGLISH) -> str:
     rows = [[words[head] for head in ("steps", "run", "reward", "form", "right")], ["---"] * 5]
     for steps, name, batches in summary(kept):
         means = [sum(one[key] for one in batches) / len(batches) for key in ("reward", "format_errors", "right")]
-        rows.append([steps.replace("to", words["to"]), words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"])
+        rows.append(
+            [steps.replace("to", words["to"]), words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
