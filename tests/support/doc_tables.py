@@ -92,7 +92,7 @@ def vllm_in_chinese() -> str:
 
 
 def _in_chinese(english: str) -> str:
-    """Cell by cell; a cell with words that CHINESE and WAYS lack is an error, so that nothing new stays untranslated."""
+    """Cell by cell; words that CHINESE and WAYS lack are an error, so that nothing new stays untranslated."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in english.splitlines()]
     translated = []
     for number, row in enumerate(rows):
