@@ -161,10 +161,10 @@ def markdown_record(words: Mapping[str, str] = ENGLISH) -> str:
     kept = json.loads(KEPT.read_text())
     arguments, versions = kept["arguments"], kept["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    swift = " ".join(f"--{name} {arguments[name]}" for name in ARGUMENTS)
+    swift = " ".join(f"`--{name} {arguments[name]}`" for name in ARGUMENTS)
     answers = f"8 x {kept['plan']['prompts']}"
     rows = [(words["date"], kept["date"]), (words["device"], kept["device"]), (words["versions"], packages),
-            (words["batch"], answers), (words["arguments"], f"`{swift}`")]  # fmt: skip
+            (words["batch"], answers), (words["arguments"], swift)]  # fmt: skip
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
