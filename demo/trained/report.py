@@ -27,6 +27,7 @@ KEPT = Path(__file__).resolve().parents[2] / "docs" / "demo-reward.json"
 ARGUMENTS = ("learning_rate", "lora_rank", "lora_alpha", "temperature", "max_completion_length", "seed")
 ENGLISH = {
     "steps": "Steps",
+    "to": "to",
     "run": "Run",
     "reward": "Mean reward",
     "form": "Answers in the wrong form",
@@ -43,6 +44,7 @@ ENGLISH = {
 }
 CHINESE = {
     "steps": "步",
+    "to": "至",
     "run": "训练",
     "reward": "平均奖励",
     "form": "格式错误的回答",
@@ -144,7 +146,9 @@ def markdown_table(words: Mapping[str, str] = ENGLISH) -> str:
     rows = [[words[head] for head in ("steps", "run", "reward", "form", "right")], ["---"] * 5]
     for steps, name, batches in summary(kept):
         means = [sum(one[key] for one in batches) / len(batches) for key in ("reward", "format_errors", "right")]
-        rows.append([steps, words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"])
+        rows.append(
+            [steps.replace("to", words["to"]), words[name], f"{means[0]:.2f}", f"{means[1]:.0%}", f"{means[2]:.0%}"]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -157,10 +161,10 @@ def markdown_record(words: Mapping[str, str] = ENGLISH) -> str:
     kept = json.loads(KEPT.read_text())
     arguments, versions = kept["arguments"], kept["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    swift = " ".join(f"--{name} {arguments[name]}" for name in ARGUMENTS)
+    swift = " ".join(f"`--{name} {arguments[name]}`" for name in ARGUMENTS)
     answers = f"8 x {kept['plan']['prompts']}"
     rows = [(words["date"], kept["date"]), (words["device"], kept["device"]), (words["versions"], packages),
-            (words["batch"], answers), (words["arguments"], f"`{swift}`")]  # fmt: skip
+            (words["batch"], answers), (words["arguments"], swift)]  # fmt: skip
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
@@ -180,7 +184,7 @@ def save(kept: Mapping[str, Any], path: Path) -> None:
 def save_chart(kept: Mapping[str, Any], path: Path) -> None:
     """Reward above, format errors below, over steps. Raises MissingPackageError, ChartError."""
     plan, series = kept["plan"], kept["runs"]
-    with charts.chart(path, size=(8.5, 6.5), rows=2, sharex=True, option="--chart") as (figure, (above, below)):
+    with charts.chart(path, size=(7, 5.6), rows=2, sharex=True, option="--chart") as (figure, (above, below)):
         for axis, key, scale in ((above, "reward", 1), (below, "format_errors", 100)):
             _line(
                 axis,
@@ -200,20 +204,20 @@ def save_chart(kept: Mapping[str, Any], path: Path) -> None:
             axis.axvline(plan["checkpoint"] - 0.5, color=charts.QUIET, lw=1, ls=":")
             if series[KILLED]:
                 last = series[KILLED][-1]
-                axis.plot([last["step"]], [scale * last[key]], color=charts.OURS, marker="X", ms=11)
+                axis.plot([last["step"]], [scale * last[key]], color="black", marker="x", ms=9, mew=2, zorder=5)
         above.set_ylabel("mean reward of a batch")
         above.set_ylim(0, 1.02)
         below.set_ylabel("answers in the wrong form, %")
         below.set_ylim(-3, 103)
         below.set_xlabel(f"step (batches of {8 * plan['prompts']} answers)")
-        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET, "va": "top"}
-        below.text(plan["checkpoint"] - 0.2, 0.98, f"checkpoint-{plan['checkpoint']}", **note)
+        note: dict[str, Any] = {"transform": below.get_xaxis_transform(), "color": charts.QUIET}
+        below.text(plan["checkpoint"] - 1, 0.98, f"checkpoint-{plan['checkpoint']}", va="top", ha="right", **note)
         charts.horizontal_grid(above, below)
         handles, labels = above.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         figure.suptitle(
-            "The same run, killed (X) and resumed: stock ms-swift generates with twice the LoRA\n" + subtitle(kept),
-            fontsize=12,
+            "The same run, killed (x) and resumed: stock ms-swift generates with twice the LoRA\n" + subtitle(kept),
+            fontsize=11,
         )
 
 

@@ -51,9 +51,7 @@ def chart(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError(
-            f'The chart needs matplotlib ({error}): pip install "swift-lora-fix[plot]"'
-        ) from error
+        raise MissingPackageError(f"The chart needs matplotlib ({error}): pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         canvas = FigureCanvasAgg(figure)  # needs no display

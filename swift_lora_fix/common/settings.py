@@ -22,12 +22,12 @@ _KERNELS = {"auto", "vllm", "dense"}
 class Settings:
     """Settings of this process.
 
-    enabled: ``SWIFT_LORA_FIX`` (``on``, the default, or ``off``, which keeps every patch out).
+    enabled: ``SWIFT_LORA_FIX``: ``on``, the default, or ``off``, which keeps every patch out.
     mode: ``SWIFT_LORA_FIX_MODE``: ``adapter`` (base and adapter apart, in vLLM's LoRA layers), ``fused`` (the adapter
         folded into the engine's own weights), ``auto`` (measured at the start of the run). Not set: by
         ``--vllm_enable_lora``, true for ``adapter`` and false for ``fused``.
-    writer: ``SWIFT_LORA_FIX_WRITER`` (``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
-        through vLLM's own adapter loader, the slow reference path).
+    writer: ``SWIFT_LORA_FIX_WRITER``: ``direct``, the default: straight into vLLM's LoRA slots; ``loader``: always
+        through vLLM's own adapter loader, the slow reference path.
     kernels: ``SWIFT_LORA_FIX_KERNELS``, in adapter mode: ``vllm`` (vLLM's own LoRA kernels), ``dense`` (the adapter's
         A lies below the base weight, so that one matrix product computes both; an error where no layer of the engine
         allows it) or ``auto`` (the default: dense on a GPU where a layer allows it, else vLLM's).
@@ -35,19 +35,16 @@ class Settings:
         default), ``repair`` (send base and adapter through the reference path, raise if that does not help) or ``warn``
         (log it and go on).
     gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs, run the agreement gate at every Nth sync; 50 is
-    the
-        default. 0 switches the gate off; the audits stay.
+        the default. 0 switches the gate off; the audits stay.
     lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that rounding
-    may
-        lose before there is a warning, and before ``auto`` takes the other mode; 0.5 is the default.
+        may lose before there is a warning, and before ``auto`` takes the other mode; 0.5 is the default.
     transport: ``SWIFT_LORA_FIX_TRANSPORT``, in server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
         connection), ``reload`` (by shared memory of one host, or in the request body; NCCL is not opened; set it for
         the servers too). Not set: NCCL if it works, otherwise as ``reload``.
     server_deadline: ``SWIFT_LORA_FIX_SERVER_DEADLINE``: seconds in which a rollout server must have answered a call,
         retries included; 300 is the default.
     rollout_deadline: ``SWIFT_LORA_FIX_ROLLOUT_DEADLINE``: seconds that one rollout call may take; 3600 is the default.
-    A
-        server that makes rollouts answers nothing else, so a hang cannot be noticed earlier.
+        A server that makes rollouts answers nothing else, so a hang cannot be noticed earlier.
     api_key: ``SWIFT_LORA_FIX_API_KEY``: the servers' ``--api_key``.
     max_mib: ``SWIFT_LORA_FIX_MAX_MIB``: the largest adapter, in MiB, that a rollout server takes; 8192 is the default.
     """

@@ -113,10 +113,10 @@ def check_start(folder: Path, options: str) -> None:
         if "swift_type" not in read_json(config) and (weights := weights_file(folder)).name == SAFETENSORS:
             read_header(weights)
     elif not any(folder.glob(f"*/{ADAPTER_CONFIG}")):
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:12])
         raise AdapterFileError(
-            f"The run is to start from {folder} ({options}), but "
-            f"{folder} has no {ADAPTER_CONFIG}, so there is no adapter in it. It holds "
-            f"{sorted(path.name for path in folder.iterdir())[:12]}. Name the checkpoint-N of a LoRA run."
+            f"The run is to start from {folder} ({options}), but {folder} has no {ADAPTER_CONFIG}, so there is no "
+            f"adapter in it. It holds {held or 'nothing'}. Name the checkpoint-N of a LoRA run."
         )
 
 

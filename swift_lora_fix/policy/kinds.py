@@ -96,7 +96,7 @@ KINDS: tuple[Kind, ...] = (
         is_plain=True,
     ),
     Kind(
-        "initial values",
+        "initial values (PiSSA, OLoRA and the like)",
         BOTH,
         "each *_init of LoraLayer sets A and B, and some take a part out of the base's weight once; what runs is plain "
         "LoRA around the trainer's own base, and that base is what the engine gets",

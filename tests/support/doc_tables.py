@@ -66,6 +66,7 @@ CHINESE = {
     "Adapters from memory": "内存中的 adapter",
     "Not tried": "未测试",
 }
+WAYS = {"in-process": "进程内", "multi-process": "多进程", "tensor parallel": "张量并行"}  # within a cell
 
 
 ARCHITECTURE_WORDS = {
@@ -93,14 +94,20 @@ def vllm_in_chinese() -> str:
 
 
 def _in_chinese(english: str) -> str:
-    """Cell by cell; a cell with a letter that CHINESE lacks is an error, so that nothing new stays untranslated."""
+    """Cell by cell; words that CHINESE and WAYS lack are an error, so that nothing new stays untranslated."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in english.splitlines()]
     translated = []
     for number, row in enumerate(rows):
         names = row[:1] if number else []  # a release; of vLLM's table only the last column has words
-        rest = [CHINESE.get(cell, cell) for cell in row[len(names) :]]
+        rest = [CHINESE.get(cell) or _ways(cell) for cell in row[len(names) :]]
         translated.append([*(name.replace(" to ", " 至 ") for name in names), *rest])
     return "\n".join(f"| {' | '.join(row)} |" for row in translated)
+
+
+def _ways(cell: str) -> str:
+    found = re.sub("|".join(WAYS), lambda way: WAYS[way[0]], cell)
+    assert not re.search("[a-z]{2}", re.sub("`[^`]*`", "", found)), f"not translated: {cell}"
+    return found
 
 
 def settings() -> str:
@@ -117,8 +124,6 @@ def settings() -> str:
 
 def _default(name: str) -> str:
     value = getattr(Settings, name)
-    if name == "root":
-        return "`/dev/shm/swift_lora_fix-UID`"
     return {True: "`on`", "": "not set"}.get(value, f"`{value}`")
 
 
@@ -206,7 +211,7 @@ def _first_paragraph(thing: object) -> str:
 
 
 def _sentence(words: str, end: str = ".") -> str:
-    is_name = not words.split()[0].isalpha() or words.startswith("aLoRA")  # ms-swift, modules_to_save
+    is_name = not words.split()[0].isalpha() or words.startswith(("aLoRA", "vLLM"))  # ms-swift, modules_to_save
     return (words if is_name else words[0].upper() + words[1:]).rstrip(".") + end
 
 

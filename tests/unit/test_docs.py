@@ -66,6 +66,12 @@ def tables(text: str) -> list[list[list[str]]]:
     ]
 
 
+def verdicts(found: list[list[list[str]]]) -> list[list[list[str]]]:
+    """The cells of each row that are nothing but a yes or a no, in English."""
+    said = {"yes": "yes", "是": "yes", "no": "no", "否": "no"}
+    return [[[said[cell] for cell in row if cell in said] for row in table] for table in found]
+
+
 def names(found: list[list[list[str]]]) -> list[list[list[str]]]:
     """Code and numbers of each row's first cell."""
     return [[sorted(re.findall(r"`[^`]+`|\d[\d.]*", row[0])) for row in table] for table in found]
@@ -234,6 +240,7 @@ def test_both_languages_say_the_same(english: str, chinese: str) -> None:
         [len(row) for row in table] for table in tables(other)
     ]
     assert names(tables(one)) == names(tables(other)), "what a row is about: its code and numbers"
+    assert verdicts(tables(one)) == verdicts(tables(other))
     numbers = [set(re.findall(r"\d+(?:\.\d+)?", prose(text))) for text in (one, other)]
     assert numbers[0] == numbers[1], numbers[0] ^ numbers[1]
 

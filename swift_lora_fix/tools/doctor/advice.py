@@ -20,8 +20,8 @@ def about_settings(patches: Patches, variables: Sequence[Variable]) -> Iterator[
     given = {variable.name: variable.value for variable in variables if variable.value is not None}
     if patches.tried and not Settings.from_environment(given).enabled:
         yield (
-            f"SWIFT_LORA_FIX={given['SWIFT_LORA_FIX']} keeps every patch out, so that runs have the defects of stock "
-            "ms-swift: unset it to use the fix."
+            f"SWIFT_LORA_FIX={given['SWIFT_LORA_FIX']} keeps every patch out, so that runs have the defects of "
+            "stock: unset it to use the fix."
         )
     for variable in variables:
         if variable.note == UNKNOWN_SETTING:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .facts import Report, examine
+from .facts import DISTRIBUTIONS, Report, examine
 from .variables import Variable
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ VERDICTS = {
     "broken": ("red", "cannot work as it is"),
 }
 MORE = "Everything that was found: swift-lora-fix doctor --verbose (tables) or --json (for machines)."
+START = {
+    "ms-swift": 'swift rlhf ... --external_plugins "$(swift-lora-fix plugin)"',
+    "TRL": "import swift_lora_fix, before the trainer is made.",
+}
 TO_DO_AT_MOST = 2
 Row = tuple[str, str]
 
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    with Console(stderr=True).status("Loading ms-swift and vLLM ..."):
+    with Console(stderr=True).status("Loading what is installed, up to a minute or two ..."):
         report = examine()
     if args.json:
         json.dump(report.as_dict(), sys.stdout, indent=1)
@@ -54,7 +58,7 @@ def show_briefly(report: Report, console: Console) -> None:
 
 
 def _found(report: Report) -> str:
-    names = {"ms-swift": "ms-swift", "vLLM": "vllm", "torch": "torch", "PEFT": "peft"}
+    names = {report.framework: DISTRIBUTIONS[report.framework], "vLLM": "vllm", "torch": "torch", "PEFT": "peft"}
     versions = [f"{shown} {_version(report, name, report.versions[name])}" for shown, name in names.items()]
     return ", ".join(versions) + (f", on {report.engine.device}" if report.engine.device else "")
 
@@ -70,7 +74,7 @@ def _to_do(report: Report) -> list[str]:
 def _how_to_use_it(report: Report) -> list[str]:
     mended = [defect.title for defect in report.defects if defect.mended]
     found = f"Stock has {len(report.defects)} known defects here; mended in the colocated engine: {'; '.join(mended)}."
-    return [found, 'Use it: swift rlhf ... --external_plugins "$(swift-lora-fix plugin)"']
+    return [found, f"Use it: {START[report.framework]}"]
 
 
 def show(report: Report, console: Console) -> None:
@@ -150,7 +154,9 @@ def _version(report: Report, name: str, version: str | None) -> str:
 
 def _affected(report: Report) -> list[Row]:
     if not report.release.known:
-        return [("not known", f"this {report.framework} is not in the table of releases")]
+        installed = report.versions[DISTRIBUTIONS[report.framework]] is not None
+        why = "this release is not in the table" if installed else "it is not installed"
+        return [("not known", f"{report.framework}: {why}")]
     mended = sum(defect.mended for defect in report.defects)
     return [("yes" if report.release.affected else "no", f"{len(report.defects)} known defects, {mended} mended here")]
 

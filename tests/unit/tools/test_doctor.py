@@ -138,6 +138,7 @@ def test_releases_that_nobody_has_tried(environment: Environment) -> None:
     [
         ((*SWIFT_NAMES, "trl", "trl-*"), ["ms-swift", "trl"]),
         (VLLM_NAMES, ["vllm"]),
+        ((*SWIFT_NAMES, *VLLM_NAMES), ["vllm"]),  # an environment of TRL's, where ms-swift is not missing
         (("peft", "peft-*", "trl", "trl-*"), ["peft", "trl"]),
         ((*SWIFT_NAMES, *VLLM_NAMES, "torch", "torch-*", "trl", "trl-*"), ["ms-swift", "vllm", "torch", "trl"]),
     ],
