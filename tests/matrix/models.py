@@ -194,6 +194,7 @@ LINES = ["\n" * count for count in (1, 2, 3, 4)]  # vLLM's processor looks for t
 def _gemma3_vision(folder: Path) -> None:
     import torch
     import transformers as hf
+    from safetensors.torch import load_file, save_file
 
     make_tokenizer(folder, SPECIAL_TOKENS + TURNS + LINES + list(GEMMA_TOKENS.values()))
     tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=GEMMA_TOKENS)
@@ -212,6 +213,9 @@ def _gemma3_vision(folder: Path) -> None:
     model = hf.Gemma3ForConditionalGeneration(config)
     _never_say(model, [start, end, image])
     _save(model, folder)
+    held = load_file(folder / "model.safetensors")  # transformers leaves a level out of the names that Google published
+    held = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in held.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
     images = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     hf.Gemma3Processor(
         image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=4
