@@ -30,8 +30,8 @@ def base_sums(model: str, dtype: torch.dtype | None = None) -> dict[str, list[An
     """Dtype, shape and checksum of each tensor in a model folder's safetensors files, as the engine holds it.
 
     dtype: the engine's. Floats in the files are cast to it first, as vLLM does when it loads them. A weight in blocks
-    of FP8 is there twice: as it is, and, with ``SCALES`` twice behind its name, as a trainer without FP8 kernels computes it
-    from the file, in ``dtype``.
+    of FP8 is there twice: as it is, and, with ``SCALES`` twice behind its name, as a trainer without FP8 kernels
+    computes it from the file, in ``dtype``.
     """
     return {
         name: [str(tensor.dtype).split(".")[-1], list(tensor.shape), int(checksum(tensor))]
