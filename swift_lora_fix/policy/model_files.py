@@ -18,7 +18,9 @@ from .files import TensorHeader, read_header
 
 Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCALES = "_scale_inv"  # behind the name of a weight in blocks of FP8: what each block is to be multiplied with
+BYTES = (torch.float8_e4m3fn, torch.int8)
+# behind the name of a weight in these: what each of its blocks or rows is to be multiplied with
+SCALES = ("_scale_inv", "_scale")
 
 
 def base_shapes(model: str) -> dict[str, TensorHeader]:
@@ -29,9 +31,9 @@ def base_shapes(model: str) -> dict[str, TensorHeader]:
 def base_sums(model: str, dtype: torch.dtype | None = None) -> dict[str, list[Any]]:
     """Dtype, shape and checksum of each tensor in a model folder's safetensors files, as the engine holds it.
 
-    dtype: the engine's. Floats in the files are cast to it first, as vLLM does when it loads them. A weight in blocks
-    of FP8 is there twice: as it is, and, with ``SCALES`` twice behind its name, as a trainer without FP8 kernels
-    computes it from the file, in ``dtype``.
+    dtype: the engine's. Floats in the files are cast to it first, as vLLM does when it loads them. A weight in FP8
+    or INT8 with its scales is there twice: as it is, and, with ``*`` behind its name, as a trainer computes it that has
+    no kernels for these, in ``dtype``.
     """
     return {
         name: [str(tensor.dtype).split(".")[-1], list(tensor.shape), int(checksum(tensor))]
@@ -46,17 +48,17 @@ def _tensors(model: str, dtype: torch.dtype | None) -> Iterator[tuple[str, torch
         for name, file in where.items():
             tensor = file.get_tensor(name)
             yield name, tensor.to(dtype) if dtype in FLOATS and tensor.dtype in FLOATS else tensor
-            behind = f"{name}{SCALES}"
-            if tensor.dtype != torch.float8_e4m3fn or behind not in where:
-                continue
-            scales = where[behind].get_tensor(behind)
-            if not any(size % count for size, count in zip(tensor.shape, scales.shape)):
-                yield f"{name}{SCALES}{SCALES}", _without_blocks(tensor, scales, dtype)
+            behind = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in where), None)
+            if tensor.dtype in BYTES and tensor.ndim == 2 and behind is not None:
+                plain = _multiplied(tensor, where[behind].get_tensor(behind), dtype)
+                yield from [(f"{name}*", plain)] if plain is not None else []
 
 
-def _without_blocks(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """weight: (out, in) in FP8. scales: one a block, (out / block, in / block). As transformers' ``Fp8Dequantize``
-    does, which takes whole blocks alone: in float32, and then rounded to ``dtype``."""
+def _multiplied(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """weight: (out, in). scales: one a block, (out / rows, in / columns). In float32, rounded once to ``dtype``: what
+    transformers' ``Fp8Dequantize`` and compressed-tensors make of them. None where blocks do not fill the weight."""
+    if scales.ndim != 2 or any(size % count for size, count in zip(weight.shape, scales.shape)):
+        return None
     rows, columns = (size // count for size, count in zip(weight.shape, scales.shape))
     whole = scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return (weight.float() * whole).to(dtype or torch.bfloat16)

@@ -212,7 +212,7 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
-    yield Cell("bases/fp8", "qwen2_fp8", {"vllm_enable_lora": "true"})
+    yield Cell("bases/int8", "qwen2_int8", {"vllm_enable_lora": "true"})
     published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
     yield dataclasses.replace(
         published_fsdp2,

@@ -55,13 +55,14 @@ class AdapterModeWriter:
     def send_base(self) -> base.BaseRecord:
         if not held.is_held(self.engine):
             return base.push(self.trainer, self.engine, self.adapter).record
-        lost = self._held.engine_differences() if self._held is not None else []
+        if self._held is None:
+            self._held = held.prove(self.trainer, self.engine, self.adapter)
+        lost = self._held.engine_differences()
         if lost:
             raise EngineStateError(
                 f"The engine's quantised base is not what it loaded any more ({', '.join(lost[:4])}), and cannot be "
                 "sent again: restart the run. With sleep level 2 an engine loses it: use level 1."
             )
-        self._held = held.prove(self.trainer, self.engine, self.adapter)
         return self._held
 
     def write(self) -> WriteReport:

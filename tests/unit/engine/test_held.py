@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from swift_lora_fix import errors
 from swift_lora_fix.engine.vllm.colocated import AdapterModeWriter
 from swift_lora_fix.engine.vllm.handle import EngineHandle
 from swift_lora_fix.policy import adapter as adapters
-from swift_lora_fix.policy.model_files import SCALES
+from swift_lora_fix.policy import model_files
+from tests.matrix import models
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
 from tests.unit.test_session import FakeEngine
@@ -40,7 +43,7 @@ def writer_of(model: torch.nn.Module, folder: Path, kind: str | None = "fp8", **
     for name, parameter in adapters.frozen_parameters(model):
         plain = name.replace(".base_layer", "").removeprefix("base_model.model.")
         if plain in ("first.weight", "second.weight"):
-            held[plain], held[f"{plain}{SCALES}"], parameter.data = in_blocks(parameter.data)
+            held[plain], held[f"{plain}_scale_inv"], parameter.data = in_blocks(parameter.data)
         else:
             held[plain] = parameter.data.clone()
     save_file({**held, **changes}, folder / "model.safetensors")
@@ -73,11 +76,32 @@ def test_a_trainer_that_holds_fp8_is_compared_as_it_is(model: torch.nn.Module, t
     assert writer.send_base().parameters == 3
 
 
+@pytest.mark.parametrize("kind", ["qwen2_fp8", "qwen2_int8"])
+def test_what_transformers_makes_of_such_files_is_proved_before_and_after_its_first_forward(
+    tmp_path: Path, kind: str
+) -> None:
+    """On a CPU it reads FP8 as bfloat16, and INT8 as it is until the first forward."""
+    if not hasattr(transformers, "GgufConfig"):
+        pytest.skip("older releases want a GPU for FP8")
+    models.BASES[kind].make(tmp_path)
+    files = model_files.base_sums(str(tmp_path), torch.bfloat16)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    for _ in range(2):
+        sums = model_files.trainer_sums(made, adapters.bind(made), torch.device("cpu"))
+        assert len(sums) >= 27 and model_files.compared(sums, files) == ([], [])
+        made(torch.tensor([[1, 2, 3]]))
+    layer = base.model.layers[1].mlp.up_proj
+    layer.weight.data.view(torch.int16)[0, 0] ^= 1
+    sums = model_files.trainer_sums(made, adapters.bind(made), torch.device("cpu"))
+    assert len(model_files.compared(sums, files)[0]) == 1
+
+
 @pytest.mark.parametrize(
     "name, change",
     [
         ("first.weight", torch.zeros(12, 8).to(torch.float8_e4m3fn)),
-        (f"second.weight{SCALES}", torch.ones(1, 1)),
+        ("second.weight_scale_inv", torch.ones(1, 1)),
         ("embed.weight", torch.zeros(10, 8, dtype=torch.bfloat16)),
     ],
 )
