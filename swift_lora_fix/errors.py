@@ -58,7 +58,7 @@ class RolloutServerError(SwiftLoraFixError, ConnectionError):
 
 
 class BaseMismatchError(SwiftLoraFixError, ValueError):
-    """The trainer's base differs from the one that a rollout server loaded from its model folder."""
+    """The trainer's base differs from the one that an engine loaded from its model folder, and cannot be sent."""
 
 
 class UnsupportedAdapterError(SwiftLoraFixError, ValueError):

@@ -95,7 +95,7 @@ FSDP2_FULL = json.dumps(
 class Cell:
     """arguments: for ``swift rlhf``, beside the defaults of tests/support/driver.py. server: those of the ``swift
     rollout`` beside it, if any. changed: published argument -> (published value, its value here, why). needs_gpu: why
-    a CPU cannot run it, or ''."""
+    a CPU cannot run it, or ''. stock: without this package, to show what it changes."""
 
     name: str
     architecture: str
@@ -107,6 +107,7 @@ class Cell:
     published: bool = False
     plugins: tuple[str, ...] = ()
     server: dict[str, Any] | None = None
+    stock: bool = False
 
     @property
     def mode(self) -> str:
@@ -211,7 +212,7 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
-    yield Cell("bases/fp8", "qwen2_fp8", {"vllm_enable_lora": "true"})
+    yield Cell("bases/int8", "qwen2_int8", {"vllm_enable_lora": "true"})
     published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
     yield dataclasses.replace(
         published_fsdp2,
@@ -226,5 +227,15 @@ def others() -> Iterator[Cell]:
         yield Cell(f"adapters/rank_12_by_pattern/{mode}", "qwen2", lora, environment=patterns, plugins=plugins)
 
 
+TWINS = ("adapters/towers/fused", "grpo/internal/vllm_vl7b")
+
+
+def twins() -> Iterator[Cell]:
+    """What ms-swift alone does with the same commands, where that tells something: models that see images."""
+    cells = {cell.name: cell for cell in (*published(), *others())}
+    for name in TWINS:
+        yield dataclasses.replace(cells[name], name=f"stock/{name}", published=False, stock=True)
+
+
 def all_cells() -> dict[str, Cell]:
-    return {cell.name: cell for cell in (*published(), *others())}
+    return {cell.name: cell for cell in (*published(), *others(), *twins())}

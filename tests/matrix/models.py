@@ -194,6 +194,7 @@ LINES = ["\n" * count for count in (1, 2, 3, 4)]  # vLLM's processor looks for t
 def _gemma3_vision(folder: Path) -> None:
     import torch
     import transformers as hf
+    from safetensors.torch import load_file, save_file
 
     make_tokenizer(folder, SPECIAL_TOKENS + TURNS + LINES + list(GEMMA_TOKENS.values()))
     tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=GEMMA_TOKENS)
@@ -212,6 +213,9 @@ def _gemma3_vision(folder: Path) -> None:
     model = hf.Gemma3ForConditionalGeneration(config)
     _never_say(model, [start, end, image])
     _save(model, folder)
+    held = load_file(folder / "model.safetensors")  # transformers leaves a level out of the names that Google published
+    held = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in held.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
     images = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     hf.Gemma3Processor(
         image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=4
@@ -259,9 +263,41 @@ def _fp8(folder: Path) -> None:
             held[name] = (blocks / scale[:, None, :, None]).view(value.shape).to(torch.float8_e4m3fn)
             held[f"{name}_scale_inv"] = scale
     save_file(held, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
     blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": blocks}, indent=1))
+    _is_quantised(folder, blocks)
+
+
+def _int8(folder: Path) -> None:
+    """A Qwen2 in compressed-tensors' INT8, a scale for each row, as llm-compressor writes it (W8A8)."""
+    from safetensors.torch import load_file, save_file
+
+    _text("Qwen2")(folder)
+    held = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        held[name] = value
+        if name.endswith("_proj.weight"):
+            scale = (value.float().abs().amax(dim=1, keepdim=True) / 127).to(value.dtype)
+            held[name] = (value.float() / scale.float()).round().clamp(-127, 127).char()
+            held[f"{name}_scale"] = scale
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    whole = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights = {**whole, "strategy": "channel", "dynamic": False}
+    inputs = {**whole, "strategy": "token", "dynamic": True}
+    _is_quantised(
+        folder,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+        },
+    )
+
+
+def _is_quantised(folder: Path, how: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how}, indent=1))
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -300,7 +336,7 @@ ARCHITECTURES = {
     "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", IMAGE),
 }
 
-BASES = {"qwen2_fp8": Architecture("qwen2", _fp8)}  # quantised in the files
+BASES = {"qwen2_int8": Architecture("qwen2", _int8), "qwen2_fp8": Architecture("qwen2", _fp8)}  # in their files
 ALL = {**ARCHITECTURES, **BASES}
 
 

@@ -57,7 +57,7 @@ def make_model(architecture: str, folder: Path) -> Path:
 
 
 def run(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Run both parts of the cell in ``folder``. Returns its record."""
+    """Run both parts of the cell in ``folder``, or, of a stock one, all steps at once. Returns its record."""
     started = datetime.datetime.now(datetime.timezone.utc)
     model = make_model(cell.architecture, folder)
     place = folder / file_name(cell)
@@ -70,9 +70,10 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
             (server,) = stack.enter_context(rollout_server.running([_server(cell, model, place / "server")]))
             more.update(vllm_server_host="127.0.0.1", vllm_server_port=server.port, vllm_server_timeout=900)
             more["vllm_server_group_port"] = rollout_server.quiet_port()
-        runs = [_part(cell, model, place / "trained", {"SLF_KILL_AT_STEP": str(KILLED_AT)}, **more).start()]
+        until = {"SWIFT_LORA_FIX": "off"} if cell.stock else {"SLF_KILL_AT_STEP": str(KILLED_AT)}
+        runs = [_part(cell, model, place / "trained", until, **more).start()]
         checkpoint = runs[0].output / f"checkpoint-{KILLED_AT}"
-        if (checkpoint / "trainer_state.json").is_file():  # under FSDP2 the rest is in shards
+        if (checkpoint / "trainer_state.json").is_file() and not cell.stock:  # under FSDP2 the rest is in shards
             more["resume_from_checkpoint"] = str(checkpoint)
             if cell.arguments.get("save_only_model") == "true":
                 more["resume_only_model"] = "true"
@@ -183,7 +184,9 @@ def _part(cell: Cell, model: Path, folder: Path, environment: dict[str, str], **
         **environment,
     }
     (folder / "judge.jsonl").unlink(missing_ok=True)
-    made = Run(cell.name, this_python(), model, folder, True, arguments, environment, ranks=places.ranks, probe=False)
+    made = Run(
+        cell.name, this_python(), model, folder, not cell.stock, arguments, environment, ranks=places.ranks, probe=False
+    )
     made.gpu, made.launched = on_gpu, cell.ranks > 1
     made.plugins = _plugins(*sharded, *cell.plugins)
     grow = (PLUGINS / "slf_grow.py",) if on_gpu else ()  # on a CPU it is among the driver's
@@ -214,7 +217,7 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
     """``passed``, ``refused`` or ``failing``, and why."""
     last = runs[-1]
     errors = ERROR.findall(last.log)
-    if len(runs) == 1 or last.returncode != 0:
+    if last.returncode != 0 or (len(runs) == 1 and not cell.stock):
         # the first one: later ones come of it, and the last one is the launcher's
         what = " ".join((errors or last.log.strip().splitlines()[-1:] or ["no output"])[0].split())
         ours = what.startswith("swift_lora_fix.errors.") and "PolicyMismatch" not in what
@@ -226,7 +229,7 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
         problems.append(f"judged at steps {steps}, not at each of {LAST}")
     if "stepping aside" in last.log:
         problems.append(re.findall(r"stepping aside: .*", last.log)[0])
-    for record in (line for run in runs for line in syncs(run)):
+    for record in (line for run in runs for line in syncs(run) if not cell.stock):
         if record["gate"].get("agrees") != 1:
             problems.append(f"step {record['step']}: the plugin's gate says {record['gate'] or 'nothing'}")
     return ("failing", "; ".join(problems)[:900]) if problems else ("passed", "")

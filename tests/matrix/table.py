@@ -24,6 +24,10 @@ a GPU, and nothing here says that it works. Runs are on a CPU unless the outcome
 rollout` beside it, one worker, over ms-swift's own connection; on a CPU what carries its bytes stands in for NCCL
 (`tests/support/nccl_over_store`).
 """
+STOCK = """Stock, for comparison
+
+The same commands without this package, four steps at once. *base_changed*: entries of the trainer's frozen weights that
+its syncs changed."""
 ON_A_GPU = """
 ## On a GPU
 
@@ -45,7 +49,8 @@ def render() -> str:
     parts = [HEAD]
     for title, chosen in (
         ("Published commands", [cell for cell in cells if cell.published]),
-        ("Other architectures and adapters", [cell for cell in cells if not cell.published]),
+        ("Other architectures and adapters", [cell for cell in cells if not cell.published and not cell.stock]),
+        (STOCK, [cell for cell in cells if cell.stock]),
     ):
         parts += ["", f"## {title}", "", COLUMNS, "|" + " --- |" * COLUMNS.count(" | ") + " --- |"]
         parts += [row for cell in chosen for row in _rows(cell)]

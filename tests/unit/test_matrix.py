@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def test_four_sound_syncs_pass(tmp_path: Path) -> None:
 def test_what_is_not_sound_fails_and_is_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     outcome, why = found(tmp_path, **changes)
     assert outcome == "failing" and told in why
+
+
+def test_a_stock_run_is_judged_by_the_numbers_alone(tmp_path: Path) -> None:
+    stock = dataclasses.replace(CELL, stock=True)
+    assert running.judge(stock, [part(tmp_path / "sound", [0, 1, 2, 3], agrees=0)]) == ("passed", "")
+    outcome, why = running.judge(stock, [part(tmp_path / "drifting", [0, 1, 2, 3], base_changed=7)])
+    assert outcome == "failing" and "base_changed 7" in why
 
 
 def test_a_sync_that_nobody_judged_fails(tmp_path: Path) -> None:

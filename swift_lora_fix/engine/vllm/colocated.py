@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ...common.clock import Clock
-from ...errors import CacheResetError
+from ...errors import CacheResetError, EngineStateError
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...policy.merging import MergedModule, twin_of
@@ -20,7 +20,7 @@ from .fitting import check_fits
 from .handle import EngineHandle
 from .slots.staging import host_digest
 from .slots.writer import AdapterWriter
-from .weights import base
+from .weights import base, held
 from .weights.fused import FusedWriter
 
 
@@ -36,6 +36,7 @@ class AdapterModeWriter:
         self.trainer, self.engine, self.adapter = trainer, engine, adapter
         self.slots = AdapterWriter(engine, adapter, trainer.adapter_request_class, trainer.device, direct)
         self.serving: ServingPort = AdapterServing(trainer, engine, adapter)
+        self._held: base.BaseRecord | None = None  # of a base that cannot be sent
 
     @property
     def place(self) -> str:
@@ -52,7 +53,17 @@ class AdapterModeWriter:
         self.slots.validate()
 
     def send_base(self) -> base.BaseRecord:
-        return base.push(self.trainer, self.engine, self.adapter).record
+        if not held.is_held(self.engine):
+            return base.push(self.trainer, self.engine, self.adapter).record
+        if self._held is None:
+            self._held = held.prove(self.trainer, self.engine, self.adapter)
+        lost = self._held.engine_differences()
+        if lost:
+            raise EngineStateError(
+                f"The engine's quantised base is not what it loaded any more ({', '.join(lost[:4])}), and cannot be "
+                "sent again: restart the run. With sleep level 2 an engine loses it: use level 1."
+            )
+        return self._held
 
     def write(self) -> WriteReport:
         keep_views = not self.trainer.offloads_model

@@ -67,6 +67,15 @@ class EngineHandle:
         return self.lora_config.lora_dtype
 
     @property
+    def quantization(self) -> str | None:
+        """vLLM's name of how the engine holds its weights, or None."""
+        return self.llm_engine.vllm_config.model_config.quantization
+
+    @property
+    def model_folder(self) -> str:
+        return str(self.llm_engine.vllm_config.model_config.model)
+
+    @property
     def load_format(self) -> str:
         return str(self.llm_engine.vllm_config.load_config.load_format)
 

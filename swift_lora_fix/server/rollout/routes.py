@@ -17,6 +17,7 @@ from ...common.log import info, warning
 from ...common.settings import Settings
 from ...errors import AccessError, StagingError
 from ...install import releases
+from ...policy.model_files import base_sums
 from .. import wire as protocol
 from ..hosts import is_alive, this_host
 from ..shared import Memory
@@ -36,7 +37,6 @@ from ..wire import (
     To,
     parsed,
 )
-from .base import base_sums
 from .pipes import Workers, failures
 from .requests import Refused, body_of, route_class
 

@@ -25,6 +25,7 @@ from ...errors import CacheResetError, EngineStateError, ProtocolError, StagingE
 from ...memory import LoRATensorRequest, update
 from ...memory.segment import DTYPES
 from ...memory.sending import ledger_of
+from ...policy.model_files import base_shapes
 from ..shared import opened
 from ..wire import (
     EXTENSION,
@@ -40,7 +41,6 @@ from ..wire import (
     http_status,
     limit_of,
 )
-from .base import base_shapes
 from .checks import check_names, check_shapes, scales_nothing
 from .receiver import Received, told
 

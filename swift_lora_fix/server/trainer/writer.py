@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from ...common.clock import Clock
-from ...common.digest import checksum
 from ...common.log import info, warning
 from ...common.ranks import on_main_rank, ranks_agree
 from ...engine.port import ServingPort, WriteReport
@@ -22,12 +20,11 @@ from ...errors import BaseMismatchError, EngineStateError, RolloutServerError, U
 from ...install import releases
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
+from ...policy.model_files import Sums, compared, trainer_sums
 from ...trainer import TrainerPort
 from ..wire import ANOTHER, Layout, Policy, plain_config
 from .parcel import Host, Parcel
 from .remote import RemoteEngine
-
-Sums = dict[str, tuple[torch.dtype, tuple[int, ...], int]]  # by name: dtype, whole shape, checksum
 
 
 class RemoteWriter:
@@ -85,7 +82,7 @@ class RemoteWriter:
 
         All ranks together. Raises BaseMismatchError when it differs and cannot be sent.
         """
-        self._sums = _sums(self.trainer.model, self.adapter, self.device)
+        self._sums = trainer_sums(self.trainer.model, self.adapter, self.device)
         problem = self._on_main(self._look_and_compare)
         if problem is None:
             return
@@ -130,7 +127,7 @@ class RemoteWriter:
                     f"Rollout server {url} has a base that was sent to it over NCCL, in place of its model folder's: "
                     "restart it, or leave SWIFT_LORA_FIX_TRANSPORT unset on both sides, so that it is sent this one."
                 )
-            differing, elsewhere = _compared(sums, answer["sums"])
+            differing, elsewhere = compared(sums, answer["sums"])
             if differing:
                 raise BaseMismatchError(
                     f"The trainer's base differs from the model folder of rollout server {url} in {len(differing)} of "
@@ -239,44 +236,6 @@ class RemoteWriter:
     def _on_main(self, work: Callable[[], None]) -> Exception | None:
         """Run it on the main rank. Every rank gets its error, or None."""
         return on_main_rank(work, self.engine.servers is not None, self.ranks, self.device)
-
-
-def _sums(model: torch.nn.Module, adapter: Adapter, device: torch.device) -> Sums:
-    """Dtype, whole shape and checksum of each frozen parameter; sharded ones are all-gathered one at a time."""
-    found = {}
-    for name, parameter in adapters.frozen_parameters(model):
-        with adapters.whole([parameter], adapter.sharding, device) as (value,):
-            found[name] = (value.dtype, tuple(value.shape), int(checksum(value.detach())))
-    return found
-
-
-def _compared(sums: Sums, answer: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the trainer's parameters that differ from a server's files, and of those that have no counterpart there.
-
-    A name that both have is compared as such. Files may name a layer otherwise than the trainer: then one of the same
-    layer number, shape and content must be there, and where the numbers differ too, one of the same content.
-    """
-    held = {name: (tuple(shape), value) for name, (_, shape, value) in answer.items()}
-    places = {(_place(name), *content) for name, content in held.items()}
-    numbered = {(_place(name), shape) for name, (shape, _) in held.items()}
-    values, shapes = set(held.values()), {shape for shape, _ in held.values()}
-    differing: list[str] = []
-    elsewhere: list[str] = []
-    for name, (_, shape, value) in sums.items():
-        if name in held:
-            fine = held[name] == (shape, value)
-        elif (_place(name), shape) in numbered:
-            fine = (_place(name), shape, value) in places
-        else:
-            fine = (shape, value) in values
-        if not fine:
-            (differing if name in held or shape in shapes else elsewhere).append(name)
-    return differing, elsewhere
-
-
-def _place(name: str) -> tuple[str, ...]:
-    """The numbers in a parameter's name: its layer, its expert."""
-    return tuple(re.findall(r"\d+", name))
 
 
 class RemoteServing:

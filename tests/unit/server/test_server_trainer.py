@@ -24,12 +24,11 @@ from swift_lora_fix import errors
 from swift_lora_fix.common.digest import checksum
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
-from swift_lora_fix.policy import adapter
+from swift_lora_fix.policy import adapter, model_files
 from swift_lora_fix.server.hosts import this_host
 from swift_lora_fix.server.rollout.receiver import Received
 from swift_lora_fix.server.shared import opened
 from swift_lora_fix.server.trainer import remote
-from swift_lora_fix.server.trainer import writer as writing
 from swift_lora_fix.server.trainer.client import Servers
 from swift_lora_fix.server.trainer.writer import RemoteWriter
 from swift_lora_fix.server.wire import POLICY_HEADER, PREFIX, PROTOCOL, UNSEEN, Address, Layout
@@ -711,12 +710,12 @@ def test_layers_that_changed_places_are_another_base(model: Any) -> None:
     mine = {f"model.layers.{n}.up.weight": (torch.bfloat16, shape, 10 + n) for n in range(3)}
     theirs = {name: ["bfloat16", list(shape), value] for name, (_, _, value) in mine.items()}
     renamed = {name.replace("model.", "language."): content for name, content in theirs.items()}
-    assert writing._compared(mine, theirs) == writing._compared(mine, renamed) == ([], [])
+    assert model_files.compared(mine, theirs) == model_files.compared(mine, renamed) == ([], [])
     for held in (theirs, renamed):
         first, second = list(held)[:2]
         held[first], held[second] = held[second], held[first]
-        assert writing._compared(mine, held)[0] == list(mine)[:2]
-    assert writing._compared({"a.weight": (torch.bfloat16, (9,), 1)}, theirs) == ([], ["a.weight"])
+        assert model_files.compared(mine, held)[0] == list(mine)[:2]
+    assert model_files.compared({"a.weight": (torch.bfloat16, (9,), 1)}, theirs) == ([], ["a.weight"])
 
 
 def test_nccl_on_one_side_alone_is_an_error(model: Any, scripts: list[Scripted], wired: Any, monkeypatch: Any) -> None:
