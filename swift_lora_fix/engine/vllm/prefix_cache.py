@@ -12,6 +12,7 @@ is nothing to forget, nothing is changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,11 +29,33 @@ def sparing_reset(llm_engine: Any) -> Iterator[None]:
     """While this lasts, whoever goes through the blocks of this engine's pool meets only those that the cache knows.
 
     Args:
-        llm_engine: a ``vllm.LLMEngine`` whose engine core is in this process. If its pool is not as known here, or
-            breaks the invariant, nothing is changed, and one line says so.
+        llm_engine: a ``vllm.LLMEngine`` whose engine core is in this process.
     """
-    pool = _pool_of(llm_engine)
-    if pool is None or _proofs.setdefault(pool, 0) < 0:
+    with _sparing(_pool_of(llm_engine)):
+        yield
+
+
+def spare_every_reset() -> None:
+    """The same for every reset in this process from now on. For the process that vLLM runs its engine core in: whoever
+    asks for the reset is in another one."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    reset = BlockPool.reset_prefix_cache
+    if hasattr(reset, "__wrapped__"):
+        return
+
+    @functools.wraps(reset)
+    def reset_prefix_cache(pool: Any) -> bool:
+        with _sparing(pool):
+            return bool(reset(pool))
+
+    BlockPool.reset_prefix_cache = reset_prefix_cache
+
+
+@contextlib.contextmanager
+def _sparing(pool: Any) -> Iterator[None]:
+    """If the pool is not as known here, or breaks the invariant, nothing is changed, and one line says so."""
+    if not isinstance(getattr(pool, "blocks", None), list) or _proofs.setdefault(pool, 0) < 0:
         yield
         return
     blocks, cached = pool.blocks, _cached_blocks(pool)
@@ -72,8 +95,7 @@ class _Visited(Sequence[Any]):
 
 def _pool_of(llm_engine: Any) -> Any | None:
     try:
-        pool = llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        return pool if isinstance(pool.blocks, list) else None
+        return llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     except AttributeError:  # the engine core is in another process, or vLLM has other names
         return None
 

@@ -85,7 +85,7 @@ def altered(server: ReloadServer, change: Callable[[dict[str, Any], dict[str, to
 def test_it_says_what_it_is(server: ReloadServer) -> None:
     status = server.status()
     expected = {
-        "protocol": 3,
+        "protocol": 4,
         "enable_lora": True,
         "max_lora_rank": 16,
         "policy": None,
@@ -310,7 +310,7 @@ def test_another_process_or_base(server: ReloadServer, adapters: list[Sent], unc
 
 
 def test_what_the_protocol_does_not_know(server: ReloadServer, unchanged: Policy) -> None:
-    refused(server.order("stage", policy={}), 400, "ProtocolError", "layout is", "policy.version is")
+    refused(server.order("stage", policy={}), 400, "ProtocolError", "nccl is", "policy.version is")
     wrong = {**unchanged.as_dict(), "version": "1"}
     refused(server.order("commit", policy=wrong), 400, "ProtocolError", "version is '1'")
     refused(server.order("serve", plain="yes"), 400, "ProtocolError", "plain is 'yes'")
