@@ -23,7 +23,7 @@ from ...install import releases
 from .. import wire
 from ..hosts import is_alive, this_host
 from ..shared import Memory
-from ..wire import ANOTHER, BYTES, POLICY_HEADER, PREFIX, Holder, Layout, Policy, parsed
+from ..wire import ANOTHER, BYTES, POLICY_HEADER, PREFIX, Holder, Policy, parsed
 from .base import base_sums
 from .pipes import Workers, failures
 from .receiver import Received
@@ -49,8 +49,7 @@ class Policies:
         self.boot, self.epoch = secrets.token_hex(8), 0
         self.holder: Holder | None = None
         self.is_pushing = False  # the holder sends a base
-        self.layout: Layout | None = None  # that the workers made room for
-        self.size = 0  # its bytes
+        self.size = 0  # bytes of the adapter that the workers made room for
         self.announced: Policy | None = None
         self.staged: Policy | None = None
         self.policy: Policy | None = None
@@ -165,7 +164,7 @@ class Policies:
             warning(f"this rollout server was {before}'s and is {holder}'s from now on.")
         if before is not None and before.run != holder.run:
             await self._end()
-        self.is_ours, self.holder, self.layout = True, holder, None
+        self.is_ours, self.holder, self.size = True, holder, 0
         return {"before": displaced}
 
     def _check(self, to: wire.To) -> None:
@@ -213,22 +212,21 @@ class Policies:
     # ---- policies ----------------------------------------------------------------------------------------------------
 
     async def prepare(self, order: wire.Prepare) -> None:
-        self.layout = None
-        self.size = Received.size_of(order.layout)
-        if self.size > self.limit:
+        self.size, size = 0, Received.size_of(order.layout)
+        if size > self.limit:
             raise StagingError(
-                f"The adapter has {self.size} bytes, this server takes {self.limit}. Raise SWIFT_LORA_FIX_MAX_MIB (now "
+                f"The adapter has {size} bytes, this server takes {self.limit}. Raise SWIFT_LORA_FIX_MAX_MIB (now "
                 f"{self.limit >> 20}) where it is started, if such an adapter is meant.",
                 413,
             )
         await self._all(rpc={"command": "prepare", "layout": order.layout.as_dict()})
-        self.layout = order.layout
+        self.size = size
 
     async def stage(self, order: wire.Stage) -> Answer:
         policy, served = order.policy, self.policy
         if self.is_pushing:
             raise StagingError("A base was begun to be sent to this server and not ended: send it again.", 409)
-        if self.layout is None:
+        if not self.size:
             raise StagingError("This server has made no room for an adapter: send its layout first.", 409)
         if served not in (None, policy) and policy.run == served.run and policy.version <= served.version:
             raise StagingError(f"This server serves {served}, {policy} is not newer: send a newer version.", 409)
