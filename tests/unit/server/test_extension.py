@@ -1,45 +1,52 @@
-"""The extension of a rollout server's vLLM workers, on ms-swift's own class."""
+"""The extension of a rollout server's vLLM workers, on ms-swift's own class.
+
+In processes of their own: importing ms-swift changes how other tests log.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from swift_lora_fix import errors
-
 pytest.importorskip("vllm")
-extension = pytest.importorskip("swift_lora_fix.server.rollout.extension")
 
 
-@pytest.fixture
-def worker() -> Any:
+def made() -> Any:
     """Not by its own ``__new__``, after which this process would end with its parent."""
-    made = object.__new__(extension.RolloutWorkerExtension)
-    made.communicator = made.client_rank = None
-    return made
+    from swift_lora_fix.server.rollout.extension import RolloutWorkerExtension
+
+    worker = object.__new__(RolloutWorkerExtension)
+    worker.communicator = worker.client_rank = None
+    return worker
 
 
-def test_what_ms_swift_only_logs_is_kept(worker: Any) -> None:
+def what_ms_swift_only_logs_is_kept() -> None:
+    from swift_lora_fix import errors
+
+    worker = made()
     for update in (
         lambda: worker.update_named_param("a.weight", "torch.float32", (1,)),
         lambda: worker.update_flattened_params([{"end_idx": 1}]),
     ):
         with pytest.raises(Exception):  # noqa: B017  (whatever ms-swift raises)
             update()
-    assert len(worker.swift_lora_fix_state.failures) == 2
+    state = worker.swift_lora_fix_state
+    assert len(state.failures) == 2
     with pytest.raises(
         errors.EngineStateError, match="2 updates over NCCL failed in vLLM, the first: RuntimeError: Comm"
     ):
-        worker.swift_lora_fix_state.end_push()
-    worker.swift_lora_fix_state.begin_push()
-    worker.swift_lora_fix_state.end_push()
+        state.end_push()
+    state.begin_push()
+    state.end_push()
 
 
-def test_what_nccl_holds_is_freed_where_vllm_can(worker: Any) -> None:
+def what_nccl_holds_is_freed_where_vllm_can() -> None:
     """An older vLLM needs the trainer for it, which may be gone: then its communicator is kept."""
-    freed: list[int] = []
+    worker, freed = made(), list[int]()
     able = SimpleNamespace(group=SimpleNamespace(), destroy=lambda: freed.append(1))
     unable = SimpleNamespace(group=SimpleNamespace())
     for communicator in (able, unable):
@@ -47,3 +54,10 @@ def test_what_nccl_holds_is_freed_where_vllm_can(worker: Any) -> None:
         worker.close_communicator()
         assert worker.communicator is None and communicator.group is None
     assert freed == [1] and worker.swift_lora_fix_kept == (unable,)
+
+
+@pytest.mark.parametrize("name", ["what_ms_swift_only_logs_is_kept", "what_nccl_holds_is_freed_where_vllm_can"])
+def test_of_the_extension(name: str) -> None:
+    code = f"from tests.unit.server import test_extension; test_extension.{name}()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
