@@ -70,8 +70,8 @@ class RolloutWorkerExtension(_SWIFTS):  # type: ignore[misc, valid-type]
         if communicator is None:
             return
         release_port(communicator)
-        if hasattr(communicator, "destroy"):
-            communicator.destroy()
+        if hasattr(communicator, "destroy") and hasattr(communicator.nccl, "ncclCommAbort"):
+            communicator.destroy()  # an abort, with a time limit of vLLM's
         else:
             self.swift_lora_fix_kept += (communicator,)
 

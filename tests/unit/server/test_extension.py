@@ -47,8 +47,9 @@ def what_ms_swift_only_logs_is_kept() -> None:
 def what_nccl_holds_is_freed_where_vllm_can() -> None:
     """An older vLLM needs the trainer for it, which may be gone: then its communicator is kept."""
     worker, freed = made(), list[int]()
-    able = SimpleNamespace(group=SimpleNamespace(), destroy=lambda: freed.append(1))
-    unable = SimpleNamespace(group=SimpleNamespace())
+    able = SimpleNamespace(group=SimpleNamespace(), destroy=lambda: freed.append(1), nccl=SimpleNamespace())
+    able.nccl.ncclCommAbort = None
+    unable = SimpleNamespace(group=SimpleNamespace(), destroy=lambda: freed.append(2), nccl=SimpleNamespace())
     for communicator in (able, unable):
         worker.communicator = communicator
         worker.close_communicator()
