@@ -14,7 +14,6 @@ import json
 import math
 import mmap
 import os
-import stat
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..common import memfd
 from ..common.digest import checksum, combine
 from ..errors import AdapterRequestError, NonFiniteAdapterError, SegmentError
 
@@ -86,7 +86,7 @@ class Segment:
         Raises NonFiniteAdapterError naming tensors with NaN or infinity, SegmentError when memory runs out.
         """
         header, order = _layout(tensors, config, dtype)
-        descriptor = os.memfd_create(MEMFD_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = memfd.create(MEMFD_NAME)
         try:
             digest = _fill(descriptor, header, [(name, tensors[name]) for name in order], dtype)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -103,20 +103,10 @@ def opened(address: Address, verify: bool = True) -> Iterator[str]:
     Raises SegmentError: the sender is gone or released it, it belongs to somebody else, is not sealed, has another size
     (so was truncated), or, with ``verify``, its bytes have another digest.
     """
-    path = f"/proc/{address.pid}/fd/{address.descriptor}"
+    path = memfd.path_of(address.pid, address.descriptor)
+    descriptor = memfd.opened(address.pid, address.descriptor, MEMFD_NAME)
     try:
-        if not os.readlink(path).startswith(f"/memfd:{MEMFD_NAME}"):
-            raise SegmentError(f"{path} is not an adapter's shared memory but {os.readlink(path)!r}; nothing was read.")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        if isinstance(error, SegmentError):
-            raise
-        raise SegmentError(
-            f"The adapter's shared memory {path} cannot be opened ({error.strerror}): the process that sent it has "
-            "ended or released it, or runs in another container. Send the adapter again from a process of this host."
-        ) from error
-    try:
-        _check(descriptor, path, address)
+        memfd.check(descriptor, path, address.size, _SEALS)
         if verify:
             _verify(descriptor, path, address)
         yield f"/proc/self/fd/{descriptor}"
@@ -207,16 +197,6 @@ def not_finite(names: Sequence[str], count: int) -> NonFiniteAdapterError:
         f"{len(names)} of the adapter's {count} tensors hold NaN or infinity, the first {min(names)!r}. Nothing was "
         "sent: the engine keeps what it has. Send an adapter from before the divergence."
     )
-
-
-def _check(descriptor: int, path: str, address: Address) -> None:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != address.size:
-        raise SegmentError(
-            f"{path} has {status.st_size} bytes where {address.size} were sent: truncated, or somebody else's."
-        )
-    if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-        raise SegmentError(f"{path} is not sealed, so it could change while it is read; nothing was read.")
 
 
 def _verify(descriptor: int, path: str, address: Address) -> None:

@@ -14,11 +14,11 @@ On both sides::
 In each server, rollout/::
 
     installing.py  whether this server takes policies
-    routes.py      in the web server's process: the routes, who may call them; all workers do it, or none
+    routes.py      in the web server's process: the state of a server; all workers do something, or none
     guard.py       around ms-swift's own routes; requests.py: limits and refusals; pipes.py: one order at a time
-    worker.py      in each ``llm_worker``: checks (checks.py, base.py), switches policies, and tags rollouts with them
-        receiver.py    in each of vLLM's workers: from NCCL or memory into the LoRA slots; extension.py: its entry
+    worker.py      in each ``llm_worker``: passes orders on, and tags rollouts with what they come from
+        receiver.py    in each of vLLM's workers: checks (checks.py, base.py), then from NCCL or memory into the LoRA
+                       slots; extension.py: its entry
 
-The hooks are in frameworks/swift/server_hooks.py. What vLLM's workers cannot take themselves goes through vLLM's
-loader, by ``swift_lora_fix.memory``. Importing this package loads neither FastAPI nor vLLM.
+The hooks are in frameworks/swift/server_hooks.py. Importing this package loads neither FastAPI nor vLLM.
 """

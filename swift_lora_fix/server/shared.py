@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..common import memfd
 from ..errors import SegmentError, StagingError
 from .wire import UNSEEN, Address
 
@@ -27,7 +28,7 @@ class Memory:
     """``size`` bytes of this process; dropping the object frees them. ``tensor``: (size,), uint8, to write to."""
 
     def __init__(self, size: int) -> None:
-        descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = memfd.create(NAME)
         weakref.finalize(self, os.close, descriptor)
         try:
             os.posix_fallocate(descriptor, 0, size)  # a mapping without memory behind it would be a SIGBUS
@@ -54,21 +55,17 @@ def opened(address: Address) -> Iterator[torch.Tensor]:
     Raises StagingError (`UNSEEN`) when it cannot be opened here: the process has ended, is another user's or in another
     container; or what is there is no policy's memory of that size.
     """
-    path = f"/proc/{address.pid}/fd/{address.descriptor}"
+    path = memfd.path_of(address.pid, address.descriptor)
     try:
-        found = os.readlink(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if NAME in found else -1
-    except OSError as error:
-        raise StagingError(f"The policy's memory {path} cannot be opened here ({error.strerror}).", UNSEEN) from error
-    if descriptor < 0:
-        raise StagingError(f"{path} is {found!r} and not a policy's memory; nothing was read.", UNSEEN)
-    try:
-        size, seals = os.fstat(descriptor).st_size, fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-        if size != address.size or seals & _SEALS != _SEALS:
-            raise StagingError(f"{path} has {size} bytes where {address.size} were announced, or is not sealed.")
-        mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)  # torch wants a buffer that it could write to
-    finally:
-        os.close(descriptor)
+        descriptor = memfd.opened(address.pid, address.descriptor, NAME)
+        try:
+            memfd.check(descriptor, path, address.size, _SEALS)
+            # torch wants a buffer that it could write to
+            mapped = mmap.mmap(descriptor, address.size, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(descriptor)
+    except SegmentError as error:
+        raise StagingError(str(error), UNSEEN) from error
     tensor = torch.frombuffer(mapped, dtype=torch.uint8)
     try:
         yield tensor

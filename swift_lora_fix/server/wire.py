@@ -8,8 +8,8 @@ All paths are below `PREFIX`; answers are JSON and begin with ``boot`` and ``epo
 - ``GET base/``: ``{"sums": {name: [dtype, shape, checksum]}}`` of the model's files, names as in the files.
 - ``POST lease/`` `Lease`: from now on only this run gives orders. Refused while the process of another run is alive.
 - ``POST push/`` `Push`: before ms-swift's own push of a base, and after it: then the workers' errors are answered.
-- ``POST stage/`` `Stage`: every worker checks what will come, and makes room for it. 410 if it does not know a layout
-  by its key, `NO_NCCL` if the bytes cannot come that way.
+- ``POST prepare/`` `Prepare`: every worker checks what will come, and makes room for it. Once for each lease.
+- ``POST stage/`` `Stage`: this policy comes next; `NO_NCCL` if it cannot come that way.
 - ``POST receive/`` `Receive`: the bytes come over NCCL, from shared memory of this host (404 if that cannot be opened),
   or as the body (`BYTES`; the JSON is then in `POLICY_HEADER`). Every worker proves the policy's digest of them.
 - ``POST commit/`` `Commit`: every worker serves what it received, or none serves anything until the next commit.
@@ -22,25 +22,21 @@ be repeated. ``POST /infer/`` is ms-swift's; with `POLICY_HEADER` it is refused 
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, StrictStr, ValidationError
 
-from ..common.settings import Settings
 from ..errors import AccessError, ProtocolError
 
-PROTOCOL = 3
+PROTOCOL = 4
 PREFIX = "/swift_lora_fix"
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
 PROBE = "swift-lora-fix-"  # prefix of the ``uuid`` of the gate's requests: multi-turn schedulers must not touch them
 
 UNSEEN = 404  # shared memory that the server cannot open; also the status of a server without this package
-GONE = 410  # a layout that the server does not know by its key
 ANOTHER = 412  # the order is for another process, or for another base, than this one
 NO_NCCL = 501  # HTTP's "not implemented": no adapter over NCCL here; the message says why
 
@@ -90,13 +86,8 @@ class Layout(Model):
     ``bfloat16``; config: as in ``adapter_config.json``, of scaling 1, because the scaling is in B."""
 
     dtype: StrictStr
-    entries: tuple[tuple[StrictStr, tuple[int, ...]], ...]
+    entries: tuple[tuple[StrictStr, tuple[PositiveInt, ...]], ...]
     config: dict[str, Any]
-
-    @cached_property
-    def key(self) -> str:
-        """Identifies this layout, in hexadecimal."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
 class Holder(Model):
@@ -124,56 +115,51 @@ class Lease(Model):
     holder: Holder
 
 
-class Push(Model):
+class Order(Model):
     to: To
+
+
+class Push(Order):
     ends: StrictBool
 
 
-class Stage(Model):
-    """layout: the whole, or the key of the last one that was sent."""
+class Prepare(Order):
+    layout: Layout
 
-    to: To
+
+class Stage(Order):
     policy: Policy
-    layout: Union[StrictStr, Layout]  # noqa: UP007  (as above)
     nccl: StrictBool
 
 
-class Receive(Model):
+class Receive(Order):
     """memory: where the bytes are; None if they come over NCCL, or as the body."""
 
-    to: To
     policy: Policy
     memory: Optional[Address] = None  # noqa: UP045  (pydantic reads it, on Python 3.9 too)
 
 
-class Commit(Model):
+class Commit(Order):
     """by_reference: through vLLM's own loader."""
 
-    to: To
     policy: Policy
     by_reference: StrictBool = False
 
 
-class Serve(Model):
-    to: To
+class Serve(Order):
     plain: StrictBool
 
 
-def parsed(kind: Any, text: str | bytes, what: str) -> Any:
-    """A `Model` of this kind from JSON. Raises ProtocolError; ``what`` names the text in the message."""
+def parsed(kind: type[Any], text: str | bytes, what: str) -> Any:
+    """A `Model` of this kind from JSON. Raises ProtocolError naming the fields that are wrong. what: names the text."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        raise ProtocolError(f"{what} is not understood: {problems(error.errors())}") from error
-
-
-def problems(found: Any) -> str:
-    """pydantic's errors in words: each field, what is wrong, and the value."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in each['loc'] if part != 'body') or 'it'} is {str(each.get('input'))[:80]!r}: "
-        f"{each['msg']}"
-        for each in found
-    )
+        problems = (
+            f"{'.'.join(map(str, each['loc'])) or 'it'} is {str(each.get('input'))[:80]!r}: {each['msg']}"
+            for each in error.errors()
+        )
+        raise ProtocolError(f"{what} is not understood: {'; '.join(problems)}") from error
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,11 +178,6 @@ def http_status(error: Exception) -> int | None:
     """The HTTP status that a refusal with this error gets; None if that depends on the route."""
     status: int | None = getattr(error, "status", None)
     return status or next((s for kind, s in _STATUSES.items() if isinstance(error, kind)), None)
-
-
-def limit_of(environment: Mapping[str, str] | None = None) -> int:
-    """The limit on the bytes of an adapter's weights. Raises SettingsError."""
-    return Settings.from_environment(environment).max_mib << 20
 
 
 def release_port(communicator: Any) -> None:

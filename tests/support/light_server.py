@@ -25,7 +25,6 @@ from fastapi import FastAPI
 from swift_lora_fix.engine.port import WriteReport
 from swift_lora_fix.engine.vllm.slots.staging import host_digest
 from swift_lora_fix.server.rollout import installing, receiver, worker
-from swift_lora_fix.server.wire import EXTENSION
 from tests.support.reload_client import KEY
 
 
@@ -59,19 +58,20 @@ class Slots:
 class Engine:
     """In place of vLLM's, in a worker."""
 
-    def __init__(self) -> None:
-        lora = SimpleNamespace(max_lora_rank=16, lora_dtype=torch.bfloat16, max_cpu_loras=1)
-        parallel = SimpleNamespace(data_parallel_size=1, worker_extension_cls=EXTENSION)
-        self.vllm_config = SimpleNamespace(lora_config=lora, parallel_config=parallel)
+    def __init__(self, model: str) -> None:
+        lora = SimpleNamespace(max_lora_rank=16, lora_dtype=torch.bfloat16)
+        self.vllm_config = SimpleNamespace(lora_config=lora, model_config=SimpleNamespace(model=model))
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: False)
-        runner = SimpleNamespace(device=torch.device("cpu"))
+        manager = SimpleNamespace(_load_adapter=lambda request: request)
+        runner = SimpleNamespace(device=torch.device("cpu"), lora_manager=manager)
         self.receiver = receiver.Receiver(
             SimpleNamespace(model_runner=runner, vllm_config=self.vllm_config, communicator=None)
         )
 
     def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> list[None]:
         try:
-            self.receiver.do(**kwargs)
+            arguments = dict(kwargs)
+            getattr(self.receiver, arguments.pop("command"))(**arguments)
         except Exception as error:
             raise RuntimeError(receiver._tell(error)) from error
         return [None]
@@ -88,16 +88,16 @@ class Output:
 
 def work(model: str, pipe: Connection) -> None:
     """What ms-swift's ``llm_worker`` does."""
-    engine = SimpleNamespace(engine=Engine(), model_dir=model, enable_lora=True)
+    engine = SimpleNamespace(engine=Engine(model), enable_lora=True)
     worker.build_engine(lambda arguments: engine, SimpleNamespace(vllm_use_async_engine=False))
 
     def infer(infer_requests: list[Any]) -> Any:
-        stager = worker.stager_of(engine)
-        assert stager is not None
-        served = stager.served()
-        tokens = engine.engine.receiver.writer.digest() if served.held else "plain"
+        switch = worker.switch_of(engine)
+        assert switch is not None
+        served = switch.served()
+        tokens = "plain" if served.plain else engine.engine.receiver.writer.digest()
         choice = {"token_ids": [tokens], "logprobs": {"content": []}}
-        return worker.tag(stager, served, [Output({"choices": [choice]}) for _ in infer_requests])
+        return worker.tag(switch, served, [Output({"choices": [choice]}) for _ in infer_requests])
 
     engine.infer = infer
     while True:

@@ -58,7 +58,12 @@ class ReloadServer(RolloutServer):
         return self.call("POST", f"{PREFIX}/{verb}/", key, json={"to": whom, **body})
 
     def announce(self, policy: Policy, sent: Sent, key: str | None = KEY) -> requests.Response:
-        return self.order("stage", key, policy=policy.as_dict(), layout=sent.layout.as_dict(), nccl=False)
+        """After the server has made room for it."""
+        run = {"run": policy.run}
+        prepared: requests.Response = self.order("prepare", key, run, layout=sent.layout.as_dict())
+        if prepared.status_code != 200:
+            return prepared
+        return self.order("stage", key, policy=policy.as_dict(), nccl=False)  # type: ignore[no-any-return]
 
     def stage(self, policy: Policy, sent: Sent, key: str | None = KEY) -> requests.Response:
         """Announced, and received from shared memory."""

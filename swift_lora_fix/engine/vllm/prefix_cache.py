@@ -12,6 +12,7 @@ first that have nothing: that is how a sync finds the cache after a sleep, which
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,12 +30,35 @@ def sparing_reset(llm_engine: Any) -> Iterator[None]:
     """While this lasts, whoever goes through the blocks of this engine's pool meets only those that the cache knows.
 
     Args:
-        llm_engine: a ``vllm.LLMEngine`` whose engine core is in this process. If its pool is not as known here, or
-            breaks the invariant, nothing is changed, and one line says so.
+        llm_engine: a ``vllm.LLMEngine`` whose engine core is in this process.
     """
-    pool = _pool_of(llm_engine)
-    proofs = None if pool is None else _proofs.setdefault(pool, {True: 0, False: 0})
-    if pool is None or proofs is None:
+    with _sparing(_pool_of(llm_engine)):
+        yield
+
+
+def spare_every_reset() -> None:
+    """The same for every reset in this process from now on. For the process that vLLM runs its engine core in: whoever
+    asks for the reset is in another one."""
+    from vllm.v1.core.block_pool import BlockPool
+
+    reset = BlockPool.reset_prefix_cache
+    if hasattr(reset, "__wrapped__"):
+        return
+
+    @functools.wraps(reset)
+    def reset_prefix_cache(pool: Any) -> bool:
+        with _sparing(pool):
+            return bool(reset(pool))
+
+    BlockPool.reset_prefix_cache = reset_prefix_cache
+
+
+@contextlib.contextmanager
+def _sparing(pool: Any) -> Iterator[None]:
+    """If the pool is not as known here, or breaks the invariant, nothing is changed, and one line says so."""
+    known = isinstance(getattr(pool, "blocks", None), list)
+    proofs = _proofs.setdefault(pool, {True: 0, False: 0}) if known else None
+    if proofs is None:
         yield
         return
     blocks, cached = pool.blocks, _cached_blocks(pool)
@@ -71,8 +95,7 @@ class _Visited(Sequence[Any]):
 
 def _pool_of(llm_engine: Any) -> Any | None:
     try:
-        pool = llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-        return pool if isinstance(pool.blocks, list) else None
+        return llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     except AttributeError:  # the engine core is in another process, or vLLM has other names
         return None
 

@@ -54,30 +54,30 @@ def _init(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) 
 def _infer(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) -> Any:
     from ...server.rollout import worker
 
-    stager = worker.stager_of(engine)
-    if stager is None:
+    switch = worker.switch_of(engine)
+    if switch is None:
         return wrapped(*args, **kwargs)
-    served = stager.served()
-    return worker.tag(stager, served, wrapped(*args, **{**kwargs, "adapter_request": served.request}))
+    served = switch.served()
+    return worker.tag(switch, served, wrapped(*args, **{**kwargs, "adapter_request": served.request}))
 
 
 async def _async_infer(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) -> Any:
     from ...server.rollout import worker
 
-    stager = worker.stager_of(engine)
-    if stager is None:
+    switch = worker.switch_of(engine)
+    if switch is None:
         return await wrapped(*args, **kwargs)
-    served = stager.served()
-    return worker.tag(stager, served, await wrapped(*args, **kwargs))
+    served = switch.served()
+    return worker.tag(switch, served, await wrapped(*args, **kwargs))
 
 
 def _infer_async(wrapped: Callable[..., Any], engine: Any, args: Args, kwargs: Kwargs) -> Any:
     from ...server.rollout import worker
 
-    stager = worker.stager_of(engine)
-    if stager is None:
+    switch = worker.switch_of(engine)
+    if switch is None:
         return wrapped(*args, **kwargs)
-    return wrapped(*args, **{**kwargs, "adapter_request": stager.served().request})
+    return wrapped(*args, **{**kwargs, "adapter_request": switch.served().request})
 
 
 SERVER = PatchSet(

@@ -7,9 +7,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ...errors import ProtocolError
+from ...errors import EngineStateError, PolicyMismatchError, ProtocolError, StagingError
 from ..wire import POLICY_HEADER, PREFIX, Policy, parsed
-from .requests import Refused, drain
+from .requests import Refused, drain, refusal
 from .routes import Policies
 
 _INFER = "/infer"
@@ -22,10 +22,11 @@ _FREE = {"/health", "/get_world_size", "/get_engine_type"}  # those that ask no 
 # ms-swift's trainer opens NCCL while it parses its arguments, before any plugin is loaded and without a key. With
 # SWIFT_LORA_FIX_TRANSPORT=reload it is told that there is nobody to connect to: a group of one opens no NCCL (vLLM's
 # PyNcclCommunicator).
+_NOBODY = {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"}
 _HANDSHAKE: dict[str, dict[str, Any]] = {
     "/get_world_size": {"world_size": 0},
-    "/init_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
-    "/close_communicator": {"message": "no communicator: SWIFT_LORA_FIX_TRANSPORT=reload"},
+    _CONNECT: _NOBODY,
+    "/close_communicator": _NOBODY,
 }
 
 
@@ -37,67 +38,62 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope["path"].rstrip("/") if scope["type"] == "http" else PREFIX
-        if path.startswith(PREFIX) or (path in _FREE and not (self.policies.is_reload and path in _HANDSHAKE)):
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        if self.policies.is_reload and path in _HANDSHAKE:
+        request = Request(scope, receive) if scope["type"] == "http" else None
+        answer: Any = self.app
+        if request is not None and self.policies.is_reload and path in _HANDSHAKE:
             await drain(request)
-            await JSONResponse(_HANDSHAKE[path])(scope, receive, send)
-            return
-        async with self.policies.workers.alone:  # ms-swift's routes use the workers' pipes
-            refused = self._refusal(path, request.headers.get(POLICY_HEADER))
-            if refused is None:
-                if request.method == "POST" and self.policies.is_allowed(request):
-                    await self._note(path)
-                await self.app(scope, receive, send)
-                return
-        await drain(request)
-        await refused.response()(scope, receive, send)
+            answer = JSONResponse(_HANDSHAKE[path])
+        elif request is not None and not path.startswith(PREFIX) and path not in _FREE:
+            async with self.policies.workers.alone:  # ms-swift's routes use the workers' pipes
+                try:
+                    self._check(path, request.headers.get(POLICY_HEADER))
+                except Exception as error:
+                    answer = await refusal(error, request)
+                else:
+                    if request.method == "POST" and self.policies.is_allowed(request):
+                        await self._note(path)
+                    await self.app(scope, receive, send)
+                    return
+        await answer(scope, receive, send)
 
-    def _refusal(self, path: str, expected: str | None) -> Refused | None:
-        """Why this route is refused now, or None. expected: the value of `POLICY_HEADER`."""
-        policies = self.policies
+    def _check(self, path: str, expected: str | None) -> None:
+        """Raise what this route is refused with now, if it is. expected: the value of `POLICY_HEADER`."""
+        policies, holder = self.policies, self.policies.living_holder()
         problem = policies.workers.what_is_wrong()
         if problem is not None:
-            return Refused(500, "EngineStateError", problem)
+            raise Refused(500, EngineStateError.__name__, problem)
         if policies.is_reload and path in _ADAPTER | _BASE:
-            return Refused(
+            raise Refused(
                 409,
                 ProtocolError.__name__,
                 f"{path}/ is refused: this server takes policies by SWIFT_LORA_FIX_TRANSPORT=reload. Set that for the "
                 "trainer, too, or for neither.",
             )
-        holder = policies.living_holder()
         if holder is not None and (path in _ADAPTER | {_CONNECT} or (path in _BASE and not policies.is_pushing)):
-            return Refused(
-                409,
-                "StagingError",
+            raise StagingError(
                 f"{path}/ is refused: this rollout server is {holder}'s, which is alive. End it first, or give each "
                 "trainer servers of its own.",
+                409,
             )
-        return self._refusal_of_rollouts(expected) if path == _INFER else None
+        if path == _INFER:
+            self._check_rollouts(expected)
 
-    def _refusal_of_rollouts(self, expected: str | None) -> Refused | None:
+    def _check_rollouts(self, expected: str | None) -> None:
         policies = self.policies
         if policies.policy is None and policies.is_ours and not policies.plain:
-            return Refused(
+            raise Refused(
                 503,
-                "EngineStateError",
+                EngineStateError.__name__,
                 "No policy was committed to this rollout server yet (or since it restarted, or a commit failed): it "
                 "has the base model alone. The trainer sends a policy before it asks for rollouts.",
             )
         if expected is None:
-            return None
-        try:
-            policy = parsed(Policy, expected, f"The header {POLICY_HEADER}")
-        except ProtocolError as error:
-            return Refused.of(error)
+            return
+        policy = parsed(Policy, expected, f"The header {POLICY_HEADER}")
         if policies.plain or policy != policies.policy:
             serves = "the plain base" if policies.plain else str(policies.policy)
             message = f"Rollouts of {policy} were asked for, this server has {serves}."
-            return Refused(409, "PolicyMismatchError", message)
-        return None
+            raise Refused(409, PolicyMismatchError.__name__, message)
 
     async def _note(self, path: str) -> None:
         """Called before ms-swift's route: afterwards its workers wait for a trainer that waits for this answer."""

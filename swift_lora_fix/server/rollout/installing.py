@@ -10,7 +10,7 @@ from typing import Any
 
 from ...common.log import warning
 from ...common.settings import Settings
-from ...errors import ContractError, SettingsError
+from ...errors import SettingsError
 from ...install import releases
 from ..wire import PREFIX
 
@@ -19,25 +19,19 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def install(server: Any) -> None:
-    """Add the routes to a ``SwiftRolloutDeploy`` that is being created; if that is impossible, leave it unchanged.
+    """Add the routes to a ``SwiftRolloutDeploy`` that is being created; one without LoRA layers is left unchanged.
 
-    With SWIFT_LORA_FIX_TRANSPORT=reload, which asks for them, raises instead: SettingsError when the server has no LoRA
-    layers, ContractError when its vLLM cannot take adapters from memory.
+    Raises SettingsError instead when SWIFT_LORA_FIX_TRANSPORT=reload asks for them.
     """
     is_reload = Settings.from_environment().transport == "reload"
-    try:
-        if not server.args.vllm_enable_lora:
-            raise SettingsError(
-                "policies need LoRA layers in the rollout server: start `swift rollout` with --vllm_enable_lora true "
-                "(and --vllm_max_lora_rank as large as the adapter's rank)."
-            )
-        from ...memory import hooks  # raises when this vLLM lacks something that the hooks need
-
-        hooks.install()  # the workers and vLLM's processes inherit the environment that it sets
-    except (SettingsError, ContractError) as error:
+    if not server.args.vllm_enable_lora:
+        problem = (
+            "policies need LoRA layers in the rollout server: start `swift rollout` with --vllm_enable_lora true (and "
+            "--vllm_max_lora_rank as large as the adapter's rank)."
+        )
         if is_reload:
-            raise
-        warning(f"stepping aside, ms-swift's rollout server runs as it is: {error}")
+            raise SettingsError(problem)
+        warning(f"stepping aside, ms-swift's rollout server runs as it is: {problem}")
         return
     from .guard import Guard
     from .routes import Policies

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from ...common.log import warning
@@ -29,38 +30,35 @@ class Workers:
         """Why the pipes cannot be used any more, in words; None if they can."""
         return _gone(min(self.silent))["message"] if self.silent else None
 
-    async def ask(self, command: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Send a command to all, and wait for all answers; the event loop goes on meanwhile. A pipe that takes nothing
+    async def ask(self, **arguments: Any) -> list[dict[str, Any]]:
+        """Send an order to all, and wait for all answers; the event loop goes on meanwhile. A pipe that takes nothing
         blocks a thread of its own, and no longer than the deadline anybody else."""
-        order = {"type": "call", "method": METHOD, "args": (command,), "kwargs": arguments}
-        loop, answers = asyncio.get_running_loop(), dict[int, dict[str, Any]]()
-        asked = [index for index in range(len(self._server.connections)) if index not in self.silent]
-        all_answered = asyncio.Event()
-
-        def note(index: int, answer: dict[str, Any]) -> None:
-            answers[index] = answer
-            if len(answers) == len(asked):
-                all_answered.set()
-
-        def talk(index: int) -> None:
-            try:
-                self._server.connections[index].send(order)
-                answer = _checked(index, self._server.connections[index].recv())
-            except (EOFError, OSError):
-                answer = _gone(index)
-            with contextlib.suppress(RuntimeError):  # too late: the server has ended
-                loop.call_soon_threadsafe(note, index, answer)
-
-        for index in asked:  # not the loop's executor: the process would wait for it at its end
-            threading.Thread(target=talk, args=(index,), daemon=True).start()
-        if asked:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(all_answered.wait(), self._seconds)
-        for index in asked:
-            if index not in answers:
+        order = {"type": "call", "method": METHOD, "args": (), "kwargs": arguments}
+        answers = [self._asked(index, order) for index in range(len(self._server.connections))]
+        await asyncio.wait([asyncio.wrap_future(answer) for answer in answers], timeout=self._seconds)
+        for index, answer in enumerate(answers):
+            if not answer.done():
                 self.silent.add(index)
                 warning(f"worker {index} did not answer within {self._seconds} s: restart this rollout server.")
-        return [answers[index] if index in answers else _gone(index) for index in range(len(self._server.connections))]
+        return [answer.result() if answer.done() else _gone(index) for index, answer in enumerate(answers)]
+
+    def _asked(self, index: int, order: dict[str, Any]) -> Future[dict[str, Any]]:
+        answer: Future[dict[str, Any]] = Future()
+
+        def talk() -> None:
+            try:
+                self._server.connections[index].send(order)
+                found = _checked(index, self._server.connections[index].recv())
+            except (EOFError, OSError):
+                found = _gone(index)
+            with contextlib.suppress(InvalidStateError, RuntimeError):  # too late: the server has ended
+                answer.set_result(found)
+
+        if index in self.silent:
+            answer.set_result(_gone(index))
+        else:  # not the loop's executor: the process would wait for it at its end
+            threading.Thread(target=talk, daemon=True).start()
+        return answer
 
 
 def failures(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,19 +15,22 @@ from typing import Any
 
 import torch
 
-from ... import errors
+from ...common.log import info
 from ...common.settings import Settings
-from ...engine.vllm.handle import ADAPTER_ID, WorkerHandle
+from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_PATH, WorkerHandle
 from ...engine.vllm.slots import loader
 from ...engine.vllm.slots.staging import Staging
 from ...engine.vllm.slots.writer import AdapterWriter
-from ...errors import EngineStateError, NonFiniteAdapterError, StagingError, SwiftLoraFixError
+from ...errors import EngineStateError, NonFiniteAdapterError, StagingError
 from ...memory.segment import is_finite
 from ...policy import adapter as adapters
+from ...policy.model_files import base_shapes
 from ..shared import opened
-from ..wire import GONE, NO_NCCL, Address, Layout, http_status
+from ..wire import NO_NCCL, Address, Layout, http_status
+from .checks import check
 
 _TOLD = re.compile(r"<swift_lora_fix>(.*?)</swift_lora_fix>", re.DOTALL)
+CPU = torch.device("cpu")
 
 
 class Received:
@@ -42,6 +45,10 @@ class Received:
     def size_of(layout: Layout) -> int:
         """The bytes of the buffer."""
         return Staging(_planned(layout), getattr(torch, layout.dtype), torch.device("meta"), whole=True).buffer.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.staging.buffer.device
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By PEFT key, in the layout's order, as views of the buffer."""
@@ -83,36 +90,44 @@ def _planned(layout: Layout) -> adapters.Adapter:
 
 
 class Receiver:
-    """The receiver of one vLLM worker. ``worker`` is also ms-swift's extension, whose NCCL communicator is used."""
+    """The receiver of one vLLM worker. ``worker`` is also ms-swift's extension, whose NCCL communicator is used.
+
+    Its commands are its public methods. failures: of ms-swift's own updates of the base, which only logs them.
+    """
 
     def __init__(self, worker: Any) -> None:
         self.worker, self.engine = worker, WorkerHandle(worker)
         self.layout: Layout | None = None
         self.received: Received | None = None
         self.writer: AdapterWriter | None = None  # reads that buffer
+        self.served: str | None = None  # the digest of what is in the slots
+        self.failures: list[str] = []
+        self._loads = False  # vLLM's loading has us in it
 
-    def do(self, command: str, **arguments: Any) -> None:
-        commands = {
-            "prepare": self.prepare,
-            "receive": self.receive,
-            "serve": self.serve,
-            "check_served": self.check_served,
-        }
-        commands[command](**arguments)
-
-    def prepare(self, layout: dict[str, Any], nccl: bool) -> None:
-        """Make room for an adapter of this layout. Raises EngineStateError if it cannot come over NCCL and is to."""
-        communicator = self.worker.communicator
-        if nccl and (communicator is None or getattr(communicator, "disabled", False)):
-            raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
-        asked, device = Layout.model_validate(layout), self.worker.model_runner.device  # 0.17's CPU worker has none
+    def prepare(self, layout: dict[str, Any]) -> None:
+        """Check that an adapter of this layout can be served, and make room for it. Without room on the device it comes
+        into host memory, and vLLM's own loader takes it from there."""
+        asked = Layout.model_validate(layout)
         if asked == self.layout:
             return
+        check(asked, self.engine.lora_config, base_shapes(self.worker.vllm_config.model_config.model))
         self.layout = self.received = self.writer = None  # free them first
-        received = Received(asked, device)
         direct = Settings.from_environment().writer == "direct"
-        self.writer = AdapterWriter(self.engine, received.adapter, _request_class(self.worker), device, direct)
-        self.layout, self.received = asked, received
+        try:
+            received = Received(asked, self.worker.model_runner.device)  # 0.17's CPU worker has none
+        except torch.OutOfMemoryError as error:
+            received, direct = Received(asked, CPU), False
+            info(f"adapters come into host memory, and go through vLLM's own loader: {error}")
+        writer = AdapterWriter(self.engine, received.adapter, _request_class(self.worker), received.device, direct)
+        self.layout, self.received, self.writer = asked, received, writer
+
+    def check_nccl(self) -> None:
+        """Raise StagingError when an adapter cannot come over NCCL."""
+        communicator = self.worker.communicator
+        if communicator is None or getattr(communicator, "disabled", False):
+            raise StagingError("The server's vLLM workers have no NCCL connection to this trainer.", NO_NCCL)
+        if self.received is None or self.received.device.type != torch.device(communicator.device).type:
+            raise StagingError("The server's vLLM workers have no room for the adapter on their devices.", NO_NCCL)
 
     @torch.no_grad()
     def receive(self, digest: str, memory: dict[str, Any] | None) -> None:
@@ -134,7 +149,8 @@ class Receiver:
         through vLLM's own loader, for a repair: what a broken policy left in the KV cache's memory goes, too."""
         assert self.writer is not None and self.received is not None, "prepare() comes first"
         if self.received.digest != digest:
-            raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.", GONE)
+            raise StagingError(f"The server no longer has the adapter with digest {digest}: send it.")
+        self.served = None
         if not self.writer.is_current():
             self.writer.forget()  # another writer changed the slots
         if by_reference:
@@ -147,11 +163,43 @@ class Receiver:
             self.writer.forget()
             raise EngineStateError("vLLM's LoRA slots do not hold what was written to them.")
         self.writer.accept()
+        self.served = digest
+        self._load_what_vllm_dropped()
 
-    def check_served(self) -> None:
-        """Raise EngineStateError when vLLM's loader took modules that no LoRA layer applies."""
-        if ADAPTER_ID in self.worker.list_loras():  # with data parallelism vLLM drops it on an idle rank
-            loader.check_served(self.engine)
+    def _load_what_vllm_dropped(self) -> None:
+        """An idle data-parallel rank runs a dummy batch, after which vLLM drops all adapters. It asks for ours again
+        with the next request: then its own loader gets it from the buffer."""
+        if self._loads:
+            return
+        manager = self.worker.model_runner.lora_manager
+        load, self._loads = manager._load_adapter, True
+
+        def loading(request: Any) -> Any:
+            if request.lora_int_id == ADAPTER_ID and request.lora_path == ADAPTER_PATH and self.received is not None:
+                if not hasattr(request, "lora_tensors"):
+                    request = self._request()
+            return load(request)
+
+        manager._load_adapter = loading
+
+    def _request(self) -> Any:
+        received = self.received
+        assert received is not None
+        if received.digest is None or received.digest != self.served:
+            raise EngineStateError("vLLM dropped the adapter that is served, and the next one is here already.")
+        held = adapters.read_to_host(received.adapter, received.device)
+        staged = loader.stage(received.adapter, held, received.staging.dtype)
+        return loader.request(received.adapter, staged, _request_class(self.worker))
+
+    def begin_push(self) -> None:
+        self.failures = []
+
+    def end_push(self) -> None:
+        """Raise EngineStateError when ms-swift could not load what its trainer sent since ``begin_push``."""
+        if self.failures:
+            raise EngineStateError(
+                f"{len(self.failures)} updates over NCCL failed in vLLM, the first: {self.failures[0]}"
+            )
 
 
 def _request_class(worker: Any) -> Any:
@@ -190,15 +238,10 @@ def _tell(problem: Exception) -> str:
     return f"<swift_lora_fix>{json.dumps(about)}</swift_lora_fix>"
 
 
-def told(error: Exception) -> Exception:
-    """The error that a worker raised, recovered from the text that vLLM passed on."""
+def told(error: Exception) -> dict[str, Any]:
+    """An error as a worker's answer: class, message, and HTTP status or None. vLLM passes on only a text."""
     found = _TOLD.search(str(error))
-    if found is None:
-        return error
-    about = json.loads(found.group(1))
-    kind = getattr(errors, about["error"], None)
-    if kind is StagingError:
-        return StagingError(about["message"], about["status"])
-    if isinstance(kind, type) and issubclass(kind, SwiftLoraFixError):
-        return kind(about["message"])
-    return EngineStateError(f"{about['error']}: {about['message']}")
+    if found is not None:
+        about: dict[str, Any] = json.loads(found.group(1))
+        return about
+    return {"error": type(error).__name__, "message": str(error), "status": http_status(error)}

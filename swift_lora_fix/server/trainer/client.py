@@ -40,10 +40,10 @@ class Servers:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._clients = [httpx.Client(headers=headers) for _ in self.urls]  # connections are kept between calls
 
-    def each(self, call: Callable[[int], Answer], only: Sequence[int] | None = None) -> list[Answer]:
-        """Run ``call`` with the index of each server, or of those in ``only``, in parallel. Raises RolloutServerError
-        with the message of each that failed."""
-        answers = self.tried(call, only)
+    def each(self, call: Callable[[int], Answer]) -> list[Answer]:
+        """Run ``call`` with the index of each server, in parallel. Raises RolloutServerError with the message of each
+        that failed."""
+        answers = self.tried(call)
         failed = [answer for answer in answers if isinstance(answer, RolloutServerError)]
         if failed:
             error = RolloutServerError("; ".join(map(str, failed)))
@@ -51,74 +51,63 @@ class Servers:
             raise error
         return [answer for answer in answers if not isinstance(answer, RolloutServerError)]
 
-    def tried(
-        self, call: Callable[[int], Answer], only: Sequence[int] | None = None
-    ) -> list[Answer | RolloutServerError]:
+    def tried(self, call: Callable[[int], Answer]) -> list[Answer | RolloutServerError]:
         """The same, with the error of a server that failed in place of its answer."""
-        with ThreadPoolExecutor(max_workers=len(self.urls)) as pool:
-            futures = [pool.submit(call, index) for index in (range(len(self.urls)) if only is None else only)]
-        problems = [future.exception() for future in futures]
-        for problem in problems:
-            if problem is not None and not isinstance(problem, RolloutServerError):
-                raise problem
-        return [
-            problem if isinstance(problem, RolloutServerError) else future.result()
-            for problem, future in zip(problems, futures)
-        ]
 
-    def get(self, index: int, route: str, deadline: float | None = None) -> dict[str, Any]:
-        return self._call("GET", index, route, deadline)
+        def attempt(index: int) -> Answer | RolloutServerError:
+            try:
+                return call(index)
+            except RolloutServerError as error:
+                return error
+
+        with ThreadPoolExecutor(max_workers=max(1, len(self.urls))) as pool:
+            return list(pool.map(attempt, range(len(self.urls))))
+
+    def get(self, index: int, route: str) -> dict[str, Any]:
+        return self._call("GET", index, route)
 
     def post(
         self,
         index: int,
         route: str,
-        deadline: float | None = None,
         json: Any = None,
         blocks: Callable[[], Iterable[bytes]] | None = None,
         headers: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """Send ``json``, or a body in blocks. blocks: called for each attempt; ``headers`` then say how long it is."""
-        return self._call("POST", index, route, deadline, json, blocks, headers)
+        return self._call("POST", index, route, blocks, json=json, headers=headers)
 
     def _call(
         self,
         method: str,
         index: int,
         route: str,
-        deadline: float | None,
-        json: Any = None,
         blocks: Callable[[], Iterable[bytes]] | None = None,
-        headers: dict[str, str] | None = None,
+        **content: Any,
     ) -> dict[str, Any]:
         url = f"{self.urls[index]}{PREFIX}/{route}/"
-        patience = _Patience(url, self.deadline if deadline is None else deadline)
+        patience = _Patience(url, self.deadline)
         while True:
             # no shorter read timeout: a slow server is not a lost one, it answers when it is done
             left = patience.left()
-            timeout = httpx.Timeout(left, connect=min(left, CONNECT_SECONDS), write=min(left, STALL_SECONDS))
+            content["timeout"] = httpx.Timeout(left, connect=min(left, CONNECT_SECONDS), write=min(left, STALL_SECONDS))
+            if blocks is not None:
+                content["content"] = patience.sending(blocks())
             try:
-                response = self._clients[index].request(
-                    method,
-                    url,
-                    json=json,
-                    content=blocks and patience.sending(blocks()),
-                    headers=headers,
-                    timeout=timeout,
-                )
+                response = self._clients[index].request(method, url, **content)
             except (httpx.TransportError, httpx.DecodingError) as error:
-                patience.wait(_reason(error))
+                patience.wait(f"{type(error).__name__}: {str(error)[:200]}")
                 continue
+            said = _said(response)
+            message = said.get("message") or said.get("detail") or str(said)
             if response.status_code in BUSY:
-                patience.wait(f"{response.status_code} {_message(response)}", response.headers.get("Retry-After"))
-                continue
-            if response.status_code != 200:
-                failure = RolloutServerError(
-                    f"Rollout server {url} answered {response.status_code}: {_message(response)}"
-                )
+                patience.wait(f"{response.status_code} {message}", response.headers.get("Retry-After"))
+            elif response.status_code == 200 and "boot" in said:
+                return said
+            else:
+                failure = RolloutServerError(f"Rollout server {url} answered {response.status_code}: {message}")
                 failure.status = response.status_code
                 raise failure
-            return _json(url, response)
 
 
 class Fresh(requests.adapters.HTTPAdapter):
@@ -181,26 +170,10 @@ class _Patience:
         self.pause = min(2 * self.pause, LONGEST_WAIT)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
-
-
-def _message(response: httpx.Response) -> str:
-    """The server's own message, in our format or FastAPI's."""
-    try:
-        said = response.json()
-    except ValueError:
-        return response.text[:500]
-    if isinstance(said, dict):
-        return str(said.get("message") or said.get("detail") or said)
-    return str(said)
-
-
-def _json(url: str, response: httpx.Response) -> dict[str, Any]:
+def _said(response: httpx.Response) -> dict[str, Any]:
+    """A server's answer: ours, FastAPI's, or a text as ``message``."""
     try:
         said = response.json()
     except ValueError:
         said = None
-    if not isinstance(said, dict):
-        raise RolloutServerError(f"Rollout server {url} answered what is no JSON object: {response.text[:200]!r}")
-    return said
+    return said if isinstance(said, dict) else {"message": response.text[:500]}

@@ -63,8 +63,10 @@ class Connections:
         for name in ("base_urls", "hosts", "sessions", "group_ports"):
             setattr(one, name, [getattr(client, name)[index]])
         device = client.pynccl_comms[index].device
-        problem = _within(lambda: one.init_communicator(device=device), self._deadline)
-        if problem is not None:
+        connecting = _Attempt(lambda: one.init_communicator(device=device))
+        connecting.join(self._deadline)
+        if connecting.is_alive() or connecting.error is not None:
+            problem = connecting.error or f"not within {self._deadline:g} s"
             self.close(index, f"the server restarted, and NCCL could not be opened again ({problem}).")
             return
         atexit.unregister(one.close_communicator)
@@ -77,18 +79,24 @@ class Connections:
         """Broadcast ``buffer`` to the server's workers; ``ask`` makes them join. Raises what ``ask`` raises, or
         RolloutServerError when the broadcast takes longer than ``deadline`` seconds."""
         url, communicator = self._client.base_urls[index], self._client.pynccl_comms[index]
-        started, broadcast = time.monotonic(), _Broadcast(communicator, buffer)
+        end = time.monotonic() + deadline
         with ThreadPoolExecutor(max_workers=1) as pool:
             answer = pool.submit(ask)
-            broadcast.start()
-            while not broadcast.is_over() and not (answer.done() and answer.exception() is not None):
-                if time.monotonic() - started > deadline:
+            sending = _Attempt(lambda: _broadcast(communicator, buffer))
+            while not sending.is_over() and not (answer.done() and answer.exception() is not None):
+                if time.monotonic() > end:
                     break
                 time.sleep(POLL_SECONDS)
-            if not broadcast.is_over():
+            if not sending.is_over():
                 self._stuck.add(index)
             answer.result()
-        broadcast.check(url, deadline)
+        if sending.error is not None:
+            raise RolloutServerError(f"NCCL to rollout server {url} failed: {sending.error}") from sending.error
+        if not sending.is_over():
+            raise RolloutServerError(
+                f"Rollout server {url} did not take part in the NCCL broadcast within {deadline:g} s "
+                "(SWIFT_LORA_FIX_SERVER_DEADLINE): restart server and trainer."
+            )
 
     def _say_goodbye(self) -> None:
         """What ms-swift does at exit, but with a time limit."""
@@ -121,57 +129,35 @@ def _works(client: Any, index: int) -> bool:
     return made is not None and made.world_size > 1 and not getattr(made, "disabled", False)
 
 
-def _within(work: Callable[[], Any], seconds: float) -> str | None:
-    """Do it in a thread of its own. What went wrong, in words; None if it was done in time."""
-    problems: list[str] = []
+class _Attempt(threading.Thread):
+    """Work that may never end, begun in a thread of its own. It may return a question: whether it is over by now."""
 
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=run, daemon=True, name="swift-lora-fix-nccl")
-    thread.start()
-    thread.join(seconds)
-    return f"not within {seconds:g} s" if thread.is_alive() else next(iter(problems), None)
-
-
-class _Broadcast(threading.Thread):
-    """A broadcast on its own stream and thread: one that never ends must not block others, on device or host."""
-
-    def __init__(self, communicator: Any, buffer: torch.Tensor) -> None:
-        super().__init__(daemon=True, name="swift-lora-fix-broadcast")
-        self._communicator, self._buffer = communicator, buffer
-        self._is_done: Callable[[], bool] = lambda: False
-        self._error: Exception | None = None
+    def __init__(self, work: Callable[[], Callable[[], bool] | None]) -> None:
+        super().__init__(daemon=True, name="swift-lora-fix-nccl")
+        self.error: Exception | None = None
+        self._work = work
+        self._is_over: Callable[[], bool] = lambda: False
+        self.start()
 
     def run(self) -> None:
-        communicator = self._communicator
         try:
-            content = self._buffer.to(communicator.device).view(torch.uint8)
-            if not content.is_cuda:
-                communicator.broadcast(content, src=communicator.rank)
-                self._is_done = lambda: True
-                return
-            with torch.cuda.device(content.device):
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                communicator.broadcast(content, src=communicator.rank, stream=stream)
-                content.record_stream(stream)
-                self._is_done = stream.record_event().query
+            self._is_over = self._work() or (lambda: True)
         except Exception as error:
-            self._error = error
+            self.error = error
 
     def is_over(self) -> bool:
-        return self._error is not None or self._is_done()
+        return self.error is not None or self._is_over()
 
-    def check(self, url: str, deadline: float) -> None:
-        """Raise RolloutServerError when it failed or is not over."""
-        if self._error is not None:
-            raise RolloutServerError(f"NCCL to rollout server {url} failed: {self._error}") from self._error
-        if not self.is_over():
-            raise RolloutServerError(
-                f"Rollout server {url} did not take part in the NCCL broadcast within {deadline:g} s "
-                "(SWIFT_LORA_FIX_SERVER_DEADLINE): restart server and trainer."
-            )
+
+def _broadcast(communicator: Any, buffer: torch.Tensor) -> Callable[[], bool] | None:
+    """On its own stream: a broadcast that never ends must not block others on the device."""
+    content = buffer.to(communicator.device).view(torch.uint8)
+    if not content.is_cuda:
+        communicator.broadcast(content, src=communicator.rank)
+        return None
+    with torch.cuda.device(content.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        communicator.broadcast(content, src=communicator.rank, stream=stream)
+        content.record_stream(stream)
+        return stream.record_event().query

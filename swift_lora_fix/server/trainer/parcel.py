@@ -8,42 +8,35 @@ from collections.abc import Iterator
 import torch
 
 from ..shared import Memory
-from ..wire import Layout, Policy
+from ..wire import Policy
 
 BLOCK = 4 << 20  # bytes of a body that are sent at once
 
 
-class Host:
-    """The host memory of one trainer: made at the first policy that needs it, used again by the next ones."""
-
-    def __init__(self) -> None:
-        self.memory: Memory | None = None
-
-    def filled(self, buffer: torch.Tensor) -> Memory:
-        content = buffer.view(torch.uint8)
-        if self.memory is None or self.memory.address.size != content.numel():
-            self.memory = None  # free it first
-            self.memory = Memory(content.numel())
-            if content.is_cuda:
-                self.memory.pin()
-        self.memory.tensor.copy_(content)
-        return self.memory
-
-
 class Parcel:
-    """A policy, and the staged ``buffer`` with the whole adapter (LoRA dtype, scaling in B; one-dimensional, on the
-    trainer's device). Valid until the next policy is staged."""
+    """``policy``, and the staged ``buffer`` with the whole adapter (LoRA dtype, scaling in B; one-dimensional, on the
+    trainer's device). The next policy is staged into the same buffer, and the same host memory."""
 
-    def __init__(self, policy: Policy, layout: Layout, buffer: torch.Tensor, host: Host) -> None:
-        self.policy, self.layout, self.buffer, self._host = policy, layout, buffer, host
-        self._filling = threading.Lock()
-        self._filled: Memory | None = None
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer, self.policy = buffer, Policy(version=0, step=0, digest="none", run="0")
+        self.host: Memory | None = None  # made at the first policy that needs it
+        self._is_filled, self._filling = False, threading.Lock()
+
+    def now_holds(self, policy: Policy) -> None:
+        self.policy, self._is_filled = policy, False
 
     def memory(self) -> Memory:
         """Its bytes in shared memory, copied there at the first call. Raises SegmentError when there is no room."""
         with self._filling:
-            self._filled = self._filled or self._host.filled(self.buffer)
-            return self._filled
+            content = self.buffer.view(torch.uint8)
+            if self.host is None:
+                self.host = Memory(content.numel())
+                if content.is_cuda:
+                    self.host.pin()
+            if not self._is_filled:
+                self.host.tensor.copy_(content)
+                self._is_filled = True
+            return self.host
 
     def blocks(self) -> Iterator[bytes]:
         """Its bytes, in blocks."""

@@ -8,7 +8,6 @@ talks to servers (ms-swift gives no other rank a client); the other ranks are to
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from ...common.settings import Settings
 from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
 from ...trainer import TrainerPort
 from ..hosts import this_host, this_process
-from ..wire import BYTES, GONE, NO_NCCL, POLICY_HEADER, PROTOCOL, UNSEEN, Lease, Policy, Receive, To
+from ..wire import BYTES, NO_NCCL, POLICY_HEADER, PROTOCOL, UNSEEN, Layout, Lease, Policy, Receive, To
 from .client import Bearer, Fresh, Servers
 from .nccl import Connections, drop
 from .parcel import Parcel
@@ -39,13 +38,13 @@ class RemoteEngine:
         settings = Settings.from_environment()
         self.engine = trainer.server_client
         self.run = uuid.uuid4().hex[:16]
-        self.servers: Servers | None = None
+        self.servers = Servers((), "", settings.server_deadline)  # none on other ranks
         self.policy: Policy | None = None  # the one that all of them serve
         self.seconds: dict[str, float] = {}  # of the last switch: ``stage`` and ``commit``
         self._is_plain = self._has_restored = False
         self._proved: dict[int, To] = {}  # by server: the process and the base that orders are for
-        self._restore: Callable[[list[int]], None] = lambda lost: None
-        self._told: dict[int, str] = {}  # by server: key of the layout sent last
+        self._prepared: set[int] = set()  # servers that have made room
+        self._restore: Callable[[], None] = lambda: None
         self._only_nccl = settings.transport == "nccl"
         self.nccl: Connections | None = None
         if self.engine is not None:
@@ -60,7 +59,7 @@ class RemoteEngine:
     @property
     def lora_dtype(self) -> torch.dtype:
         """The dtype that all servers hold the adapter in; float32 on ranks that do not talk to them."""
-        return getattr(torch, self.statuses[0]["lora_dtype"]) if self.servers else torch.float32
+        return getattr(torch, self.statuses[0]["lora_dtype"]) if self.engine is not None else torch.float32
 
     @property
     def max_lora_rank(self) -> int:
@@ -70,23 +69,19 @@ class RemoteEngine:
         """Whether the trainer still has this client. Other ranks have none to lose."""
         return self.engine is None or trainer.server_client is self.engine
 
-    def on_restart(self, restore: Callable[[list[int]], None]) -> None:
-        """Set ``restore``, which sends the policy again to servers that lost it. It is called on the main rank."""
+    def on_restart(self, restore: Callable[[], None]) -> None:
+        """Set ``restore``, which sends the policy again where it was lost. It is called on the main rank."""
         self._restore = restore
 
     def _ask(self, route: str = "status") -> list[dict[str, Any]]:
-        servers = self.servers
-        assert servers is not None
-        return servers.each(lambda index: servers.get(index, route))
+        return self.servers.each(lambda index: self.servers.get(index, route))
 
     def check_fit(self) -> None:
         """Take the servers. Raises RolloutServerError when one cannot take policies from this trainer, or is another
         living trainer's."""
-        servers = self.servers
-        assert servers is not None
         self.statuses = self._ask()
         dtypes = {status.get("lora_dtype") for status in self.statuses}
-        for url, status in zip(servers.urls, self.statuses):
+        for url, status in zip(self.servers.urls, self.statuses):
             if status.get("protocol") != PROTOCOL:
                 raise RolloutServerError(
                     f"Rollout server {url} speaks protocol {status.get('protocol')!r} of swift_lora_fix, this trainer "
@@ -99,8 +94,10 @@ class RemoteEngine:
                 f"The rollout servers hold a LoRA in {sorted(map(str, dtypes))}: start all of them with the same "
                 "--torch_dtype."
             )
+        self._prepared = set()
         lease = Lease(holder=this_process(self.run)).as_dict()
-        for url, answer in zip(servers.urls, servers.each(lambda index: servers.post(index, "lease", json=lease))):
+        answers = self.servers.each(lambda index: self.servers.post(index, "lease", json=lease))
+        for url, answer in zip(self.servers.urls, answers):
             if answer["before"] is not None:
                 warning(f"rollout server {url} was {answer['before']}'s until now: its orders are refused there.")
 
@@ -113,23 +110,23 @@ class RemoteEngine:
     def base_sums(self) -> list[dict[str, Any]]:
         return self._ask("base")
 
-    def _is_proved(self, index: int, answer: dict[str, Any]) -> bool:
+    def _serves(self, index: int, status: dict[str, Any]) -> bool:
+        """Whether this server serves ``policy``, as the process and on the base that were proved."""
         to = self._proved.get(index)
-        return to is not None and (answer["boot"], answer["epoch"]) == (to.boot, to.epoch)
+        is_proved = to is not None and (status["boot"], status["epoch"]) == (to.boot, to.epoch)
+        return (
+            is_proved and not status["plain"] and self.policy is not None and status["policy"] == self.policy.as_dict()
+        )
 
-    def lost(self) -> list[int]:
-        """Servers that do not serve ``policy``: they restarted, or were given another one. All must answer."""
-        if self.servers is None or self.policy is None:
-            return []
-        policy = self.policy.as_dict()
-        found = [
-            index
-            for index, status in enumerate(self._ask())
-            if status["policy"] != policy or status["plain"] or not self._is_proved(index, status)
-        ]
-        for index in found:
-            warning(f"rollout server {self.servers.urls[index]} does not serve the policy of step {self.policy.step}.")
-        return found
+    def have_policy(self) -> bool:
+        """Whether all servers still serve ``policy``: they may have restarted, or were given another one. Asks them."""
+        if self.policy is None:
+            return True
+        statuses = enumerate(zip(self.servers.urls, self._ask()))
+        lost = [url for index, (url, status) in statuses if not self._serves(index, status)]
+        for url in lost:
+            warning(f"rollout server {url} does not serve the policy of step {self.policy.step}.")
+        return not lost
 
     @property
     def reaches_all(self) -> bool:
@@ -138,105 +135,82 @@ class RemoteEngine:
 
     def push(self, ends: bool) -> list[dict[str, Any]]:
         """Called before and after ms-swift sends the base over NCCL. Raises RolloutServerError if a worker failed."""
-        return self._order("push", {"ends": ends})
+        return self._order("push", ends=ends)
 
-    def others(self) -> list[int]:
-        """Servers that are another process, or have another base, than was proved. All must answer."""
-        return [index for index, status in enumerate(self._ask()) if not self._is_proved(index, status)]
-
-    def renew(self, lost: list[int]) -> None:
-        """Take ``lost`` again, reopen NCCL to those that restarted, and have the next rollout checked whole again.
+    def renew(self) -> None:
+        """Take the servers again, reopen NCCL to those that restarted, and have the next rollout checked whole again.
         Raises RolloutServerError for a server that cannot take policies."""
         self._has_restored = True
-        statuses = self._ask()
-        for index in lost if self.nccl is not None else ():  # before it is anybody's: then it refuses to be connected
-            if index in self._proved and self._proved[index].boot != statuses[index]["boot"]:
-                self.nccl.reopen(index)  # type: ignore[union-attr]
+        for index, status in enumerate(self._ask()):  # before it is anybody's: then it refuses to be connected
+            if self.nccl is not None and index in self._proved and self._proved[index].boot != status["boot"]:
+                self.nccl.reopen(index)
         self.check_fit()  # it may be a different server now
 
-    def switch(self, parcel: Parcel, only: list[int] | None = None, by_reference: bool = False) -> None:
-        """Have all servers (or those in ``only``) serve a policy. by_reference: through vLLM's own loader. Raises
-        RolloutServerError with the failing servers' own messages: before the first commit all serve what they served,
-        after it nothing is generated until a switch succeeds."""
-        assert self.servers is not None
-        policy, clock = {"policy": parcel.policy.as_dict()}, Clock()
-        self.servers.each(lambda index: self._stage(index, parcel), only)
+    def switch(self, parcel: Parcel, layout: Layout, by_reference: bool = False) -> None:
+        """Have all servers serve a policy. by_reference: through vLLM's own loader. Raises RolloutServerError with the
+        failing servers' own messages: before the first commit all serve what they served, after it nothing is
+        generated until a switch succeeds."""
+        clock = Clock()
+        self.servers.each(lambda index: self._stage(index, parcel, layout))
         clock.lap("stage")
         self.policy = None
-        self._order("commit", {**policy, "by_reference": by_reference}, only)
+        self._order("commit", policy=parcel.policy.as_dict(), by_reference=by_reference)
         self.policy = parcel.policy
         self._announce(parcel.policy)
         clock.lap("commit")
         self.seconds = clock.laps
 
-    def _to(self, index: int) -> dict[str, Any]:
+    def _post(self, index: int, route: str, **content: Any) -> dict[str, Any]:
+        """An order to one server."""
         if index not in self._proved:
             raise EngineStateError("No base was compared with this rollout server's yet.")
-        return {"to": self._proved[index].as_dict()}
+        return self.servers.post(index, route, json={"to": self._proved[index].as_dict(), **content})
 
-    def _order(self, route: str, content: dict[str, Any], only: list[int] | None = None) -> list[dict[str, Any]]:
-        servers = self.servers
-        assert servers is not None
-        return servers.each(lambda index: servers.post(index, route, json={**self._to(index), **content}), only)
+    def _order(self, route: str, **content: Any) -> list[dict[str, Any]]:
+        return self.servers.each(lambda index: self._post(index, route, **content))
 
-    def _stage(self, index: int, parcel: Parcel) -> None:
+    def _stage(self, index: int, parcel: Parcel, layout: Layout) -> None:
         """Over NCCL if that is open; otherwise by shared memory of this host, or in the body."""
-        servers = self.servers
-        assert servers is not None
-        order = {**self._to(index), "policy": parcel.policy.as_dict()}
+        policy, url = parcel.policy.as_dict(), self.servers.urls[index]
+        if index not in self._prepared:
+            self._post(index, "prepare", layout=layout.as_dict())
+            self._prepared.add(index)
         if self.nccl is not None and self.nccl.is_open(index):
             try:
-                self._announce_to(index, parcel, order, True)
+                self._post(index, "stage", policy=policy, nccl=True)
             except RolloutServerError as error:
                 if error.status != NO_NCCL or self._only_nccl:
                     raise
                 self.nccl.close(index, str(error))
             else:
-                ask = partial(servers.post, index, "receive", json=order)
-                self.nccl.send(index, parcel.buffer, ask, servers.deadline)
+                ask = partial(self._post, index, "receive", policy=policy)
+                self.nccl.send(index, parcel.buffer, ask, self.servers.deadline)
                 return
         elif self._only_nccl:
             raise RolloutServerError(
-                f"There is no NCCL connection to rollout server {servers.urls[index]}, which "
-                "SWIFT_LORA_FIX_TRANSPORT=nccl asks for: unset it, or use reload."
+                f"There is no NCCL connection to rollout server {url}, which SWIFT_LORA_FIX_TRANSPORT=nccl asks for: "
+                "unset it, or use reload."
             )
-        self._announce_to(index, parcel, order, False)
+        self._post(index, "stage", policy=policy, nccl=False)
         memory = parcel.memory().address
         if this_host() and self.statuses[index]["host"] == this_host():
             try:
-                servers.post(index, "receive", json={**order, "memory": memory.as_dict()})
+                self._post(index, "receive", policy=policy, memory=memory.as_dict())
                 return
             except RolloutServerError as error:
                 if error.status != UNSEEN:
                     raise
-                info(f"rollout server {servers.urls[index]} gets the adapter as a body: {error}")
-        headers = {
-            POLICY_HEADER: Receive.model_validate(order).model_dump_json(),
-            "Content-Type": BYTES,
-            "Content-Length": str(memory.size),
-        }
-        servers.post(index, "receive", blocks=parcel.blocks, headers=headers)
-
-    def _announce_to(self, index: int, parcel: Parcel, order: dict[str, Any], nccl: bool) -> None:
-        """Announce the next bytes. The whole layout is sent only if this server does not have it yet."""
-        assert self.servers is not None
-        order, layout = {**order, "nccl": nccl}, parcel.layout
-        if self._told.get(index) == layout.key:
-            try:
-                self.servers.post(index, "stage", json={**order, "layout": layout.key})
-                return
-            except RolloutServerError as error:
-                if error.status != GONE:
-                    raise
-        self.servers.post(index, "stage", json={**order, "layout": layout.as_dict()})
-        self._told[index] = layout.key
+                info(f"rollout server {url} gets the adapter as a body: {error}")
+        order = Receive(to=self._proved[index], policy=parcel.policy).model_dump_json()
+        headers = {POLICY_HEADER: order, "Content-Type": BYTES, "Content-Length": str(memory.size)}
+        self.servers.post(index, "receive", blocks=parcel.blocks, headers=headers)
 
     def _announce(self, policy: Policy | None) -> None:
         """Make ms-swift's own rollout requests name the policy that they need."""
         for session in self.engine.sessions if self.engine is not None else ():
             session.headers.pop(POLICY_HEADER, None)
             if policy is not None:
-                session.headers[POLICY_HEADER] = json.dumps(policy.as_dict())
+                session.headers[POLICY_HEADER] = policy.model_dump_json()
 
     @contextlib.contextmanager
     def plain(self) -> Iterator[None]:
@@ -244,25 +218,24 @@ class RemoteEngine:
         self._announce(None)
         self._is_plain = True
         try:
-            self._order("serve", {"plain": True})
+            self._order("serve", plain=True)
             yield
         finally:
             self._is_plain = False
             try:
-                self._order("serve", {"plain": False})
+                self._order("serve", plain=False)
             finally:
                 self._announce(self.policy)
 
     def reset_caches(self) -> None:
         """Make all servers drop their caches."""
-        self._order("serve", {"plain": False})
+        self._order("serve", plain=False)
 
     def make_ready(self) -> bool:
         """Before rollouts: send the policy again to servers that lost it. Returns whether any did. Raises
         RolloutServerError for a server that does not come back within the deadline."""
-        lost = self.lost()
-        if lost:
-            self._restore(lost)
+        if not self.have_policy():
+            self._restore()
         restored, self._has_restored = self._has_restored, False
         return restored
 
@@ -277,8 +250,10 @@ class RemoteEngine:
         try:
             outputs = infer()
         except (RuntimeError, OSError) as error:  # ms-swift's client turns every failure into a RuntimeError
-            if not self._came_back(error):
+            warning(f"a rollout failed: {str(error)[:500]}; looking after the rollout servers.")
+            if plain or self.have_policy():
                 raise
+            self._restore()
             outputs = infer()
         proved = {(to.boot, to.epoch) for to in self._proved.values()}
         for output in outputs:
@@ -296,18 +271,6 @@ class RemoteEngine:
                     f"{infos.get('server_epoch')}) that nobody proved. Nothing of this batch was used."
                 )
         return outputs
-
-    def _came_back(self, error: Exception) -> bool:
-        """Whether servers had lost the policy and now have it again."""
-        warning(f"a rollout failed: {str(error)[:500]}; looking after the rollout servers.")
-        try:
-            lost = [] if self._is_plain else self.lost()
-            if not lost:
-                return False
-            self._restore(lost)
-        except RolloutServerError as gone:
-            raise gone from error
-        return True
 
 
 def prepare_client(client: Any) -> None:

@@ -86,7 +86,7 @@ def test_the_servers_serve_the_trainers_policy_at_every_step(trained: Run, serve
 
 def test_a_server_that_comes_back_is_connected_again(trained: Run, servers: list[RolloutServer]) -> None:
     assert f"NCCL to rollout server {servers[1].url} is open again" in trained.log
-    assert f"sent the policy of step {KILLED} again to 1 rollout servers" in trained.log
+    assert f"sent the policy of step {KILLED} again to the rollout servers" in trained.log
 
 
 @newest

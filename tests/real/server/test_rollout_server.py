@@ -5,6 +5,7 @@ With SLF_SERVER_ASYNC=1 in the environment its engine is the asynchronous one.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import requests
 import torch
 
 from swift_lora_fix.server.wire import PREFIX, Policy
-from tests.support.driver import make_model, this_python
+from tests.support.driver import PLUGINS, make_model, this_python
 from tests.support.parcels import Sent
 from tests.support.reload_client import ReloadServer, made_adapter, sent_of
 from tests.support.shm import names
@@ -22,6 +23,7 @@ from tests.support.shm import names
 pytestmark = pytest.mark.e2e
 
 RUN = "5eed"
+IS_ASYNC = bool(os.environ.get("SLF_SERVER_ASYNC"))
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -29,8 +31,15 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReloadServer]:
     folder = tmp_path_factory.mktemp("server")
     model = make_model(this_python(), folder, "qwen2")
-    arguments = {"vllm_use_async_engine": "true"} if os.environ.get("SLF_SERVER_ASYNC") else {}
-    with ReloadServer(model, folder, arguments) as running:
+    arguments = {"vllm_use_async_engine": "true"} if IS_ASYNC else {}
+    path = os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        "SLF_FAULT_ORDER": str(folder / "order.json"),
+        "PYTHONPATH": path,
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function goes to vLLM's worker
+    }
+    plugins = (PLUGINS / "slf_server_faults.py",)
+    with ReloadServer(model, folder, arguments, environment, plugins=plugins) as running:
         yield running
 
 
@@ -85,7 +94,7 @@ def altered(server: ReloadServer, change: Callable[[dict[str, Any], dict[str, to
 def test_it_says_what_it_is(server: ReloadServer) -> None:
     status = server.status()
     expected = {
-        "protocol": 3,
+        "protocol": 4,
         "enable_lora": True,
         "max_lora_rank": 16,
         "policy": None,
@@ -156,6 +165,14 @@ def test_another_layout(server: ReloadServer, versions: Versions, served: Policy
     assert server.rollouts(served)[0] == first
     assert server.commit(policy).status_code == 200
     assert server.rollouts(policy)[0] != first
+
+
+@pytest.mark.skipif(IS_ASYNC, reason="the fault is made in the synchronous engine")
+def test_what_vllm_drops_is_loaded_again(server: ReloadServer, adapters: list[Sent], served: Policy) -> None:
+    """As an idle data-parallel rank does; vLLM asks for it with the next request."""
+    before = server.rollouts(served)[0]
+    (server.folder / "order.json").write_text(json.dumps([1, "removed"]))
+    assert server.rollouts(served)[0] == before
 
 
 def test_rollouts_of_another_policy_are_refused(server: ReloadServer, served: Policy) -> None:
@@ -310,7 +327,7 @@ def test_another_process_or_base(server: ReloadServer, adapters: list[Sent], unc
 
 
 def test_what_the_protocol_does_not_know(server: ReloadServer, unchanged: Policy) -> None:
-    refused(server.order("stage", policy={}), 400, "ProtocolError", "layout is", "policy.version is")
+    refused(server.order("stage", policy={}), 400, "ProtocolError", "nccl is", "policy.version is")
     wrong = {**unchanged.as_dict(), "version": "1"}
     refused(server.order("commit", policy=wrong), 400, "ProtocolError", "version is '1'")
     refused(server.order("serve", plain="yes"), 400, "ProtocolError", "plain is 'yes'")

@@ -57,7 +57,7 @@ def test_both_servers_serve_the_trainers_policy_at_every_step(trained: Run) -> N
 
 def test_a_killed_server_that_comes_back_gets_the_policy_again(trained: Run, servers: list[RolloutServer]) -> None:
     assert f"rollout server {servers[1].url} does not serve the policy of step {KILLED}" in trained.log
-    assert f"sent the policy of step {KILLED} again to 1 rollout servers" in trained.log
+    assert f"sent the policy of step {KILLED} again to the rollout servers" in trained.log
 
 
 def test_no_nccl_is_opened(trained: Run, resumed: Run, servers: list[RolloutServer]) -> None:

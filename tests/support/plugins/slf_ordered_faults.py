@@ -77,7 +77,7 @@ def _policies(trainer, sync):
 
 
 def _lost(trainer, sync):
-    """What no repair mends: another base, without NCCL; and an adapter that is gone, for which vLLM ends its engine."""
+    """What no repair mends: another base, without NCCL; and an adapter that is gone, which the server loads again."""
     from swift_lora_fix import session
 
     os.environ["SWIFT_LORA_FIX_ON_MISMATCH"] = "repair"

@@ -54,15 +54,33 @@ class Counting(list[Any]):
             yield block
 
 
-def reset(pool: Any) -> int:
+def reset(pool: Any, llm_engine: Any = "its own") -> int:
     """How many blocks were visited by a reset; the pool is left with nothing cached."""
     blocks = pool.blocks = Counting(pool.blocks)
-    with sparing_reset(engine_of(pool)):
+    with sparing_reset(engine_of(pool) if llm_engine == "its own" else llm_engine):
         assert pool.reset_prefix_cache() is True
     assert pool.blocks is blocks and len(pool.cached_block_hash_to_block) == 0
     visited = blocks.visited
     assert all(block.block_hash is None for block in pool.blocks)
     return visited
+
+
+@pytest.mark.parametrize("asked_here", [False, True])
+def test_in_the_process_of_a_rollout_server_every_reset_is_spared(
+    pool: Any, monkeypatch: pytest.MonkeyPatch, asked_here: bool
+) -> None:
+    """Whoever asks for it is in another process; and where it is not, nothing is spared twice."""
+    monkeypatch.setattr(block_pool.BlockPool, "reset_prefix_cache", block_pool.BlockPool.reset_prefix_cache)
+    prefix_cache.spare_every_reset()
+    installed = block_pool.BlockPool.reset_prefix_cache
+    prefix_cache.spare_every_reset()
+    assert block_pool.BlockPool.reset_prefix_cache is installed, "once"
+    asks = engine_of(pool) if asked_here else None
+    for number in range(PROOFS):
+        fill(pool, number)
+        assert reset(pool, asks) == BLOCKS
+    fill(pool, PROOFS)
+    assert reset(pool, asks) == 0
 
 
 def test_only_cached_blocks_are_visited_once_that_is_proved(pool: Any) -> None:

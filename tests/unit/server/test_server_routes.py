@@ -23,24 +23,24 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from swift_lora_fix import errors
+from swift_lora_fix.engine.port import WriteReport
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
 from swift_lora_fix.server import hosts
 from swift_lora_fix.server import wire as protocol
 from swift_lora_fix.server.rollout import checks, installing, receiver, routes, worker
-from swift_lora_fix.server.shared import opened
 from swift_lora_fix.server.wire import (
     BYTES,
     EXTENSION,
-    GONE,
     METHOD,
     POLICY_HEADER,
     PREFIX,
     RPC,
     UNSEEN,
-    Address,
     Holder,
+    Layout,
     Policy,
 )
+from tests.support import light_server
 from tests.support.parcels import Sent, staged
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -51,31 +51,48 @@ SWIFTS = "swift.pipelines.infer.rollout.WeightSyncWorkerExtension"
 RUN = "ab"
 
 
-class FakeLLM:
-    """What a stager asks of vLLM. ``loads`` are the adapters that it served, by what their A begins with, ``loader``
-    those of them that its own loader was given; ``fail`` is raised by the next loads."""
+class Slots(light_server.Slots):
+    """``loads`` of its worker: the adapters that it served, by what their A begins with."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Any, adapter: Any, *_: Any) -> None:
+        super().__init__(engine, adapter)
+        self.engine = engine
+
+    def write(self) -> WriteReport:
+        report = super().write()
+        self.engine.worker.loads.append(self.held[A][0, 0].item())
+        return report
+
+    write_by_reference = write
+
+
+@pytest.fixture(autouse=True)
+def slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "AdapterWriter", Slots)
+    monkeypatch.setattr(receiver, "_request_class", lambda worker: None)
+
+
+class FakeLLM:
+    """What a switch asks of vLLM, with a real `Receiver` in its worker. ``rpcs``: what that was asked; ``fail`` is
+    raised by the next ones."""
+
+    def __init__(self, model: Path) -> None:
         self.vllm_config = SimpleNamespace(
-            lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16, max_cpu_loras=1),
-            parallel_config=SimpleNamespace(data_parallel_size=1, worker_extension_cls=EXTENSION),
+            lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16),
+            model_config=SimpleNamespace(model=str(model)),
         )
-        self.rpcs: list[tuple[str, dict[str, Any]]] = []  # what vLLM's workers were asked
+        self.loads: list[float] = []
+        manager = SimpleNamespace(_load_adapter=lambda request: request)
+        runner = SimpleNamespace(device=torch.device("cpu"), lora_manager=manager)
+        self.worker = SimpleNamespace(
+            model_runner=runner, vllm_config=self.vllm_config, communicator=None, client_rank=1, loads=self.loads
+        )
+        self.receiver = receiver.Receiver(self.worker)
+        self.rpcs: list[tuple[str, dict[str, Any]]] = []
         self.unfinished = False
         self.output_processor = SimpleNamespace(has_unfinished_requests=lambda: self.unfinished)
-        self.loads: list[float] = []
-        self.loader: list[float] = []
-        self._read: dict[str, float] = {}  # by digest
         self.fail: list[Exception] = []
         self.resets = True
-
-    def add_lora(self, request: Any) -> bool:
-        assert request.lora_int_id == ADAPTER_ID and request.load_inplace
-        if self.fail:
-            raise self.fail.pop(0)
-        self.loader.append(request.content.tensors[A][0, 0].item())
-        self.loads.append(self.loader[-1])
-        return True
 
     def reset_prefix_cache(self) -> bool:
         return self.resets
@@ -83,27 +100,23 @@ class FakeLLM:
     def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> list[None]:
         assert method == RPC
         arguments = dict(kwargs)
-        self.rpcs.append((arguments.pop("command"), arguments))
+        command = arguments.pop("command")
+        self.rpcs.append((command, arguments))
         if self.fail:
             raise self.fail.pop(0)
-        command, digest = self.rpcs[-1][0], arguments.get("digest", "")
-        if command == "receive" and arguments["memory"] is not None:
-            try:
-                with opened(Address.model_validate(arguments["memory"])) as content:
-                    self._read[digest] = content[:2].clone().view(torch.bfloat16).item()
-            except errors.StagingError as error:
-                raise RuntimeError(receiver._tell(error)) from error
-        if command == "serve" and digest in self._read:
-            self.loads.append(self._read[digest])
+        try:
+            getattr(self.receiver, command)(**arguments)
+        except Exception as error:
+            raise broken(error) from error
         return [None]
 
 
 class FakeAsyncLLM(FakeLLM):
-    async def add_lora(self, request: Any) -> bool:  # type: ignore[override]
-        return super().add_lora(request)
-
     async def reset_prefix_cache(self) -> bool:  # type: ignore[override]
         return super().reset_prefix_cache()
+
+    async def collective_rpc(self, method: str, args: Any = (), kwargs: Any = None) -> list[None]:  # type: ignore[override]
+        return super().collective_rpc(method, args, kwargs)
 
 
 class FakeConnection:
@@ -111,7 +124,7 @@ class FakeConnection:
     orders, and while it answers them."""
 
     def __init__(self, model: Path) -> None:
-        self.engine = SimpleNamespace(engine=FakeLLM(), model_dir=str(model), enable_lora=True)
+        self.engine = SimpleNamespace(engine=FakeLLM(model), enable_lora=True)
         build = SimpleNamespace(vllm_use_async_engine=False)
         worker.build_engine(lambda arguments: self.engine, build)
         self.answers: list[Any] = []
@@ -126,8 +139,8 @@ class FakeConnection:
         return self.engine.engine  # type: ignore[no-any-return]
 
     @property
-    def stager(self) -> worker.Stager:
-        found: worker.Stager = vars(self.engine)[worker._STAGER]
+    def switch(self) -> worker.Switch:
+        found: worker.Switch = vars(self.engine)[worker._SWITCH]
         return found
 
     def send(self, order: dict[str, Any]) -> None:
@@ -135,7 +148,7 @@ class FakeConnection:
             raise BrokenPipeError
         self.sending.wait()
         assert order["type"] == "call" and not self.answers
-        self.orders.append(order["args"][0])
+        self.orders.append((order["kwargs"].get("rpc") or {}).get("command", ""))
         method = getattr(self.engine, order["method"])
         self.answers.append(None if self.is_mute else method(*order["args"], **order["kwargs"]))
 
@@ -215,9 +228,16 @@ def lease(client: TestClient, run: str = RUN, **changes: Any) -> Any:
     return client.post(f"{PREFIX}/lease/", json={"holder": holder.as_dict()})
 
 
-def announce(client: TestClient, version: int, sent: Sent, nccl: bool = False, layout: Any = None) -> Any:
-    content = {"policy": policy(version, sent).as_dict(), "layout": layout or sent.layout.as_dict(), "nccl": nccl}
-    return order(client, "stage", content)
+def prepare(client: TestClient, sent: Sent) -> Any:
+    return order(client, "prepare", {"layout": sent.layout.as_dict()})
+
+
+def announce(client: TestClient, version: int, sent: Sent, nccl: bool = False) -> Any:
+    """After the server has made room for it."""
+    answer = prepare(client, sent)
+    if answer.status_code != 200:
+        return answer
+    return order(client, "stage", {"policy": policy(version, sent).as_dict(), "nccl": nccl})
 
 
 def receive(client: TestClient, version: int, sent: Sent, memory: Any = "its own") -> Any:
@@ -255,7 +275,8 @@ def refused(response: Any, code: int, kind: str, *phrases: str) -> None:
 
 
 def rpcs(server: Server) -> list[list[str]]:
-    return [[name for name, _ in connection.llm.rpcs] for connection in server.connections]
+    """What vLLM's workers were asked, but for room: that they make once for a layout."""
+    return [[name for name, _ in connection.llm.rpcs if name != "prepare"] for connection in server.connections]
 
 
 def broken(error: Exception) -> RuntimeError:
@@ -284,12 +305,11 @@ def test_all_workers_serve_what_was_received(server: Server, client: TestClient,
     assert served_by(client) == policy(1, served).as_dict()
     assert commit(client, 2, second).status_code == commit(client, 2, second).status_code == 200
     assert [c.llm.loads for c in server.connections] == [[1.0, 2.0]] * 2, "the second commit loads nothing"
-    infos = [c.stager.served().infos() for c in server.connections]
+    infos = [c.switch.served().infos() for c in server.connections]
     assert [(i["policy_version"], i["server_boot"], i["server_epoch"]) for i in infos] == [
         (2, status(client)["boot"], 0)
     ] * 2
-    assert rpcs(server) == [["prepare", "receive", "serve"] * 2] * 2
-    assert [c.llm.loader for c in server.connections] == [[], []]
+    assert rpcs(server) == [["receive", "serve"] * 2] * 2
 
 
 def test_what_is_repeated_is_done_once(server: Server, client: TestClient) -> None:
@@ -298,20 +318,25 @@ def test_what_is_repeated_is_done_once(server: Server, client: TestClient) -> No
     assert [announce(client, 1, sent).status_code for _ in range(2)] == [200] * 2
     assert [receive(client, 1, sent).status_code for _ in range(2)] == [200] * 2
     assert [commit(client, 1, sent).status_code for _ in range(2)] == [200] * 2
-    assert rpcs(server)[0] == ["prepare", "prepare", "receive", "serve"]
+    assert rpcs(server)[0] == ["receive", "serve"]
     assert stage(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
 
 
-def test_the_layout_is_told_once(server: Server, client: TestClient, served: Sent) -> None:
-    assert announce(client, 2, served, layout=served.layout.key).status_code == 200
-    refused(announce(client, 2, served, layout="0" * 64), GONE, "StagingError", "send it whole")
+def test_the_layout_is_told_once_for_each_lease(server: Server, client: TestClient, served: Sent) -> None:
+    named = {"policy": policy(2, served).as_dict(), "nccl": False}
+    room = [c.llm.receiver.received for c in server.connections]
+    assert order(client, "stage", named).status_code == prepare(client, served).status_code == 200
+    assert lease(client).status_code == 200
+    refused(order(client, "stage", named), 409, "StagingError", "has made no room", "its layout first")
+    assert prepare(client, served).status_code == order(client, "stage", named).status_code == 200
+    assert room == [c.llm.receiver.received for c in server.connections], "the same buffer"
 
 
 def test_bytes_in_the_body(server: Server, client: TestClient) -> None:
     sent = adapter(3.0)
     assert announce(client, 1, sent).status_code == 200
     refused(send_body(client, 1, sent, sent.body[:-4]), 422, "StagingError", "has 60 bytes where 64 were announced")
-    assert [c.orders[-1] for c in server.connections] == ["stage"] * 2, "what is cut is not shown to the workers"
+    assert [c.orders[-1] for c in server.connections] == ["prepare"] * 2, "what is cut is not shown to the workers"
     assert send_body(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
     assert [c.llm.loads for c in server.connections] == [[3.0], [3.0]]
 
@@ -331,9 +356,8 @@ def test_a_body_that_is_too_large(client: TestClient, announced: bool) -> None:
 
 
 def test_an_adapter_that_is_too_large(server: Server, client: TestClient) -> None:
-    for connection in server.connections:
-        connection.stager.base = {}
     refused(announce(client, 1, adapter(1.0, **{A: torch.ones(2, 1 << 19)})), 413, "StagingError", "MAX_MIB (now 1)")
+    assert not any(c.llm.rpcs for c in server.connections)
 
 
 def test_memory_that_cannot_be_opened(server: Server, client: TestClient) -> None:
@@ -365,7 +389,8 @@ def test_orders_for_another_process_or_base_are_refused(server: Server, client: 
     sent = adapter(1.0)
     named = policy(1, sent).as_dict()
     orders: list[tuple[str, dict[str, Any]]] = [
-        ("stage", {"policy": named, "layout": sent.layout.as_dict(), "nccl": False}),
+        ("prepare", {"layout": sent.layout.as_dict()}),
+        ("stage", {"policy": named, "nccl": False}),
         ("receive", {"policy": named, "memory": sent.memory.address.as_dict()}),
         ("commit", {"policy": named}),
         ("serve", {"plain": True}),
@@ -393,13 +418,10 @@ def test_a_base_that_is_written_over_ends_the_policy(open_server: Server, nccl: 
 
 def test_what_ms_swift_only_logs_is_told(open_server: Server, nccl: TestClient) -> None:
     """Each time that it is asked: the answer may have been lost."""
-    engine = open_server.connections[1].llm
     assert order(nccl, "push", {"ends": False}).status_code == 200
-    for method in ("init_communicator", "update_flattened_params"):
-        with pytest.raises(AssertionError):  # as ms-swift's worker calls it, which goes on
-            engine.collective_rpc(method=method, args=([],))
+    open_server.connections[1].llm.receiver.failures.append("RuntimeError: no such parameter")
     for _ in range(2):
-        refused(order(nccl, "push", {"ends": True}), 500, "EngineStateError", "1 updates over NCCL failed")
+        refused(order(nccl, "push", {"ends": True}), 500, "EngineStateError", "1 updates over NCCL failed", "no such")
     refused(announce(nccl, 2, adapter(1.0)), 409, "StagingError", "not ended")
     assert order(nccl, "push", {"ends": False}).status_code == order(nccl, "push", {"ends": True}).status_code == 200
 
@@ -457,7 +479,7 @@ def test_nccl_of_a_living_trainer_is_not_taken(open_server: Server, nccl: TestCl
 
 def test_one_worker_that_cannot_stage(server: Server, client: TestClient, served: Sent) -> None:
     server.connections[1].llm.vllm_config.lora_config.max_lora_rank = 1
-    sent = adapter(2.0)
+    sent = adapter(2.0, config={**CONFIGURATION, "target_modules": ["k_proj"]})  # another layout: it is looked at
     refused(stage(client, 2, sent), 422, "StagingError", "has rank 2, this server has room for 1")
     refused(receive(client, 2, sent), 409, "StagingError", "was not announced")
     refused(commit(client, 2, sent), 409, "StagingError", "nothing is staged")
@@ -485,11 +507,10 @@ def test_one_worker_that_cannot_commit(server: Server, client: TestClient, serve
     refused(client.post("/infer/"), 503, "EngineStateError")
     for connection in server.connections:
         with pytest.raises(errors.EngineStateError, match="No policy was committed"):
-            connection.stager.served()
+            connection.switch.served()
     third = adapter(3.0)
     assert stage(client, 3, third).status_code == commit(client, 3, third).status_code == 200
     assert [c.llm.loads[-1] for c in server.connections] == [3.0, 3.0]
-    assert [c.llm.loader for c in server.connections] == [[[], [3.0]][index == failing] for index in (0, 1)]
 
 
 def test_a_cache_that_is_not_reset(server: Server, client: TestClient, served: Sent) -> None:
@@ -504,7 +525,7 @@ def test_requests_that_are_not_finished(server: Server, client: TestClient, serv
     assert stage(client, 2, sent).status_code == 200
     server.connections[0].llm.unfinished = True
     refused(order(client, "serve", {"plain": True}), 500, "EngineStateError", "unfinished requests")
-    assert status(client)["plain"] is False and [c.stager.plain for c in server.connections] == [False, False]
+    assert status(client)["plain"] is False and [c.engine.enable_lora for c in server.connections] == [True, True]
     assert served_by(client) is None
     assert stage(client, 3, sent).status_code == 200
     refused(commit(client, 3, sent), 500, "EngineStateError", "unfinished requests", "serves nothing")
@@ -543,37 +564,6 @@ def test_a_worker_that_hangs(server: Server, client: TestClient, served: Sent, w
     refused(client.post("/infer/", headers={POLICY_HEADER: json.dumps(served_by(client))}), 500, "EngineStateError")
 
 
-# ---- by vLLM's own loader ------------------------------------------------------------------------------------------
-
-
-def test_where_vllms_workers_cannot_take_it_its_loader_does(
-    server: Server, client: TestClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    logging.getLogger("swift").propagate = True
-    one, other = (connection.llm for connection in server.connections)
-    one.vllm_config.parallel_config.data_parallel_size = 2
-    other.fail = [broken(torch.OutOfMemoryError("Tried to allocate 20 GiB."))]
-    for version in (1, 2):
-        sent = adapter(float(version))
-        with caplog.at_level(logging.INFO, "swift.lora_fix"):
-            assert stage(client, version, sent).status_code == 200
-        assert commit(client, version, sent).status_code == 200
-    assert one.loader == other.loader == [1.0, 2.0]
-    assert caplog.text.count("Tried to allocate") == 1
-    assert [name for name, _ in other.rpcs] == ["prepare", "check_served", "check_served"]
-    refused(
-        stage(client, 3, adapter(float("nan"))), 422, "NonFiniteAdapterError", "1 of the adapter's tensors", "lora_A"
-    )
-    refused(stage(client, 3, adapter(3.0, "0123456789abcdef")), 422, "StagingError", "0123456789abcdef was announced")
-    assert served_by(client)["version"] == 2
-
-
-def test_what_vllm_does_not_know_is_refused(server: Server, client: TestClient, served: Sent) -> None:
-    server.connections[0].llm.vllm_config.parallel_config.data_parallel_size = 2
-    sent = adapter(2.0, config={**CONFIGURATION, "use_dora": True})
-    refused(stage(client, 2, sent), 422, "UnsupportedAdapterError", "DoRA")
-
-
 # ---- over NCCL -----------------------------------------------------------------------------------------------------
 
 
@@ -592,33 +582,35 @@ def nccl(open_server: Server) -> Iterator[TestClient]:
 
 def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> None:
     sent = adapter(1.0)
+    wired(open_server, sent)
     assert announce(nccl, 1, sent, nccl=True).status_code == 200
     refused(commit(nccl, 1, sent), 409, "StagingError", "nothing is staged")
     refused(receive(nccl, 2, sent, None), 409, "StagingError", "was not announced")
     assert receive(nccl, 1, sent, None).status_code == commit(nccl, 1, sent).status_code == 200
-    assert rpcs(open_server) == [["prepare", "receive", "serve"]] * 2
-    prepare, received, _ = (arguments for _, arguments in open_server.connections[0].llm.rpcs)
-    assert prepare == {"layout": sent.layout.as_dict(), "nccl": True}
-    assert received == {"digest": sent.digest, "memory": None}
-    request = open_server.connections[0].stager.served().request
+    assert rpcs(open_server) == [["check_nccl", "receive", "serve"]] * 2
+    assert [c.llm.loads for c in open_server.connections] == [[1.0], [1.0]]
+    request = open_server.connections[0].switch.served().request
     assert (request.lora_int_id, request.load_inplace) == (ADAPTER_ID, False)
 
 
-def test_a_server_without_nccl_says_so_and_takes_it_otherwise(open_server: Server, nccl: TestClient) -> None:
+def wired(server: Server, sent: Sent) -> None:
+    """NCCL is open to both workers, and brings this adapter."""
+    for connection in server.connections:
+        connection.llm.worker.communicator = SimpleNamespace(
+            device="cpu", broadcast=lambda content, src, stream: content.copy_(sent.memory.tensor)
+        )
+
+
+def test_a_server_without_nccl_says_so_and_takes_it_otherwise(
+    open_server: Server, nccl: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent = adapter(1.0)
-    closed = errors.StagingError("The server's vLLM workers have no NCCL connection to this trainer.", 501)
-    for connection in open_server.connections:
-        connection.llm.fail = [broken(closed)]
     refused(announce(nccl, 1, sent, nccl=True), 501, "StagingError", "no NCCL connection")
     assert stage(nccl, 1, sent).status_code == commit(nccl, 1, sent).status_code == 200
-    assert [c.llm.loader for c in open_server.connections] == [[], []], "straight, as before"
-    open_server.connections[1].llm.fail = [broken(torch.OutOfMemoryError("Tried to allocate 20 GiB."))]
-    refused(announce(nccl, 2, sent, nccl=True), 501, "StagingError", "Tried to allocate")
-    assert stage(nccl, 2, sent).status_code == commit(nccl, 2, sent).status_code == 200
-    assert [c.llm.loader for c in open_server.connections] == [[], [1.0]]
-    for attribute, value in (("data_parallel_size", 2), ("worker_extension_cls", SWIFTS)):
-        setattr(open_server.connections[0].llm.vllm_config.parallel_config, attribute, value)
-        refused(announce(nccl, 3, sent, nccl=True), 501, "StagingError", "data parallelism" if value == 2 else SWIFTS)
+    wired(open_server, sent)
+    assert announce(nccl, 2, sent, nccl=True).status_code == 200
+    open_server.connections[1].llm.worker.communicator.device = "cuda:0"
+    refused(announce(nccl, 2, sent, nccl=True), 501, "StagingError", "no room for the adapter on their devices")
 
 
 IN_A = f"base_model.model.{MODULE.replace('q_proj', 'in_A_proj')}"
@@ -632,8 +624,9 @@ IN_A = f"base_model.model.{MODULE.replace('q_proj', 'in_A_proj')}"
         ({B: None}, {}, 422, "has only lora_A"),
         ({A: None, B: None, "a.b": torch.ones(2, 2)}, {}, 422, "no LoRA matrix"),
         ({f"{IN_A}.lora_A.weight": torch.ones(2, 8), f"{IN_A}.lora_B.weight": torch.ones(5, 2)}, {}, 422, "in_A_proj"),
-        ({}, {"dtype": "int8"}, 400, "dtype is 'int8'"),
-        ({}, {"dtype": "float32"}, 422, "in torch.bfloat16, not in float32"),
+        ({}, {"dtype": "int8"}, 422, "in bfloat16, not in int8"),
+        ({}, {"dtype": "float32"}, 422, "in bfloat16, not in float32"),
+        ({}, {"config": {**CONFIGURATION, "use_dora": True}}, 422, "DoRA"),
         ({}, {"entries": ()}, 422, "has no tensors"),
         ({}, {"config": {**CONFIGURATION, "r": 1, "lora_alpha": 1}}, 422, "rank 2"),
         ({}, {"config": {**CONFIGURATION, "lora_alpha": 4}}, 400, "r=2 and lora_alpha=4: the scaling is in B"),
@@ -644,8 +637,6 @@ def test_what_is_announced_is_checked_before_any_byte(
 ) -> None:
     weights = {f"{m}.weight": torch.zeros(6, 8) for m in (MODULE, MODULE.replace("q_proj", "in_A_proj"))}
     safetensors.torch.save_file(weights, str(tmp_path / "model.safetensors"))
-    for connection in open_server.connections:
-        connection.stager.base = worker.base_shapes(str(tmp_path))
     sent = adapter(1.0, **tensors)
     answer = announce(nccl, 1, replace(sent, layout=sent.layout.model_copy(update=changes)), nccl=True)
     assert answer.status_code == status_code and phrase in answer.json()["message"], answer.text
@@ -656,10 +647,9 @@ def test_what_is_announced_is_checked_before_any_byte(
 def test_a_layout_that_is_none(nccl: TestClient) -> None:
     sent = adapter(1.0)
     for layout in (None, [], {"dtype": "bfloat16"}, {**sent.layout.as_dict(), "more": 1}):
-        content = {"policy": policy(1, sent).as_dict(), "layout": layout, "nccl": False}
-        refused(order(nccl, "stage", content), 400, "ProtocolError", "layout")
+        refused(order(nccl, "prepare", {"layout": layout}), 400, "ProtocolError", "layout")
     shape = {**sent.layout.as_dict(), "entries": [[A, [0, 8]]]}
-    refused(announce(nccl, 1, sent, layout=shape), 400, "ProtocolError", "size below 1")
+    refused(order(nccl, "prepare", {"layout": shape}), 400, "ProtocolError", "entries.0.1.0 is '0'", "greater than 0")
 
 
 # ---- who may ask, and for what -------------------------------------------------------------------------------------
@@ -668,7 +658,7 @@ def test_a_layout_that_is_none(nccl: TestClient) -> None:
 @pytest.mark.parametrize("header", [{}, {"Authorization": "sesame"}, {"Authorization": "Bearer sesam"}])
 def test_the_key(server: Server, header: dict[str, str]) -> None:
     with TestClient(server.app, headers=header) as client:
-        for verb in ("lease", "push", "stage", "receive", "commit", "serve"):
+        for verb in ("lease", "push", "prepare", "stage", "receive", "commit", "serve"):
             refused(client.post(f"{PREFIX}/{verb}/", json={}), 401, "AccessError", "SWIFT_LORA_FIX_API_KEY")
         for verb in ("status", "base"):
             refused(client.get(f"{PREFIX}/{verb}/"), 401, "AccessError", "Bearer")
@@ -732,7 +722,7 @@ def test_plain(server: Server, client: TestClient, served: Sent) -> None:
     expected = {POLICY_HEADER: json.dumps(policy(1, served).as_dict())}
     assert order(client, "serve", {"plain": True}).status_code == 200
     assert [c.engine.enable_lora for c in server.connections] == [False, False]
-    assert [c.stager.served().request for c in server.connections] == [None, None]
+    assert [c.switch.served().request for c in server.connections] == [None, None]
     assert client.post("/infer/").status_code == 200
     refused(client.post("/infer/", headers=expected), 409, "PolicyMismatchError", "the plain base")
     assert commit(client, 1, served).status_code == 200, "repeated"
@@ -785,7 +775,7 @@ def test_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture, arguments: A
 def test_a_trainer_without_us_is_served_as_before(open_server: Server) -> None:
     with TestClient(open_server.app, headers=KEY) as nccl:
         assert nccl.post("/infer/").status_code == 200, "there may be no policy"
-        assert worker.stager_of(open_server.connections[0].engine) is None
+        assert worker.switch_of(open_server.connections[0].engine) is None
         assert nccl.post("/update_named_param/").status_code == 200
         assert status(nccl)["epoch"] == 1
         gone = hosts.this_process(RUN).model_copy(update={"pid": 1 << 21})
@@ -799,7 +789,7 @@ def test_a_trainer_without_us_is_served_as_before(open_server: Server) -> None:
         assert nccl.post("/update_adapter_param/").status_code == 200, "now another trainer's"
         assert served_by(nccl) is None and status(nccl)["holder"] is None
         assert nccl.post("/infer/").status_code == 200
-        assert worker.stager_of(open_server.connections[0].engine) is None
+        assert worker.switch_of(open_server.connections[0].engine) is None
 
 
 def test_a_trainer_with_another_key_changes_nothing(open_server: Server) -> None:
@@ -828,25 +818,26 @@ async def _answers(infer_requests: list[Any]) -> list[Any]:
 def test_an_asynchronous_engine_and_its_scheduler(server: Server) -> None:
     import asyncio
 
-    engine = SimpleNamespace(engine=FakeAsyncLLM(), model_dir=server.args.model_dir, enable_lora=True)
+    engine = SimpleNamespace(engine=FakeAsyncLLM(server.args.model_dir), enable_lora=True)
     engine.async_infer = _answers
     worker.build_engine(lambda arguments: engine, SimpleNamespace(vllm_use_async_engine=True))
     scheduler = SimpleNamespace(infer_engine=engine, async_infer=_turns)
     worker.tag_scheduler(scheduler)
     sent, command = adapter(4.0), getattr(engine, METHOD)
-    orders = {
-        "stage": {"layout": sent.layout.as_dict(), "nccl": False},
-        "receive": {"memory": sent.memory.address.as_dict()},
-        "commit": {"by_reference": False},
-    }
+    rpcs: list[dict[str, Any]] = [
+        {"command": "prepare", "layout": sent.layout.as_dict()},
+        {"command": "receive", "digest": sent.digest, "memory": sent.memory.address.as_dict()},
+        {"command": "serve", "digest": sent.digest},
+    ]
+    serves = {"boot": "b00", "epoch": 3, "plain": False, "policy": policy(1, sent).as_dict()}
     sample, probe = SimpleNamespace(uuid="f00"), {"uuid": f"{protocol.PROBE}0"}
     nobody = SimpleNamespace(uuid=None, messages=[{"role": "user", "content": "<placeholder>"}])
 
     async def everything() -> list[Any]:
         with pytest.raises(errors.EngineStateError):
             await scheduler.async_infer([sample])
-        for name, arguments in orders.items():
-            answer = await command(name, ("b00", 3), policy=policy(1, sent).as_dict(), **arguments)
+        for rpc in rpcs:
+            answer = await command(serves=serves, ours=True, switches=rpc["command"] == "serve", rpc=rpc)
             assert "error" not in answer, answer
         return [output for asked in (sample, probe, nobody) for output in await scheduler.async_infer([asked])]
 
@@ -879,33 +870,32 @@ def test_the_base_comes_from_the_files(kwargs: dict[str, Any], load_format: str,
 
 
 def test_modules_of_smaller_rank() -> None:
-    """Where the scaling is in B nothing depends on a module's rank; else the config must name it."""
-    tensors = {
-        f"base_model.model.{module}.lora_{side}.weight": torch.zeros(shape)
-        for module, rank in (("a.q_proj", 4), ("a.k_proj", 2))
-        for side, shape in (("A", (rank, 8)), ("B", (6, rank)))
+    """The scaling is in B, so nothing depends on a module's rank."""
+    lora = SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16)
+    shapes = {
+        ("a.q_proj", "A"): (4, 8),
+        ("a.q_proj", "B"): (6, 4),
+        ("a.k_proj", "A"): (2, 8),
+        ("a.k_proj", "B"): (6, 2),
     }
-    checks.check_names(tensors, {"r": 4, "lora_alpha": 4, "rank_pattern": {}}, 4)
-    checks.check_names(tensors, {"r": 4, "lora_alpha": 8, "rank_pattern": {"k_proj": 2}}, 4)
-    for config in ({"r": 4, "lora_alpha": 8}, {"r": 4, "lora_alpha": 4, "use_rslora": True}, {"r": 2, "lora_alpha": 2}):
-        with pytest.raises(errors.StagingError, match="has rank"):
-            checks.check_names(tensors, config, 4)
+    entries = tuple((f"base_model.model.{m}.lora_{side}.weight", shape) for (m, side), shape in shapes.items())
+    config = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    checks.check(Layout(dtype="bfloat16", entries=entries, config=config), lora, {})
+    for changes in ({"lora_alpha": 8}, {"use_rslora": True}, {"rank_pattern": {"k_proj": 2}}, {"r": None}):
+        with pytest.raises(errors.ProtocolError, match="the scaling is in B"):
+            checks.check(Layout(dtype="bfloat16", entries=entries, config={**config, **changes}), lora, {})
+    with pytest.raises(errors.StagingError, match="has rank 4, the config says 2"):
+        checks.check(Layout(dtype="bfloat16", entries=entries, config={**config, "r": 2, "lora_alpha": 2}), lora, {})
 
 
 def test_modules_that_the_files_do_not_name_are_left_to_vllm() -> None:
     base = {"model.layers.0.self_attn.q_proj.weight": _header(6, 8)}
-
-    def pair(module: str) -> dict[str, torch.Tensor]:
-        return {
-            f"base_model.model.{module}.lora_A.weight": torch.zeros(2, 8),
-            f"base_model.model.{module}.lora_B.weight": torch.zeros(6, 2),
-        }
-
-    checks.check_shapes(pair("language_model.layers.0.self_attn.q_proj"), base)  # named otherwise altogether
-    checks.check_shapes({**pair(MODULE), **pair("model.layers.0.mlp.experts.base_layer")}, base)
+    pair = {"A": (2, 8), "B": (6, 2)}
+    checks._check_fits({"language_model.layers.0.self_attn.q_proj": pair}, base)  # named otherwise altogether
+    checks._check_fits({MODULE: pair, "model.layers.0.mlp.experts.base_layer": pair}, base)
     for unknown in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.nope"):
         with pytest.raises(errors.StagingError, match=f"no module '{unknown}'"):
-            checks.check_shapes({**pair(MODULE), **pair(unknown)}, base)
+            checks._check_fits({MODULE: pair, unknown: pair}, base)
 
 
 def _header(*shape: int) -> Any:

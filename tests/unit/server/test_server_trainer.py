@@ -83,7 +83,7 @@ class Scripted:
 
     def restart(self, changed: int = 0) -> None:
         """As another process. changed: added to the checksums of its base."""
-        self.policy, self.boot, self.epoch, self.plain = None, f"{self.boot}+", 0, False
+        self.policy, self.boot, self.epoch, self.plain, self.layout = None, f"{self.boot}+", 0, False, None
         self.sums = {name: [dtype, shape, value + changed] for name, (dtype, shape, value) in self.sums.items()}
 
     def answer(self, route: str, content: Any, body: bytes | None) -> tuple[int, Any, dict[str, str]]:
@@ -97,8 +97,10 @@ class Scripted:
         to = content.get("to", {})
         if to and (to["boot"], to["epoch"]) != (self.boot, self.epoch):
             return 412, {"message": "another process or base"}, {}
-        if route == "stage" and not isinstance(content["layout"], str):
+        if route == "prepare":
             self.layout = Layout.model_validate(content["layout"])
+        elif route == "stage" and self.layout is None:
+            return 409, {"message": "no layout"}, {}
         elif route == "receive":
             self.staged = content["policy"]
             if body is not None:
@@ -189,6 +191,7 @@ def remote_writer(trainer: Any, model: Any) -> RemoteWriter:
 
 
 SENT = ["stage", "receive", "commit"]
+FIRST = ["prepare", *SENT]
 
 
 def send(writer: RemoteWriter) -> str:
@@ -213,17 +216,17 @@ def test_every_server_has_it_before_any_switches(model: Any, scripts: list[Scrip
     trainer.state.global_step = 7
     digest = send(writer)
     for script in scripts:
-        assert script.routes() == SENT
+        assert script.routes() == FIRST
         assert script.policy == {"version": 1, "step": 7, "digest": digest, "run": script.policy["run"]}
-        assert script.digest() == digest and script.calls[1][1]["memory"]["size"] == len(script.content)
+        assert script.digest() == digest and script.calls[2][1]["memory"]["size"] == len(script.content)
     assert writer.is_current()
     assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
     assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
-    first = scripts[0].calls[1][1]["memory"]
+    first = scripts[0].calls[2][1]["memory"]
     change(model)
     assert send(writer) != digest and scripts[0].policy["version"] == 2
     assert scripts[0].digest() == scripts[0].policy["digest"] and scripts[0].calls[-2][1]["memory"] == first
-    assert [isinstance(c["layout"], str) for r, c in scripts[0].calls if r == "stage"] == [False, True], "told once"
+    assert scripts[0].routes() == [*FIRST, *SENT], "the layout is told once"
 
 
 def test_a_server_that_cannot_receive_leaves_all_with_the_previous_policy(model: Any, scripts: list[Scripted]) -> None:
@@ -341,8 +344,8 @@ def test_a_restarted_server_gets_the_policy_again_and_is_asked_once_more(model: 
         return answers
 
     assert engine.generate(infer) is answers and len(tries) == 2
-    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == [*SENT, "base", *SENT]
-    assert scripts[0].routes() == [*SENT, "base"], "the other one kept it"
+    assert scripts[1].policy == scripts[0].policy and scripts[1].routes() == [*FIRST, "base", *FIRST]
+    assert scripts[0].routes() == scripts[1].routes(), "all of them get it again"
     with pytest.raises(RuntimeError, match="out of memory"):  # nobody lost anything: it is not ours to repeat
         engine.generate(lambda: exec("raise RuntimeError('out of memory')"))
 
@@ -356,7 +359,7 @@ def test_a_server_that_restarted_between_two_steps_is_looked_after(model: Any, s
     scripts[1].calls.clear()
     change(model)
     send(writer)
-    assert scripts[1].routes() == ["stage", "base", *SENT], "the base is compared with this one's"
+    assert scripts[1].routes() == ["stage", "base", *FIRST], "the base is compared with this one's"
     assert scripts[0].policy == scripts[1].policy
     assert writer.engine.make_ready() and not writer.engine.make_ready(), "and the gate is due, once"
     scripts[1].restart(changed=1)
@@ -467,7 +470,7 @@ def test_a_second_trainer_is_refused_before_it_begins(model: Any, scripts: list[
 
 
 def test_a_server_of_another_kind_is_told_so(model: Any, scripts: list[Scripted]) -> None:
-    scripts[1].answer = lambda *_: (200, {"protocol": PROTOCOL, "enable_lora": False}, {})  # type: ignore[method-assign]
+    scripts[1].answer = lambda *_: (200, {"boot": "", "protocol": PROTOCOL, "enable_lora": False}, {})  # type: ignore[method-assign]
     with pytest.raises(errors.RolloutServerError, match=f"{scripts[1].url} has no LoRA layers.*--vllm_enable_lora"):
         writer_for(model, scripts)
     scripts[1].answer = lambda *_: (404, b"Not Found", {})  # type: ignore[method-assign]
@@ -566,17 +569,13 @@ def test_both_sides_of_nccl(model: Any, scripts: list[Scripted], wired: Any) -> 
     _, writer, wires = wired
     digest = send(writer)
     for script, wire in zip(scripts, wires):
-        assert script.routes() == SENT and script.policy["digest"] == digest
+        assert script.routes() == FIRST and script.policy["digest"] == digest
         assert len(wire.sent) == 1 and len(wire.sent[0]) == 2 * writer._staging.buffer.numel()
-        assert script.calls[-3][1]["layout"]["dtype"] == "bfloat16"
-    assert wires[0].sent == wires[1].sent and writer._host.memory is None, "no host memory was needed"
+        assert script.layout.dtype == "bfloat16"
+    assert wires[0].sent == wires[1].sent and writer._parcel.host is None, "no host memory was needed"
     change(model)
     send(writer)
-    again = scripts[0].calls[-3]
-    assert again[0] == "stage" and again[1]["layout"] == writer._layout.key, "the layout is told once"
-    scripts[0].faults["stage"] = [(410, {"message": "not known"}, {})]
-    send(writer)
-    assert [isinstance(c["layout"], str) for r, c in scripts[0].calls[-5:] if r == "stage"] == [True, False]
+    assert scripts[0].routes() == [*FIRST, *SENT], "the layout is told once"
 
 
 def test_a_server_that_takes_nothing_over_nccl_reads_memory(
@@ -585,8 +584,8 @@ def test_a_server_that_takes_nothing_over_nccl_reads_memory(
     _, writer, wires = wired
     scripts[1].faults["stage"] = [(501, {"message": "no NCCL connection"}, {})]
     send(writer)
-    assert scripts[0].routes() == SENT
-    assert scripts[1].routes() == ["stage", *SENT] and scripts[1].calls[-2][1]["memory"]
+    assert scripts[0].routes() == FIRST
+    assert scripts[1].routes() == ["prepare", "stage", *SENT] and scripts[1].calls[-2][1]["memory"]
     assert not writer.engine.reaches_all and not wires[1].sent
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
     named = remote_writer(wired[0], model)
@@ -739,7 +738,7 @@ def test_a_restarted_server_is_connected_again(model: Any, scripts: list[Scripte
     scripts[1].restart()
     assert writer.engine.make_ready()
     assert seen == [([scripts[1].url], [2], 1)] and client.num_servers == 2
-    assert len(fresh.sent) == 1 and len(wires[0].sent) == 1 and scripts[1].policy == scripts[0].policy
+    assert len(fresh.sent) == 1 and len(wires[0].sent) == 2 and scripts[1].policy == scripts[0].policy
 
 
 # ---- stepping aside --------------------------------------------------------------------------------------------------

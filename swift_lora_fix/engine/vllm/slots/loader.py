@@ -43,21 +43,25 @@ def load(engine: EngineHandle, adapter: Adapter, staged: dict[str, torch.Tensor]
     request_class: ms-swift's ``TensorLoRARequest``. vLLM keeps the tensors. Raises EngineStateError when vLLM refuses
     them, or has no LoRA layer for some of their modules.
     """
-    fields: dict[str, Any] = dict(
+    inplace = {"load_inplace": True} if "load_inplace" in request_class.__struct_fields__ else {}
+    if not inplace and ADAPTER_ID in engine.llm_engine.list_loras():
+        engine.llm_engine.remove_lora(ADAPTER_ID)
+    loaded = engine.llm_engine.add_lora(request(adapter, staged, request_class, **inplace))
+    if loaded is False:
+        raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
+    check_served(engine, adapter.words)
+
+
+def request(adapter: Adapter, staged: dict[str, torch.Tensor], request_class: Any, **more: Any) -> Any:
+    """What vLLM's ``add_lora`` takes of this adapter."""
+    return request_class(
         lora_name=ADAPTER_NAME,
         lora_int_id=ADAPTER_ID,
         lora_path=ADAPTER_PATH,
         peft_config=plain_config(adapter),
         lora_tensors=staged,
+        **more,
     )
-    if "load_inplace" in request_class.__struct_fields__:
-        fields["load_inplace"] = True
-    elif ADAPTER_ID in engine.llm_engine.list_loras():
-        engine.llm_engine.remove_lora(ADAPTER_ID)
-    loaded = engine.llm_engine.add_lora(request_class(**fields))
-    if loaded is False:
-        raise EngineStateError(f"vLLM's add_lora() refused adapter {ADAPTER_ID} ({ADAPTER_NAME}).")
-    check_served(engine, adapter.words)
 
 
 def check_served(engine: EngineHandle, words: Words = PLAIN) -> None:
