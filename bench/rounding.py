@@ -41,7 +41,7 @@ def nearest(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def stochastic(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 to bfloat16 by its bits: the sixteen that go are added to a random number, and what that carries stays."""
+    """float32 to bfloat16 by its bits: a random number is added to the sixteen that go, and what that carries stays."""
     noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32)
     return ((values.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
 
