@@ -73,6 +73,8 @@ ARCHITECTURE_WORDS = {
     "Fused mode": "融合模式",
     ", with images and sounds": "，带图像和声音",
     ", with images": "，带图像",
+    ", without sounds": "，不含声音",
+    ", without images": "，不含图像",
     ", folded in": "，以融合模式提供",
     ", tied embeddings": "，词嵌入共享权重",
     ", trained: SmolLM2-135M": "，已训练模型：SmolLM2-135M",
@@ -168,10 +170,23 @@ def architecture_table() -> str:
             if all(cell.needs_gpu for cell in cells):
                 failing = "needs a GPU, not run"
             folded = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
-            known.append(f"passed{folded} ({', '.join(sorted(passed))})" if passed else failing)
-        media = " and ".join({"image": "images", "audio": "sounds"}[kind] for kind in architecture.media)
+            known.append(
+                f"passed{folded}{_unheard(architecture, records)} ({', '.join(sorted(passed))})" if passed else failing
+            )
+        media = " and ".join(MEDIA[kind] for kind in architecture.media)
         rows.append((f"`{architecture.model_type}`{media and f', with {media}'}{architecture.note}", *known))
     return table(("Architecture (`--model_type`)", "Adapter mode", "Fused mode"), *rows)
+
+
+MEDIA = {"image": "images", "audio": "sounds"}
+
+
+def _unheard(architecture: Any, records: list[dict[str, Any]]) -> str:
+    """What the prompts of these records lacked. (Older ones do not say what they had, and had images.)"""
+    had = {
+        kind for record in records for sync in record["syncs"] for kind in (sync["media"] or {}).get("of", ["image"])
+    }
+    return "".join(f", without {MEDIA[kind]}" for kind in architecture.media if records and kind not in had)
 
 
 def architectures_in_chinese() -> str:
