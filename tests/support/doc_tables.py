@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from swift_lora_fix import errors
 from swift_lora_fix.common.settings import Settings
@@ -162,17 +163,17 @@ def architecture_table() -> str:
     for name, architecture in ARCHITECTURES.items():
         known = []
         for mode in ("adapter", "fused"):
-            cells = [cell for cell in all_cells().values() if (cell.architecture, cell.mode) == (name, mode)]
+            ours = [cell for cell in all_cells().values() if not cell.stock]
+            cells = [cell for cell in ours if (cell.architecture, cell.mode) == (name, mode)]
             records = [record for cell in cells for record in records_of(cell)]
             passed = {record["versions"]["ms-swift"] for record in records if record["outcome"] == "passed"}
             outcomes = {record["outcome"] for record in records}
             failing = "refused" if "refused" in outcomes else "fails" if outcomes else "not run"
             if all(cell.needs_gpu for cell in cells):
                 failing = "needs a GPU, not run"
-            folded = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
-            known.append(
-                f"passed{folded}{_unheard(architecture, records)} ({', '.join(sorted(passed))})" if passed else failing
-            )
+            how = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
+            how += _unheard(architecture.media, records)
+            known.append(f"passed{how} ({', '.join(sorted(passed))})" if passed else failing)
         media = " and ".join(MEDIA[kind] for kind in architecture.media)
         rows.append((f"`{architecture.model_type}`{media and f', with {media}'}{architecture.note}", *known))
     return table(("Architecture (`--model_type`)", "Adapter mode", "Fused mode"), *rows)
@@ -181,12 +182,11 @@ def architecture_table() -> str:
 MEDIA = {"image": "images", "audio": "sounds"}
 
 
-def _unheard(architecture: Any, records: list[dict[str, Any]]) -> str:
+def _unheard(media: Iterable[str], records: list[dict[str, Any]]) -> str:
     """What the prompts of these records lacked. (Older ones do not say what they had, and had images.)"""
-    had = {
-        kind for record in records for sync in record["syncs"] for kind in (sync["media"] or {}).get("of", ["image"])
-    }
-    return "".join(f", without {MEDIA[kind]}" for kind in architecture.media if records and kind not in had)
+    asked = [sync["media"] or {} for record in records for sync in record["syncs"]]
+    had = {kind for found in asked for kind in found.get("of", ["image"])}
+    return "".join(f", without {MEDIA[kind]}" for kind in media if records and kind not in had)
 
 
 def architectures_in_chinese() -> str:
