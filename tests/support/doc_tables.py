@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from swift_lora_fix import errors
 from swift_lora_fix.common.settings import Settings
@@ -74,6 +75,8 @@ ARCHITECTURE_WORDS = {
     "Fused mode": "融合模式",
     ", with images and sounds": "，带图像和声音",
     ", with images": "，带图像",
+    ", without sounds": "，不含声音",
+    ", without images": "，不含图像",
     ", folded in": "，以融合模式提供",
     ", tied embeddings": "，词嵌入共享权重",
     ", trained: SmolLM2-135M": "，已训练模型：SmolLM2-135M",
@@ -165,18 +168,30 @@ def architecture_table() -> str:
     for name, architecture in ARCHITECTURES.items():
         known = []
         for mode in ("adapter", "fused"):
-            cells = [cell for cell in all_cells().values() if (cell.architecture, cell.mode) == (name, mode)]
+            ours = [cell for cell in all_cells().values() if not cell.stock]
+            cells = [cell for cell in ours if (cell.architecture, cell.mode) == (name, mode)]
             records = [record for cell in cells for record in records_of(cell)]
             passed = {record["versions"]["ms-swift"] for record in records if record["outcome"] == "passed"}
             outcomes = {record["outcome"] for record in records}
             failing = "refused" if "refused" in outcomes else "fails" if outcomes else "not run"
             if all(cell.needs_gpu for cell in cells):
                 failing = "needs a GPU, not run"
-            folded = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
-            known.append(f"passed{folded} ({', '.join(sorted(passed))})" if passed else failing)
-        media = " and ".join({"image": "images", "audio": "sounds"}[kind] for kind in architecture.media)
+            how = ", folded in" if any(record.get("served", mode) != mode for record in records) else ""
+            how += _unheard(architecture.media, records)
+            known.append(f"passed{how} ({', '.join(sorted(passed))})" if passed else failing)
+        media = " and ".join(MEDIA[kind] for kind in architecture.media)
         rows.append((f"`{architecture.model_type}`{media and f', with {media}'}{architecture.note}", *known))
     return table(("Architecture (`--model_type`)", "Adapter mode", "Fused mode"), *rows)
+
+
+MEDIA = {"image": "images", "audio": "sounds"}
+
+
+def _unheard(media: Iterable[str], records: list[dict[str, Any]]) -> str:
+    """What the prompts of these records lacked. (Older ones do not say what they had, and had images.)"""
+    asked = [sync["media"] or {} for record in records for sync in record["syncs"]]
+    had = {kind for found in asked for kind in found.get("of", ["image"])}
+    return "".join(f", without {MEDIA[kind]}" for kind in media if records and kind not in had)
 
 
 def architectures_in_chinese() -> str:
