@@ -21,7 +21,8 @@ from ...common.digest import checksum
 from ...engine.vllm.colocated import AdapterServing
 from ...engine.vllm.handle import EngineHandle
 from ...errors import PolicyMismatchError
-from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
+from ...frameworks.swift.port import SwiftTrainer
+from ...frameworks.swift.rollouts import SwiftRollout
 from ...install import releases
 from ...policy import adapter
 from ...proof.gate import Gate

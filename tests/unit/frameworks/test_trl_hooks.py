@@ -12,8 +12,7 @@ import torch
 
 from swift_lora_fix import arming
 from swift_lora_fix import session as sessions
-from swift_lora_fix.frameworks.trl import hooks
-from swift_lora_fix.frameworks.trl import port as ports
+from swift_lora_fix.frameworks.trl import hooks, starting
 from swift_lora_fix.frameworks.trl.port import TrlTrainer
 from tests.support.peft_models import peft_model
 
@@ -164,7 +163,7 @@ def test_an_engine_gets_lora_layers_only_while_trl_makes_it_and_only_if_asked(mo
     def construct(**kwargs: Any) -> None:
         made.append(kwargs)
 
-    with ports.making_engine({"enable_lora": True}):
+    with starting.making_engine({"enable_lora": True}):
         hooks._make_engine(construct, None, (), {"model": "m"})
     hooks._make_engine(construct, None, (), {"model": "m"})
     assert made == [{"model": "m", "enable_lora": True}, {"model": "m"}]
