@@ -1,8 +1,9 @@
 """A plain ``vllm serve``, without this package: each policy goes to it as a folder, under a name of its own.
 
 vLLM loads the folder (``/v1/load_lora_adapter``), and rollouts ask for its name, which ends with the policy's digest. A
-new name has no prefix cache yet, so that no answer mixes two policies; the name before is unloaded. vLLM says only which names it holds: what it computes,
-the gate sees in its answers. Only the main rank talks to the server; the other ranks are told the result.
+new name has no prefix cache yet, so that no answer mixes two policies; the name before is unloaded. vLLM says only
+which names it holds: what it computes, the gate sees in its answers. Only the main rank talks to the server; the other
+ranks are told the result.
 """
 
 from __future__ import annotations
