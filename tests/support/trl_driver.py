@@ -52,7 +52,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What TRL logged, one record a rollout. (After a resume its history has the steps before, too.)"""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "reward" in line][-len(self.probes()) :]
+        return [line for line in lines if "loss" in line][-len(self.probes()) :]
 
     def checkpoint(self, step: int = CHECKPOINT_STEP) -> Path:
         return self.folder / "run" / f"checkpoint-{step}"
