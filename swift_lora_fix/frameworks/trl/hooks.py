@@ -62,7 +62,7 @@ def _engine_arguments(model: Any) -> dict[str, Any]:
 
 
 def _why_not(port: TrlTrainer) -> str:
-    if port.tuner == "lora" and port.sharding:
+    if port.tuner == "lora" and port.sharding not in ("", "FSDP2"):
         return f"the model is sharded by {port.sharding}, and a sync from there is not tried yet under TRL"
     return ""
 

@@ -21,9 +21,9 @@ server_seen: ContextVar[ServerSeen | None] = ContextVar("server_seen", default=N
 
 
 def sharding_of(accelerator: Any) -> str:
-    """How accelerate shards the model, where a sync from there was not tried yet; else ""."""
+    """How accelerate shards the model; "" where each rank has all of it."""
     if accelerator.distributed_type.name == "FSDP":
-        return "FSDP"
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
     plugin = accelerator.state.deepspeed_plugin
     return "DeepSpeed ZeRO-3" if plugin is not None and plugin.zero_stage == 3 else ""
 
