@@ -147,41 +147,6 @@ def make_vision_model(folder: Path, *, architecture: str = "qwen2_vl", seed: int
     return folder
 
 
-def make_llava(folder: Path, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
-    """Save a tiny random LLaVA with its processor in ``folder``, and pictures beside it; it needs no torchvision."""
-    import torch
-    import transformers as hf
-
-    folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(folder, [*SPECIAL_TOKENS, "<image>"])
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    text = hf.LlamaConfig(**TINY, bos_token_id=0, eos_token_id=2, pad_token_id=0, initializer_range=0.08)
-    text.architectures = ["LlamaForCausalLM"]
-    sight = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, projection_dim=64)
-    config = hf.LlavaConfig(
-        text_config=text,
-        vision_config=hf.CLIPVisionConfig(**sight, image_size=28, patch_size=14),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-    )
-    torch.manual_seed(seed)
-    hf.LlavaForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
-    make_pictures(folder.parent)
-    parts = (
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
-    )
-    hf.LlavaProcessor(
-        image_processor=hf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE.replace("{{ message['content'] }}", parts),
-    ).save_pretrained(folder)
-    return folder
-
-
 def make_model(architecture: str, folder: Path, *, seed: int = 0, dtype: str = "bfloat16") -> Path:
     """Save a tiny random model of ``architecture`` (qwen2, llama, qwen3, qwen2_moe) with a tokenizer in ``folder``."""
     import torch
@@ -259,8 +224,6 @@ def main() -> None:
         make_real_shape(args.architecture, args.folder, seed=args.seed)
     elif args.architecture in ("qwen2_vl", "qwen2_5_vl"):
         make_vision_model(args.folder, architecture=args.architecture, seed=args.seed, dtype=args.dtype)
-    elif args.architecture == "llava":
-        make_llava(args.folder, seed=args.seed, dtype=args.dtype)
     else:
         make_model(args.architecture, args.folder, seed=args.seed, dtype=args.dtype)
     make_dataset(args.folder.parent / "prompts.jsonl")

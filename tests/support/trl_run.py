@@ -6,7 +6,6 @@ Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (of 
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
-``image`` (a file, which each prompt is about);
 ``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated
 engine); ``bench`` (a file whose ``begin`` gets the trainer, in place of the probe).
 
@@ -148,7 +147,7 @@ class Probe:
         return {n: whole(p).clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def record(self, completions: list[list[int]]) -> None:
-        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        tokenizer = self.trainer.processing_class
         ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
         gaps, effects, tokens = [], [], []
         for prompt, (answer, engine) in zip(ids, self.answers(ids)):
@@ -236,11 +235,10 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
         import swift_lora_fix
 
         swift_lora_fix.apply()
-    import PIL.Image
     import torch
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM
 
     from tests.support.tiny import PROMPTS
 
@@ -276,8 +274,7 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     defaults = {name: value for name, value in defaults.items() if name in known}
     config = config_class(**{**defaults, **options.get("arguments", {})})
-    auto = AutoModelForImageTextToText if "image" in options else AutoModelForCausalLM
-    model = auto.from_pretrained(options["model"], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
     lora = None
     if "adapter" in options:
         model = PeftModel.from_pretrained(model, options["adapter"], is_trainable=True)
@@ -290,9 +287,6 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     rows = {"prompt": PROMPTS, **({"privileged_context": PROMPTS} if kind in ("SDFT", "SDPO") else {})}
     if kind == "GOLD":  # it wants answers, too, though with lmbda 1 it learns from its own
         rows = {"prompt": PROMPTS, "completion": PROMPTS}
-    if "image" in options:
-        rows["prompt"] = [[{"role": "user", "content": text}] for text in PROMPTS]  # type: ignore[misc]
-        rows["image"] = [PIL.Image.open(options["image"])] * len(PROMPTS)
     return getattr(module, f"{kind}Trainer")(
         model=model,
         args=config,

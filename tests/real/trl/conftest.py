@@ -90,10 +90,6 @@ class Runs:
         if name == "example":
             options.update(fixed=False, example=str(driver.REPOSITORY / "examples" / "trl_grpo.py"))
             arguments.update(max_steps=3, save_steps=100)
-        if "media" in name:
-            model = driver.make_model(driver.this_python(), self.folder / "models", "llava")
-            options.update(model=str(model), image=str(model.parent / "picture0.png"))
-            arguments.update(max_steps=3, save_steps=100)
         if "two_ranks" in name:
             arguments.update(max_steps=3, save_steps=100)
         if "fsdp2" in name:
@@ -111,7 +107,7 @@ MORE: dict[str, dict[str, Any]] = {"gold": {"lmbda": 1.0}}
 # In the order in which they start; and what each needs.
 NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping", "auto")
 RANKS = ("two_ranks", "two_ranks_fsdp2")
-SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example", *TRAINERS, *RANKS, "media")
+SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example", *TRAINERS, *RANKS)
 NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
 
 
