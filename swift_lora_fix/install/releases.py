@@ -354,7 +354,7 @@ SCORING_HOOKS = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """A name of ms-swift's trainer, its arguments, its engine or its requests that frameworks/swift/port.py reads,
+    """A name of ms-swift's trainer, its arguments, its engine or its requests that frameworks/swift reads,
     writes or calls. A release keeps it if its own code (rollout mixin, GRPO trainer, engine) uses the name too.
 
     since: the first release that has it; before, the port does without. until: the last one; '' if it is still there.
@@ -427,7 +427,7 @@ TRL_SCORING_ATTRIBUTES = (
     "old_per_token_logps", "sampling_per_token_logps", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "generation_kwargs", "structured_outputs_regex",
 )  # fmt: skip
-# Names of VLLMGeneration, of its trainer and its engine that frameworks/trl/port.py reads, writes or calls.
+# Names of VLLMGeneration, of its trainer and its engine that frameworks/trl reads, writes or calls.
 TRL_ATTRIBUTES = (
     "model", "accelerator", "processing_class", "mode", "enable_sleep_mode", "llm", "llm_engine", "is_main_process",
     "num_processes", "device", "state", "global_step", "_metrics", "training", "load_weights", "merge_adapter",

@@ -61,6 +61,15 @@ CHINESE = {
     "`--sleep_level 2`: every batch from the base model, except after a resume; `--move_model_batches`: every batch is "
     "garbage": "`--sleep_level 2`：除断点续训外，每个批次都来自基座模型；`--move_model_batches`：每个批次都是乱码",
     "`--move_model_batches`: every batch is garbage": "`--move_model_batches`：每个批次都是乱码",
+    "TRL": "TRL",
+    "Rollouts": "采样",
+    "Base weights drift a little at every sync; a push that fails leaves the LoRA merged into it": (
+        "每次权重同步，基座权重都会漂移一点；传送失败时 LoRA 留在其中"
+    ),
+    "`vllm_enable_sleep_mode=True`: every rollout comes from the model's files, without what was learnt": (
+        "`vllm_enable_sleep_mode=True`：每次采样都来自模型文件，没有学到的内容"
+    ),
+    "`vllm_mode='server'`: the first sync merges twice": "`vllm_mode='server'`：第一次同步合并两次",
     "vLLM": "vLLM",
     "Run on": "运行设备",
     "With ms-swift": "搭配的 ms-swift",
@@ -90,6 +99,10 @@ ARCHITECTURE_WORDS = {
 
 def affected_in_chinese() -> str:
     return _in_chinese(releases.markdown_table())
+
+
+def trl_in_chinese() -> str:
+    return _in_chinese(releases.trl_markdown_table())
 
 
 def vllm_in_chinese() -> str:

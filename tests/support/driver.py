@@ -229,18 +229,21 @@ def this_python() -> Path:
 
 @dataclass
 class Verification:
-    """``swift-lora-fix verify``: two runs in one command. Afterwards ``done`` is the finished process."""
+    """``swift-lora-fix verify``: two runs in one command. Afterwards ``done`` is the finished process. extra: for the
+    framework."""
 
     model: Path
     adapter: Path
     folder: Path
     arguments: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ("--model_type", "qwen2", "--template", "chatml", "--vllm_max_model_len", "256")
+    environment: dict[str, str] = field(default_factory=dict)
     done: subprocess.CompletedProcess[str] | None = None
 
     def start(self) -> Verification:
-        swift = ("--model_type", "qwen2", "--template", "chatml", "--vllm_max_model_len", "256")
         options = ("--model", self.model, "--adapter", self.adapter, "--out", self.folder, *self.arguments)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "none"}
-        command = [this_python().parent / "swift-lora-fix", "verify", *options, "--", *swift]
+        environment |= self.environment
+        command = [this_python().parent / "swift-lora-fix", "verify", *options, "--", *self.extra]
         self.done = hangs.run(command, self.folder, env=environment)
         return self

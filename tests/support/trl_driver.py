@@ -20,12 +20,15 @@ class Run:
     folder: Path
     options: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
     returncode: int | None = None
 
     def start(self) -> Run:
         """Run it to its end; the exit status is in ``returncode``, never raised."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-u", "-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
+        ranks = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks > 1 else []
+        script = ["-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
+        command = [sys.executable, "-u", *ranks, *script]
         fixed = {"PYTHONPATH": str(driver.REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
         fixed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(driver.free_port())}  # runs are made side by side
         with open(self.folder / "log.txt", "w") as log:
@@ -41,14 +44,15 @@ class Run:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text(errors="replace")
 
-    def probes(self) -> list[dict[str, Any]]:
-        """One record a rollout, measured from outside."""
-        return [json.loads(line) for line in (self.folder / "probe.jsonl").read_text().splitlines()]
+    def probes(self, rank: int = 0) -> list[dict[str, Any]]:
+        """One record a rollout of this rank, measured from outside."""
+        file = self.folder / f"probe.jsonl{f'.rank{rank}' if rank else ''}"
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
     def metrics(self) -> list[dict[str, Any]]:
         """What TRL logged, one record a rollout. (After a resume its history has the steps before, too.)"""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if "reward" in line][-len(self.probes()) :]
+        return [line for line in lines if "loss" in line][-len(self.probes()) :]
 
     def checkpoint(self, step: int = CHECKPOINT_STEP) -> Path:
         return self.folder / "run" / f"checkpoint-{step}"

@@ -1,8 +1,8 @@
-"""A user's TRL script, as a process of its own: real GRPO or RLOO with a real colocated vLLM engine on the CPU.
+"""A user's TRL script, as a process of its own: a real trainer with a real colocated vLLM engine on the CPU.
 
     python -m tests.support.trl_run FOLDER '{"model": ..., "fixed": true, ...}'
 
-Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (``GRPO``, ``RLOO``); ``adapter`` (a folder
+Keys: ``model``; ``fixed`` (import swift_lora_fix and apply()); ``trainer`` (of ``TRAINERS``); ``adapter`` (a folder
 that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``lora`` (for LoraConfig); ``kill`` (the
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
@@ -19,6 +19,8 @@ measured from outside, and knows nothing of swift_lora_fix.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import runpy
@@ -33,15 +35,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "plugins"))
 import slf_cpu_shims  # noqa: E402, F401
 import slf_grow  # noqa: E402, F401
+import slf_sharded_shims  # noqa: E402, F401
 import slf_sleep_shims  # noqa: E402, F401
 
 NEW_TOKENS = 12
+TRAINERS = {"GRPO": "trl", "RLOO": "trl", "Distillation": "trl"} | {
+    name: f"trl.experimental.{name.lower()}" for name in ("SDFT", "SDPO", "GOLD")
+}
 
 
 def rewards(completions: list[Any], **kwargs: Any) -> list[float]:
     """Each completion's place in an order that the texts decide: never a tie, and no state."""
     marks = [(zlib.crc32(f"{os.environ.get('RANK', '0')} {text}".encode()), i) for i, text in enumerate(completions)]
     return [sorted(marks).index(mark) / len(marks) for mark in marks]
+
+
+def whole(parameter: Any) -> Any:
+    """What all ranks together hold, under FSDP2."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 class Probe:
@@ -132,7 +144,7 @@ class Probe:
         return [model["id"] for model in models]
 
     def lora(self) -> dict[str, Any]:
-        return {n: p.detach().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+        return {n: whole(p).clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def record(self, completions: list[list[int]]) -> None:
         tokenizer = self.trainer.processing_class
@@ -149,7 +161,7 @@ class Probe:
             mean=sum(gaps) / len(gaps),
             max=max(gaps),
             effect=sum(effects) / len(effects),
-            base_changed=sum(int((value != parameters[name]).sum()) for name, value in self.start.items()),
+            base_changed=sum(int((value != whole(parameters[name])).sum()) for name, value in self.start.items()),
             lora_changed=self.lora_changed,
             lora_dtypes=sorted(self.dtypes),
             lora_sum=float(sum(value.double().sum() for value in self.lora().values())),
@@ -224,7 +236,6 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
 
         swift_lora_fix.apply()
     import torch
-    import trl
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM
@@ -258,7 +269,11 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
         defaults.update(vllm_mode="server", vllm_server_base_url=options["server"])
     if "example" in options:
         return of_example(folder, options, {**defaults, **options.get("arguments", {})})
-    config = getattr(trl, f"{kind}Config")(**{**defaults, **options.get("arguments", {})})
+    module = importlib.import_module(TRAINERS[kind])
+    config_class = getattr(module, f"{kind}Config")
+    known = {field.name for field in dataclasses.fields(config_class)}
+    defaults = {name: value for name, value in defaults.items() if name in known}
+    config = config_class(**{**defaults, **options.get("arguments", {})})
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
     lora = None
     if "adapter" in options:
@@ -266,12 +281,18 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     else:
         wanted = dict(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         lora = LoraConfig(**{**wanted, **options.get("lora", {})})
-    return getattr(trl, f"{kind}Trainer")(
+    own = dict(reward_funcs=rewards) if kind in ("GRPO", "RLOO", "SDPO") else {}
+    if kind in ("Distillation", "GOLD"):
+        own = dict(teacher_model=options["model"])
+    rows = {"prompt": PROMPTS, **({"privileged_context": PROMPTS} if kind in ("SDFT", "SDPO") else {})}
+    if kind == "GOLD":  # it wants answers, too, though with lmbda 1 it learns from its own
+        rows = {"prompt": PROMPTS, "completion": PROMPTS}
+    return getattr(module, f"{kind}Trainer")(
         model=model,
-        reward_funcs=rewards,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        train_dataset=Dataset.from_dict(rows),
         peft_config=lora,
+        **own,
     )
 
 

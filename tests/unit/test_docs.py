@@ -24,7 +24,7 @@ PAGES = [str(page.relative_to(ROOT)) for page in doc_tables.pages()]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CHINESE = sorted(page.name for page in (ROOT / "docs/zh").glob("*.md"))
 TWINS = [("README.md", "README_zh.md"), *((f"docs/{name}", f"docs/zh/{name}") for name in CHINESE)]
-ENGLISH_ONLY = {"how-it-works.md", "contributing.md", "servers.md", "trl.md"}  # for who changes the code, or not ours
+ENGLISH_ONLY = {"how-it-works.md", "contributing.md", "servers.md"}  # for who changes the code
 
 
 def prose(text: str) -> str:

@@ -19,8 +19,7 @@ from swift_lora_fix import errors, examiner, scope
 from swift_lora_fix import session as sessions
 from swift_lora_fix.engine.vllm.colocated import AdapterModeWriter
 from swift_lora_fix.engine.vllm.fitting import check_fits
-from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, EngineHandle
-from swift_lora_fix.engine.vllm.slots import plan
+from swift_lora_fix.engine.vllm.handle import EngineHandle
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.examiner import SMALL_LOOKS
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
@@ -31,69 +30,9 @@ from swift_lora_fix.proof.causes import Finding
 from swift_lora_fix.proof.verdict import Distance, Hypothesis, Verdict
 from swift_lora_fix.session import Phase, Session
 from swift_lora_fix.trainer import Scored
+from tests.support.fakes.engine import FakeEngine, planned
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
-
-
-class Model(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Linear(8, 10, bias=False)
-        self.first = torch.nn.Linear(8, 12, bias=False)
-        self.second = torch.nn.Linear(12, 4, bias=False)
-
-    def load(self, weights: Any) -> None:
-        for name, value in weights.items():
-            for own, parameter in self.named_parameters():
-                if own.split(".")[0] in name and value.shape == parameter.shape:
-                    parameter.data.copy_(value)
-
-
-class FakeEngine:
-    """The surface of vLLM's LLMEngine that the handle touches."""
-
-    def __init__(self) -> None:
-        self.busy = False
-        self.prefix_reset: Any = True
-        self.loaded: set[int] = {ADAPTER_ID}
-        self.slots: list[int | None] = [ADAPTER_ID]
-        manager = SimpleNamespace(
-            lora_index_to_id=self.slots, modules={"first": None, "second": None}, packed_modules={}
-        )
-        runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager), model=Model())
-        driver = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
-        self.model = runner.model
-        self.model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
-        self.vllm_config = SimpleNamespace(
-            lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16),
-            model_config=SimpleNamespace(quantization=None),
-            cache_config=SimpleNamespace(block_size=16),
-            load_config=SimpleNamespace(load_format="auto"),
-        )
-
-    def has_unfinished_requests(self) -> bool:
-        return self.busy
-
-    def reset_prefix_cache(self) -> Any:
-        return self.prefix_reset
-
-    def reset_encoder_cache(self) -> None: ...
-
-    def list_loras(self) -> set[int]:
-        return self.loaded
-
-
-def with_plan(session: Session) -> torch.Tensor:
-    """Let the writer know where the adapter lies: one after the other in one slot."""
-    slots: Any = session.writer.slots
-    slot = torch.zeros(sum(e.parameter.numel() for e in session.adapter.entries), dtype=torch.bfloat16)
-    copies, start = [], 0
-    for entry in session.adapter.entries:
-        view = slot[start : start + entry.parameter.numel()].view(entry.parameter.shape)
-        copies.append(plan.Copy(view, 0, entry.parameter.stride(), entry))
-        start += entry.parameter.numel()
-    slots.plan = plan.Plan(((session.adapter.chunks[0], tuple(copies)),), (slot,), 0)
-    return slot
 
 
 @pytest.fixture
@@ -106,14 +45,7 @@ def session(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Session:
     """Of a run that has synced once, by a plan. No gate: the trainer's model speaks no language."""
     monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "0")
     trainer = port_of(peft_model(), llm=engine, take=engine.model.load)
-    made = Session(trainer, "adapter")
-    bind = made._bind
-
-    def bind_and_plan(mode: Any) -> None:
-        bind(mode)
-        made.slot = with_plan(made)  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(made, "_bind", bind_and_plan)
+    made = planned(Session(trainer, "adapter"))
     made.synchronize()
     return made
 

@@ -9,7 +9,9 @@ from ... import session as sessions
 from ...install.registry import Patch, PatchSet
 from ...policy.files import check_start
 from ...server.trainer.remote import prepare_client
-from .port import SwiftBatch, SwiftRollout, SwiftTrainer, tag
+from .batch import SwiftBatch
+from .port import SwiftTrainer
+from .rollouts import SwiftRollout, probe_rollout, tag
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -55,7 +57,7 @@ def _move_model_to_vllm(wrapped: Callable[..., Any], trainer: Any, args: Args, k
 def _probe_rollout(trainer: Any) -> SwiftRollout:
     """Beneath our own hook, as the probes of a rollout are asked, whoever wraps that hook."""
     infer = ROLLOUT.beneath("RolloutTrainerMixin._engine_infer")
-    return SwiftTrainer(trainer).probe_rollout(infer.__get__(trainer, type(trainer)))
+    return probe_rollout(trainer, infer.__get__(trainer, type(trainer)))
 
 
 def _skips_async_check(skip_async_check: bool = False) -> bool:

@@ -15,7 +15,10 @@ from ...common.log import info
 from ...common.settings import Settings
 from ...install.registry import Patch, PatchSet
 from . import port as ports
-from .port import TrlBatch, TrlRollout, TrlServerRollout, TrlTrainer
+from . import starting
+from .batch import TrlBatch
+from .port import TrlTrainer
+from .rollouts import TrlRollout, TrlServerRollout
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -27,8 +30,8 @@ def _make_generation(wrapped: Callable[..., Any], generation: Any, args: Args, k
     model, mode = given.arguments["model"], given.arguments["mode"]
     asked, seen = Settings.from_environment().mode, None
     if mode == "server":
-        seen = ports.server_of(model, given.arguments["accelerator"], asked)
-    with ports.making_engine(_engine_arguments(model) if mode == "colocate" else {}, seen):
+        seen = starting.server_of(model, given.arguments["accelerator"], asked)
+    with starting.making_engine(_engine_arguments(model) if mode == "colocate" else {}, seen):
         result = wrapped(*args, **kwargs)
     port = TrlTrainer(generation)
     problem = port.told_by_main_rank(seen.problem) if seen is not None else _why_not(port)
@@ -48,29 +51,29 @@ def _say_aside(why: str) -> None:
 
 def _engine_arguments(model: Any) -> dict[str, Any]:
     """LoRA layers, where the user asked for a mode that needs them."""
-    if Settings.from_environment().mode not in ("adapter", "auto") or ports.tuner_of(model) != "lora":
+    if Settings.from_environment().mode not in ("adapter", "auto") or starting.tuner_of(model) != "lora":
         return {}
     from vllm.config.lora import MaxLoRARanks
 
     from ...memory import hooks as memory
 
     memory.install()
-    return ports.lora_arguments(model, typing.get_args(MaxLoRARanks))
+    return starting.lora_arguments(model, typing.get_args(MaxLoRARanks))
 
 
 def _why_not(port: TrlTrainer) -> str:
-    if port.tuner == "lora" and port.sharding:
+    if port.tuner == "lora" and port.sharding not in ("", "FSDP2"):
         return f"the model is sharded by {port.sharding}, and a sync from there is not tried yet under TRL"
     return ""
 
 
 def _make_engine(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
-    return wrapped(*args, **{**kwargs, **(ports.engine_arguments.get() or {})})
+    return wrapped(*args, **{**kwargs, **(starting.engine_arguments.get() or {})})
 
 
 def _connect(wrapped: Callable[..., Any], client: Any, args: Args, kwargs: Kwargs) -> Any:
     """Without a connection for weights to a server that takes adapters as folders: it gets nothing else."""
-    seen = ports.server_seen.get()
+    seen = starting.server_seen.get()
     if seen is not None and seen.look(client):
         return None
     if seen is not None:  # before TRL's own way, which may fail

@@ -1,8 +1,9 @@
 """A plain ``vllm serve``, without this package: each policy goes to it as a folder, under a name of its own.
 
-vLLM loads the folder (``/v1/load_lora_adapter``), and rollouts ask for its name. A new name has no prefix cache yet, so
-that no answer mixes two policies; the name before is unloaded. vLLM says only which names it holds: what it computes,
-the gate sees in its answers. Only the main rank talks to the server; the other ranks are told the result.
+vLLM loads the folder (``/v1/load_lora_adapter``), and rollouts ask for its name, which ends with the policy's digest. A
+new name has no prefix cache yet, so that no answer mixes two policies; the name before is unloaded. vLLM says only
+which names it holds: what it computes, the gate sees in its answers. Only the main rank talks to the server; the other
+ranks are told the result.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class FolderWriter:
         self.trainer, self.engine, self.adapter = trainer, engine, adapter
         self.serving: ServingPort = FolderServing(engine, adapter)
         self._run, self._version = uuid.uuid4().hex[:8], 0
+        self._names: list[str] = []  # those that the server took, on the main rank
         self._root = Path(trainer.output_folder).absolute() / "swift_lora_fix"
         self._check = FiniteCheck(adapter, DTYPE, trainer.device, self.all_ranks)
 
@@ -160,9 +162,9 @@ class FolderWriter:
         held = adapters.read_to_host(self.adapter, self.trainer.device)
         digest = self.digest_of(held)
         clock.lap("read")
-        self._version += 1
+        self._version += 1  # also where the server refuses: it may have taken the name
         sizes: list[int] = []
-        self._on_main(lambda: sizes.append(self._send(held)))
+        self._on_main(lambda: sizes.append(self._send(held, digest)))
         clock.lap("write")
         return WriteReport("folder", clock.laps, sum(sizes), digest)
 
@@ -170,11 +172,11 @@ class FolderWriter:
         """There is no other way."""
         return self.write()
 
-    def _send(self, held: dict[str, torch.Tensor]) -> int:
+    def _send(self, held: dict[str, torch.Tensor], digest: str) -> int:
         """Returns the bytes of the adapter."""
         from safetensors.torch import save_file
 
-        name, stale = (f"swift-lora-fix-{self._run}-{self._version - age}" for age in (0, 2))
+        name = f"swift-lora-fix-{self._run}-{self._version}-{digest}"
         self._root.mkdir(parents=True, exist_ok=True)
         tensors = loader.stage(self.adapter, held, DTYPE)
         with all_or_nothing(self._root / name) as folder:
@@ -186,7 +188,9 @@ class FolderWriter:
         except BaseException:
             shutil.rmtree(self._root / name, ignore_errors=True)
             raise
-        shutil.rmtree(self._root / stale, ignore_errors=True)  # the one before may be looked up once more
+        self._names.append(name)
+        for stale in self._names[-3:-2]:  # the one before may be looked up once more
+            shutil.rmtree(self._root / stale, ignore_errors=True)
         return sum(value.numel() * value.element_size() for value in tensors.values())
 
     def digest_of(self, held: dict[str, torch.Tensor]) -> str:

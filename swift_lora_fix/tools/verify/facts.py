@@ -11,13 +11,14 @@ from ...proof.causes import CAUSES
 
 @dataclass(frozen=True)
 class Request:
-    """What to verify. extra: more ms-swift arguments, which override ours."""
+    """What to verify. extra: more arguments of the framework's, which override ours."""
 
     model: str
     adapter: str
     use_hf: bool
     syncs: int
     extra: tuple[str, ...] = ()
+    framework: str = "ms-swift"  # or "TRL"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Side:
 class Result:
     ours: Side
     stock: Side
+    framework: str = "ms-swift"
 
     @property
     def is_proved(self) -> bool:
@@ -90,7 +92,8 @@ class Result:
                 "Not proved: engine and trainer agree, but this adapter does too little for the probe to tell it from "
                 "the plain base, or from twice itself."
             )
-        return f"Proved: with the plugin all {len(self.ours.syncs)} syncs served the adapter, {_about(self.stock)}"
+        about = _about(self.stock, self.framework)
+        return f"Proved: with the plugin all {len(self.ours.syncs)} syncs served the adapter, {about}"
 
     def as_dict(self) -> dict[str, Any]:
         sides = {}
@@ -101,7 +104,7 @@ class Result:
                 "log": str(side.log),
                 "floors": side.floors,
             }
-        return {"proved": self.is_proved, "verdict": self.verdict, **sides}
+        return {"proved": self.is_proved, "framework": self.framework, "verdict": self.verdict, **sides}
 
 
 def found(sync: Sync) -> str:
@@ -112,7 +115,7 @@ def found(sync: Sync) -> str:
     return CAUSES[sync.cause or "unknown"].title
 
 
-def _about(stock: Side) -> str:
+def _about(stock: Side, framework: str) -> str:
     wrong = [sync for sync in stock.syncs if not sync.agrees]
     parts = []
     if wrong:
@@ -127,5 +130,5 @@ def _about(stock: Side) -> str:
     if cast:
         parts.append(f"{cast} of its syncs changed the LoRA that it trains, in dtype or in value")
     if not parts:
-        return "and so did stock ms-swift, whose trainer kept its base."
-    return f"and the trainer's base kept every bit. Stock ms-swift here: {'; '.join(parts)}."
+        return f"and so did stock {framework}, whose trainer kept its base."
+    return f"and the trainer's base kept every bit. Stock {framework} here: {'; '.join(parts)}."

@@ -1,5 +1,4 @@
-"""Inside a run of ``swift-lora-fix verify``: measures each sync from outside, in the same way for stock ms-swift and
-us.
+"""Inside a run of ``swift-lora-fix verify``: measures each sync from outside, in the same way for stock and for us.
 
 After each sync the engine answers the agreement gate's probe, the trainer scores it, and the trainer's base is summed.
 That makes one JSON line a sync in ``$SWIFT_LORA_FIX_VERIFY_FILE``. The floors need an engine with the trainer's own
@@ -18,27 +17,29 @@ import torch
 import wrapt
 
 from ...common.digest import checksum
+from ...engine.port import ServingPort
 from ...engine.vllm.colocated import AdapterServing
 from ...engine.vllm.handle import EngineHandle
 from ...errors import PolicyMismatchError
-from ...frameworks.swift.port import SwiftRollout, SwiftTrainer
+from ...frameworks.swift.port import SwiftTrainer
+from ...frameworks.swift.rollouts import SwiftRollout
 from ...install import releases
 from ...policy import adapter
 from ...proof.gate import Gate
 from ...proof.probe import SHORT
 from ...proof.verdict import Floor
-from ...trainer import RolloutPort
+from ...trainer import RolloutPort, TrainerPort
 
 FILE = "SWIFT_LORA_FIX_VERIFY_FILE"
 FLOORS = "SWIFT_LORA_FIX_VERIFY_FLOORS"
 
 
 class Observer:
-    """Watches one trainer."""
+    """Watches one trainer. serving: tells how its engine serves the adapter; None: in LoRA layers, or stock's way."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = SwiftTrainer(trainer)
-        self.model = self.trainer.model
+    def __init__(self, trainer: TrainerPort, serving: Callable[[], ServingPort] | None = None) -> None:
+        self.trainer, self.serving = trainer, serving
+        self.model: Any = trainer.model
         self.base = self._base_checksums()
         self.gate: Gate | None = None
         self.seconds = 0.0
@@ -62,7 +63,7 @@ class Observer:
         self.is_new = False
         if self.gate is None:
             bound, engine = adapter.bind(self.model), EngineHandle(self.trainer.vllm_engine)
-            serving = AdapterServing(self.trainer, engine, bound)
+            serving = self.serving() if self.serving else AdapterServing(self.trainer, engine, bound)
             self.gate = Gate(self.trainer, bound, serving, engine.cache_block, bool)
             for kind, floors in json.loads(os.environ.get(FLOORS, "{}")).items():
                 self.gate.floors[kind] = [Floor(**{name: tuple(row) for name, row in one.items()}) for one in floors]
@@ -96,6 +97,20 @@ class Observer:
         return [_sum_up(parameter) for name, parameter in self.model.named_parameters() if "lora_" in name]
 
 
+def keep_weights_on_a_cpu() -> None:
+    """vLLM's CPU backend packs linear weights after loading, and then no base can be sent to it. This makes linear
+    layers keep their weights. On a GPU it is not called."""
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias)
+
+    def patch(module: Any) -> None:
+        if hasattr(module, "dispatch_cpu_unquantized_gemm"):
+            module.dispatch_cpu_unquantized_gemm = keep
+
+    wrapt.register_post_import_hook(patch, "vllm.model_executor.layers.utils")
+
+
 def install() -> None:
     """Wrap ms-swift's sync and rollout once their module is loaded. Our own wrappers, if any, are inside of these."""
     for name in releases.rollout_modules():
@@ -106,7 +121,7 @@ def _wrap(module: Any) -> None:
     observers: dict[int, Observer] = {}
 
     def of(trainer: Any) -> Observer:
-        return observers.setdefault(id(trainer), observers.get(id(trainer)) or Observer(trainer))
+        return observers.setdefault(id(trainer), observers.get(id(trainer)) or Observer(SwiftTrainer(trainer)))
 
     def sync(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
         return of(trainer).sync(wrapped, *args, **kwargs)

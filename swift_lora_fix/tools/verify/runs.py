@@ -1,4 +1,4 @@
-"""Starts the runs: one real ``swift rlhf`` GRPO run of a few steps with the plugin, one without."""
+"""Starts the runs: one real GRPO run of a few steps with the plugin, one without. ``swift rlhf``, or TRL (trl.py)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ from .facts import Request, Side, Sync
 from .inputs import check_model, prepare, rank_of, resolve
 
 OBSERVER = PLUGIN_FILE.parent / "verify" / "swift_lora_fix_verify.py"
+COMMON = {  # of both frameworks' runs
+    "max_completion_length": 16,
+    "num_generations": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 0,
+    "lr_scheduler_type": "constant",
+    "beta": 0,
+    "logging_steps": 1,
+    "report_to": "none",
+}
 EXCEPTION = re.compile(r"^(\[rank\d+\]:\s*)?[\w.]*(Error|Exception|Interrupt)\b")
-RESOLVE = """
-import sys
-try:
-    from swift.utils import safe_snapshot_download
-except ImportError:
-    from swift.llm import safe_snapshot_download
-print("FOLDER " + safe_snapshot_download(sys.argv[1], use_hf=sys.argv[2] == "true" or None))
-"""
 
 
 def run(request: Request, folder: Path, progress: Callable[[str, int], None]) -> tuple[Side, Side]:
@@ -38,20 +42,23 @@ def run(request: Request, folder: Path, progress: Callable[[str, int], None]) ->
     Raises:
         VerificationError: the model, the adapter's folder or its configuration cannot be had, ``folder`` cannot be
             written, or our run wrote nothing.
-        MissingPackageError: ms-swift is not installed.
+        MissingPackageError: the framework is not installed.
     """
     check_model(request.model)
-    swift = _swift_folder()
-    adapter_folder = resolve(request.adapter, request.use_hf)
+    is_swift = request.framework == "ms-swift"
+    swift = _swift_folder() if is_swift else _trl_script()
+    adapter_folder = resolve(request.adapter, request.use_hf, request.framework)
     rank = rank_of(adapter_folder)
-    command = _command(request, swift, adapter_folder, rank, prepare(folder, request.syncs))
-    ours = _start("fixed", command, [PLUGIN_FILE, OBSERVER], folder / "ours", {}, progress)
+    prompts = prepare(folder, request.syncs, request.framework)
+    command = (_swift_command if is_swift else _trl_command)(request, swift, adapter_folder, rank, prompts)
+    plugins = [PLUGIN_FILE, OBSERVER] if is_swift else []
+    ours = _start("fixed", command, plugins, folder / "ours", {}, progress)
     if not ours.syncs:
         raise VerificationError(
             f"The run with the plugin made no sync: {ours.ending or 'no reason given'} Log: {ours.log}"
         )
     off = {"SWIFT_LORA_FIX": "off", "SWIFT_LORA_FIX_VERIFY_FLOORS": json.dumps(ours.floors)}
-    stock = _start("stock", command, [OBSERVER], folder / "stock", off, progress)
+    stock = _start("stock", command, plugins[1:], folder / "stock", off, progress)
     return ours, stock
 
 
@@ -62,7 +69,28 @@ def _swift_folder() -> Path:
     return Path(list(spec.submodule_search_locations)[0])
 
 
-def _command(request: Request, swift: Path, adapter_folder: Path, rank: int, prompts: Path) -> list[str]:
+def _trl_script() -> Path:
+    for package, what in (("trl", "TRL"), ("vllm", "vLLM"), ("peft", "PEFT")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(f"{what} is not installed in this environment: pip install {package}")
+    return Path(__file__).with_name("trl.py")
+
+
+def _trl_command(request: Request, script: Path, adapter_folder: Path, rank: int, prompts: Path) -> list[str]:
+    arguments: dict[str, Any] = {
+        "model": request.model,
+        "adapter": adapter_folder.resolve(),
+        "prompts": prompts.resolve(),
+        "vllm_max_model_length": 1024,
+        "vllm_gpu_memory_utilization": 0.4,
+        **COMMON,
+        "max_steps": request.syncs,
+        **({} if _has_gpu() else {"use_cpu": "true"}),
+    }
+    return _with_extra([sys.executable, "-m", f"{__package__}.{script.stem}"], arguments, request.extra)
+
+
+def _swift_command(request: Request, swift: Path, adapter_folder: Path, rank: int, prompts: Path) -> list[str]:
     version = releases.installed_swift()
     family = (releases.family_of(version) if version else None) or releases.FAMILIES[-1]
     arguments: dict[str, Any] = {
@@ -79,27 +107,20 @@ def _command(request: Request, swift: Path, adapter_folder: Path, rank: int, pro
         "vllm_max_model_len": 1024,
         "vllm_gpu_memory_utilization": 0.4,
         "torch_dtype": "bfloat16",
-        "max_completion_length": 16,
-        "num_generations": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
+        **COMMON,
         "max_steps": request.syncs,
-        "save_strategy": "no",
-        "learning_rate": 0,
-        "lr_scheduler_type": "constant",
-        "beta": 0,
-        "logging_steps": 1,
-        "report_to": "none",
         "add_version": "false",
         **({"use_hf": "true"} if request.use_hf else {}),
         **({} if _has_gpu() else {"use_cpu": "true", "vllm_enforce_eager": "true"}),
     }
-    for name in [word[2:] for word in request.extra if word.startswith("--")]:
+    return _with_extra([sys.executable, str(swift / "cli" / "rlhf.py")], arguments, request.extra)
+
+
+def _with_extra(command: list[str], arguments: dict[str, Any], extra: Sequence[str]) -> list[str]:
+    """The command with ``arguments``, of which those that ``extra`` names are left out."""
+    for name in [word[2:] for word in extra if word.startswith("--")]:
         arguments.pop(name, None)
-    command = [sys.executable, str(swift / "cli" / "rlhf.py")]
-    for name, value in arguments.items():
-        command += [f"--{name}", str(value)]
-    return [*command, *request.extra]
+    return [*command, *(word for name, value in arguments.items() for word in (f"--{name}", str(value))), *extra]
 
 
 def _start(
@@ -123,7 +144,8 @@ def _start(
     }
     if not _has_gpu():
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    extra = ["--external_plugins", *map(str, plugins), "--output_dir", str(folder / "run")]
+    extra = ["--external_plugins", *map(str, plugins)] if plugins else []
+    extra += ["--output_dir", str(folder / "run")]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *extra],

@@ -1,5 +1,5 @@
 """Prove it on your own model and adapter: short real GRPO runs with and without the plugin, engine against trainer at
-each sync. Ends with 0 (proved), 1 (not proved) or 2 (could not be run). What follows -- goes to ms-swift as it is."""
+each sync. Ends with 0 (proved), 1 (not proved) or 2 (could not be run). What follows -- goes to ms-swift, or TRL."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import ChartError, MissingPackageError, SettingsError
+from ...install import releases
 from ...proof.verdict import ALLOWED
 from .chart import CHART_NAME, draw
 from .facts import Request, Result, Side, found
@@ -25,14 +26,21 @@ HELP = "prove on your model and adapter that the engine serves the adapter"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="M", help="a local folder, or a model id as ms-swift takes it"
+        "--model", required=True, metavar="M", help="a local folder, or a model id as the framework takes it"
     )
     parser.add_argument("--adapter", required=True, metavar="A", help="a PEFT LoRA folder or checkpoint, or its id")
-    parser.add_argument("--use_hf", choices=("true", "false"), default="false", help="ids are Hugging Face's")
+    parser.add_argument(
+        "--framework", choices=("ms-swift", "trl"), help="whose trainer (default: ms-swift, where it is installed)"
+    )
+    parser.add_argument(
+        "--use_hf", choices=("true", "false"), default="false", help="ids are Hugging Face's (TRL's are)"
+    )
     parser.add_argument("--syncs", type=int, default=4, metavar="N", help="syncs in each run (default: 4)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where logs and chart go (default: a new folder)")
     parser.add_argument("--json", action="store_true", help="the result for machines, on standard output")
-    parser.add_argument("swift", nargs="*", metavar="-- SWIFT ARGUMENTS", help="more arguments for swift rlhf")
+    parser.add_argument(
+        "extra", nargs="*", metavar="-- ARGUMENTS", help="more arguments for swift rlhf, or of TRL's GRPOConfig"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
     if args.syncs < 2:
         raise SettingsError(f"--syncs {args.syncs}: at least 2, because the defects show from the second sync on.")
     folder = args.out or Path(tempfile.mkdtemp(prefix="swift-lora-fix-verify-"))
-    request = Request(args.model, args.adapter, args.use_hf == "true", args.syncs, tuple(args.swift))
-    result = Result(*_with_progress(request, folder))
+    is_trl = args.framework == "trl" or (args.framework is None and releases.installed_swift() is None)
+    framework = "TRL" if is_trl and (args.framework or releases.installed_trl()) else "ms-swift"
+    request = Request(args.model, args.adapter, args.use_hf == "true", args.syncs, tuple(args.extra), framework)
+    result = Result(*_with_progress(request, folder), framework)
     if args.json:
         print(json.dumps(result.as_dict(), indent=1))
         return result.exit_code

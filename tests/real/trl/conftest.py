@@ -90,12 +90,24 @@ class Runs:
         if name == "example":
             options.update(fixed=False, example=str(driver.REPOSITORY / "examples" / "trl_grpo.py"))
             arguments.update(max_steps=3, save_steps=100)
-        return Run(self.folder / name, options, environment)
+        if "two_ranks" in name:
+            arguments.update(max_steps=3, save_steps=100)
+        if "fsdp2" in name:
+            arguments.update(fsdp="full_shard auto_wrap", fsdp_config=FSDP2)
+        if name in TRAINERS:
+            options["trainer"] = TRAINERS[name]
+            arguments.update(max_steps=3, save_steps=100, **MORE.get(name, {}))
+        return Run(self.folder / name, options, environment, ranks=2 if "two_ranks" in name else 1)
 
 
+FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True}
+# More trainers with the same generation, and what they ask for.
+TRAINERS = {"distillation": "Distillation", "sdft": "SDFT", "sdpo": "SDPO", "gold": "GOLD"}
+MORE: dict[str, dict[str, Any]] = {"gold": {"lmbda": 1.0}}
 # In the order in which they start; and what each needs.
 NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping", "auto")
-SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example")
+RANKS = ("two_ranks", "two_ranks_fsdp2")
+SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example", *TRAINERS, *RANKS)
 NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
 
 

@@ -11,12 +11,14 @@ import pytest
 from tests.support.environments import swift_lora_fix
 from tests.support.trl_driver import CHECKPOINT_STEP, Run
 
-from .conftest import STEPS, Runs
+from .conftest import STEPS, TRAINERS, Runs
 
 pytestmark = pytest.mark.e2e
 
-SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "rloo", "auto", "example")
-served = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in SERVED])
+SERVED = ("uninterrupted", "resumed", "adapter_resumed", "sleeping", "adapter_sleeping", "auto", "example")
+OTHERS = ("rloo", *TRAINERS)
+ALL = [pytest.param(name, marks=pytest.mark.needs(name)) for name in (*SERVED, *OTHERS)]
+served = pytest.mark.parametrize("name", ALL)
 
 
 @pytest.mark.needs("stock")
@@ -34,7 +36,7 @@ def test_engine_and_trainer_agree_at_every_sync(run: Run, name: str) -> None:
     assert run.returncode == 0, run.log[-3000:]
     probes, metrics = run.probes(), run.metrics()
     first = CHECKPOINT_STEP if "resumed" in name else 0
-    last = 3 if name in ("rloo", "example") or "sleeping" in name else STEPS
+    last = 3 if name in ("example", *OTHERS) or "sleeping" in name else STEPS
     assert [probe["step"] for probe in probes] == list(range(first, last))
     for probe, line in zip(probes, metrics, strict=True):
         noise = line["lora_sync/noise"]
@@ -42,8 +44,8 @@ def test_engine_and_trainer_agree_at_every_sync(run: Run, name: str) -> None:
         assert 0 < noise < 0.05, "as quiet as bf16 rounding is"
         assert line["lora_sync/agrees"] == 1 and line["lora_sync/policy_step"] == probe["step"]
         assert f"engine and trainer agree at step {probe['step']}" in run.log
-        if name == "rloo":
-            assert "lora_sync/batch_mean" not in line, "it keeps no logprobs of its engine's"
+        if name in OTHERS:
+            assert "lora_sync/batch_mean" not in line, "only GRPO keeps the logprobs of its engine"
         else:
             theirs = line["sampling/sampling_logp_difference/mean"]
             assert line["lora_sync/batch_mean"] == pytest.approx(theirs, rel=1e-3) and 0 < theirs < 2.5 * noise

@@ -84,7 +84,8 @@ def _off(layers):
 
 
 def _infer(wrapped, trainer, args, kwargs):
-    from swift_lora_fix.frameworks.swift.port import SwiftRollout, SwiftTrainer
+    from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+    from swift_lora_fix.frameworks.swift.rollouts import SwiftRollout
 
     step = trainer.state.global_step
     if step == int(os.environ.get("SLF_KILL_AT_STEP", "-1")):

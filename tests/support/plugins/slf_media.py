@@ -90,7 +90,8 @@ def _record(port, rollout):
 
 
 def _infer(wrapped, trainer, args, kwargs):
-    from swift_lora_fix.frameworks.swift.port import SwiftRollout, SwiftTrainer
+    from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+    from swift_lora_fix.frameworks.swift.rollouts import SwiftRollout
 
     port = SwiftTrainer(trainer)
     rollout = SwiftRollout(port, wrapped, *args, **kwargs)

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from swift_lora_fix.engine.vllm import room
 from swift_lora_fix.engine.vllm.fitting import TOWER_OPTION
 from swift_lora_fix.errors import UnsupportedAdapterError
-from swift_lora_fix.frameworks.swift.port import WORDS, SwiftTrainer
+from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.frameworks.swift.words import WORDS
 from swift_lora_fix.install import releases
 from tests.support.peft_models import peft_model
 

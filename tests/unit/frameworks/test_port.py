@@ -1,4 +1,4 @@
-"""ms-swift's trainer is read in one file, and each name that is read there is in the contract.
+"""ms-swift's trainer is read in one folder, and each name that is read there is in the contract.
 
 What the port makes of a template and of an engine is asked of stand-ins here; of real ones in tests/real/swift.
 """
@@ -24,22 +24,24 @@ import torch
 
 import swift_lora_fix
 from swift_lora_fix import errors
-from swift_lora_fix.frameworks.swift.port import SwiftBatch, SwiftRollout, SwiftTrainer
+from swift_lora_fix.frameworks.swift.batch import SwiftBatch
+from swift_lora_fix.frameworks.swift.port import SwiftTrainer
+from swift_lora_fix.frameworks.swift.rollouts import SwiftRollout
 from swift_lora_fix.install import contract, releases
 from swift_lora_fix.server.wire import PROBE
 from swift_lora_fix.trainer import Answer
 
 PACKAGE = Path(swift_lora_fix.__file__).parent
-PORT = PACKAGE / "frameworks" / "swift" / "port.py"
+FOLDER = PACKAGE / "frameworks" / "swift"
 OF_TRANSFORMERS = {"resume_from_checkpoint", "output_dir"}
 # names of Python's, of PyTorch's, and of what vLLM and ms-swift answer with, which are no trainer's
 OTHERS = {"get", "update", "choices", "logprobs", "response", "prompt_token_ids", "token_ids", "content", "n"}
 
 
 def names_read_of_the_trainer() -> set[str]:
-    """Everything that follows ``trainer.`` or ``self.trainer.`` in the port, however far."""
+    """Everything that follows ``trainer.`` or ``self.trainer.`` in the port's folder, however far."""
     found = set()
-    for node in ast.walk(ast.parse(PORT.read_text())):
+    for node in (node for file in FOLDER.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))):
         chain, inner = [], node
         while isinstance(inner, ast.Attribute):
             chain.append(inner.attr)
@@ -58,15 +60,15 @@ def test_each_name_is_in_the_contract() -> None:
     assert read - named - OF_TRANSFORMERS - {"__wrapped__"} == set()
 
 
-def test_no_other_file_reads_it() -> None:
+def test_no_other_folder_reads_it() -> None:
     mine = {"enable_offload", "rollout_enable_lora", "_last_loaded_step", "vllm_client", "accelerator", "_metrics"}
     readers = {
-        str(path.relative_to(PACKAGE))
+        path.parent.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in mine
     }
-    assert readers == {"frameworks/swift/port.py", "frameworks/trl/port.py"}, "TRL has some of these names, too"
+    assert readers == {"frameworks/swift", "frameworks/trl"}, "TRL has some of these names, too"
 
 
 def test_a_renamed_attribute_is_a_contract_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

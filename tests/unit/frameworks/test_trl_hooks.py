@@ -12,8 +12,7 @@ import torch
 
 from swift_lora_fix import arming
 from swift_lora_fix import session as sessions
-from swift_lora_fix.frameworks.trl import hooks
-from swift_lora_fix.frameworks.trl import port as ports
+from swift_lora_fix.frameworks.trl import hooks, starting
 from swift_lora_fix.frameworks.trl.port import TrlTrainer
 from tests.support.peft_models import peft_model
 
@@ -134,8 +133,8 @@ def test_without_a_session_stock_trl_runs(generation: Generation) -> None:
     "mode, kind, reason",
     [
         ("server", "MULTI_GPU", "before TRL 1.11 servers are TRL's own, which have no LoRA layers"),
-        ("server", "FSDP", "the model is sharded by FSDP"),
-        ("colocate", "FSDP", "the model is sharded by FSDP"),
+        ("server", "FSDP2", "the model is sharded by FSDP2"),
+        ("colocate", "FSDP1", "the model is sharded by FSDP1"),
         ("colocate", "DEEPSPEED", "the model is sharded by DeepSpeed ZeRO-3"),
     ],
 )
@@ -146,9 +145,10 @@ def test_what_is_not_tried_is_left_alone_and_said(
     plugin = SimpleNamespace(zero_stage=3) if kind == "DEEPSPEED" else None
     made = Generation(sleeps=False)
     made.mode, made.model = mode, peft_model()  # type: ignore[attr-defined]
-    made.accelerator = SimpleNamespace(  # type: ignore[attr-defined]
-        distributed_type=SimpleNamespace(name=kind), state=SimpleNamespace(deepspeed_plugin=plugin)
-    )
+    fsdp = SimpleNamespace(fsdp_version=2 if kind == "FSDP2" else 1)
+    state = SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin=fsdp)
+    kind_of_accelerate = SimpleNamespace(name=kind.rstrip("12"))
+    made.accelerator = SimpleNamespace(distributed_type=kind_of_accelerate, state=state)  # type: ignore[attr-defined]
 
     def construct(model: Any, accelerator: Any = None, mode: str = "colocate") -> None: ...
 
@@ -164,7 +164,7 @@ def test_an_engine_gets_lora_layers_only_while_trl_makes_it_and_only_if_asked(mo
     def construct(**kwargs: Any) -> None:
         made.append(kwargs)
 
-    with ports.making_engine({"enable_lora": True}):
+    with starting.making_engine({"enable_lora": True}):
         hooks._make_engine(construct, None, (), {"model": "m"})
     hooks._make_engine(construct, None, (), {"model": "m"})
     assert made == [{"model": "m", "enable_lora": True}, {"model": "m"}]

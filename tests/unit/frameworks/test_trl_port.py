@@ -1,4 +1,4 @@
-"""TRL's trainer is read in one file, each name that is read there is in the contract, and the port does what it says.
+"""TRL's trainer is read in one folder, each name that is read there is in the contract, and the port does what it says.
 
 What it makes of real trainers and engines is asked in tests/real/trl.
 """
@@ -17,21 +17,24 @@ import torch
 import swift_lora_fix
 from swift_lora_fix import errors
 from swift_lora_fix.frameworks.trl import port as ports
-from swift_lora_fix.frameworks.trl.port import TrlBatch, TrlTrainer, server_of
+from swift_lora_fix.frameworks.trl import starting
+from swift_lora_fix.frameworks.trl.batch import TrlBatch
+from swift_lora_fix.frameworks.trl.port import TrlTrainer
 from swift_lora_fix.install import releases
 from swift_lora_fix.proof.batch import compare
 from tests.support.peft_models import peft_model
 
-PORT = Path(swift_lora_fix.__file__).parent / "frameworks" / "trl" / "port.py"
+FOLDER = Path(swift_lora_fix.__file__).parent / "frameworks" / "trl"
 OF_ACCELERATE = {"unwrap_model", "distributed_type", "name", "deepspeed_plugin"}
 OF_TRANSFORMERS = {"args", "output_dir"}
 OF_OTHERS = {"vllm_config", "lora_config", "model_config", "max_model_len", "collective_rpc", "_llm_weights_sleeping"}
 
 
 def test_each_name_is_in_the_contract() -> None:
-    """Everything that follows ``generation.`` or ``trainer.`` in the port, however far."""
+    """Everything that follows ``generation.`` or ``trainer.`` in the port's folder, however far."""
     read = set()
-    for node in ast.walk(ast.parse(PORT.read_text())):
+    files = [file for file in FOLDER.glob("*.py") if file.stem != "instrumentors"]  # its generation is another thing
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
         chain, inner = [], node
         while isinstance(inner, ast.Attribute):
             chain.append(inner.attr)
@@ -148,16 +151,16 @@ def test_a_trainer_is_found_by_its_accelerator_and_not_kept_alive() -> None:
 @pytest.mark.parametrize("kind, tuner", [("lora", "lora"), ("none", "full")])
 def test_what_is_trained(kind: str, tuner: str) -> None:
     model = peft_model() if kind == "lora" else torch.nn.Linear(2, 2)
-    assert ports.tuner_of(model) == tuner
+    assert starting.tuner_of(model) == tuner
 
 
 def test_the_engine_gets_the_next_rank_that_vllm_takes() -> None:
     limits = (1, 8, 16, 32)
-    assert ports.lora_arguments(peft_model(r=4), limits)["max_lora_rank"] == 8
+    assert starting.lora_arguments(peft_model(r=4), limits)["max_lora_rank"] == 8
     patterned = peft_model(r=4, rank_pattern={"second": 9})
-    assert ports.lora_arguments(patterned, limits) == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    assert starting.lora_arguments(patterned, limits) == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
     with pytest.raises(errors.UnsupportedAdapterError, match="rank 64.*end at 32"):
-        ports.lora_arguments(peft_model(r=64), limits)
+        starting.lora_arguments(peft_model(r=64), limits)
 
 
 def test_weights_are_not_read_from_files_again_after_a_sleep() -> None:
@@ -243,7 +246,7 @@ def test_what_is_not_like_with_like_is_not_compared(sampling: dict[str, Any], la
 )
 def test_a_server_has_the_base_of_its_model_folder(init: Any, problem: str) -> None:
     """PiSSA takes the adapter's first values out of the trainer's base, which no folder of an adapter carries."""
-    assert server_of(peft_model(init_lora_weights=init), Accelerator(), "").problem.startswith(problem)
+    assert starting.server_of(peft_model(init_lora_weights=init), Accelerator(), "").problem.startswith(problem)
 
 
 def test_releases_and_what_they_allow() -> None:

@@ -13,8 +13,8 @@ import torch
 import swift_lora_fix
 from swift_lora_fix import errors
 from swift_lora_fix.common.words import Words
-from swift_lora_fix.frameworks.swift import port as swift
-from swift_lora_fix.frameworks.trl import port as trl
+from swift_lora_fix.frameworks.swift import words as swift
+from swift_lora_fix.frameworks.trl import words as trl
 from swift_lora_fix.policy import adapter, origin
 from tests.support.peft_models import peft_model
 
@@ -37,7 +37,9 @@ def test_what_any_trainer_reaches_names_no_option_of_ms_swift() -> None:
     files = [file for name in SHARED for file in (PACKAGE / f"{name}.py", *(PACKAGE / name).rglob("*.py"))]
     found = {(file.name, text) for file in files if file.is_file() for text in texts(file) if FLAG.search(text)}
     assert not found
-    assert any(FLAG.search(text) for text in texts(PACKAGE / "frameworks" / "swift" / "port.py")), "they are said there"
+    assert any(FLAG.search(text) for text in texts(PACKAGE / "frameworks" / "swift" / "words.py")), (
+        "they are said there"
+    )
 
 
 FRAMEWORKS = pytest.mark.parametrize("words", [swift.WORDS, trl.WORDS], ids=lambda words: words.framework)

@@ -98,6 +98,7 @@ def test_each_policy_gets_a_name_and_the_one_before_is_unloaded(server: Server, 
         base, name = server.held
         assert session.engine.generate(lambda: session.engine.client.model) == name  # type: ignore[attr-defined]
         assert session.what_is_missing() is None
+        assert name.endswith(f"-{session.last_write.digest}"), "requests and answers name the policy by its digest"
         names.append(name)
     assert len(set(names)) == 4 and [route for route, _ in server.asked].count("unload_lora_adapter") == 3
     assert [path.name for path in saved(tmp_path)] == names[-2:], "older folders are gone"

@@ -62,9 +62,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, model: Path, adapter: P
 
 
 def test_the_package_alone(tmp_path: Path, model: Path, adapter: Path) -> None:
-    environment = Environment(tmp_path / "environment").without("swift", "ms_swift-*", "torch", "torch-*", "numpy")
+    missing = ("swift", "ms_swift-*", "trl", "trl-*", "torch", "torch-*", "numpy")
+    environment = Environment(tmp_path / "environment").without(*missing)
     done = environment.run("verify", "--model", model, "--adapter", adapter, "--out", tmp_path / "out")
     assert done.returncode == 2 and "pip install ms-swift" in done.stderr, done.stderr
+
+
+def test_trl_alone_is_asked_for(tmp_path: Path, model: Path, adapter: Path) -> None:
+    environment = Environment(tmp_path / "environment").without("trl", "trl-*")
+    named = environment.run("verify", "--framework", "trl", "--model", model, "--adapter", adapter)
+    assert named.returncode == 2 and "pip install trl" in named.stderr, named.stderr
 
 
 def test_without_matplotlib_there_is_a_verdict_and_no_chart(
