@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
 SAME = ("loss_scale", "truncation_strategy")  # as published
 
 TRITON = "where LoRA is on, vLLM computes experts by Triton alone (fused_moe/oracle/unquantized.py)"
+ONEDNN = "vLLM's INT8 kernel on a CPU keeps no weight, and its LoRA layers ask for one (lora/layers/utils.py)"
 WITHOUT = "a server without LoRA layers is left alone"
 
 
@@ -212,7 +213,7 @@ def others() -> Iterator[Cell]:
             yield _architecture_cell(architecture, mode)
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
-    yield Cell("bases/int8", "qwen2_int8", {"vllm_enable_lora": "true"})
+    yield Cell("bases/int8", "qwen2_int8", {"vllm_enable_lora": "true"}, needs_gpu=ONEDNN)
     published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
     yield dataclasses.replace(
         published_fsdp2,

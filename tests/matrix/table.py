@@ -31,7 +31,7 @@ its syncs changed."""
 ON_A_GPU = """
 ## On a GPU
 
-From a checkout, with the packages of that Python (ms-swift, vLLM, DeepSpeed; bitsandbytes for the first), no virtual
+From a checkout, with the packages of that Python (ms-swift, vLLM, DeepSpeed; bitsandbytes for qlora), no virtual
 environment and no network; one GPU is enough. On two, the server has one of its own and the policy travels by NCCL; on
 one by `reload`, since NCCL cannot join two processes of one GPU. `torchrun` starts as many ranks as there are GPUs, at
 most two. The models are made in `FOLDER/models` where they are not there yet, the logs are beside them, and the records
