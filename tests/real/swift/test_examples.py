@@ -1,4 +1,4 @@
-"""The first of ``examples/``, run: what it starts resumes, and the engine serves the checkpoint's adapter."""
+"""Two of ``examples/``, run: what they start agrees at every sync, and the first one resumes."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def test_the_resume_of_the_examples(run: Run, runs: Runs) -> None:
         assert bounds.agrees(probe, floor), probe
         assert bounds.only_read(probe), probe
     assert f"from --resume_from_checkpoint {runs.checkpoint}" in run.log and "engine and trainer agree" in run.log
+
+
+@pytest.mark.needs("example_fused")
+def test_the_fused_and_offloaded_one_of_the_examples(run: Run) -> None:
+    assert run.returncode == 0, run.log[-3000:]
+    assert run.command()[:2] == ["bash", str(REPOSITORY / "examples" / "grpo_fused_offload.sh")]
+    lines = [line for line in run.metrics() if "lora_sync/agrees" in line]
+    assert len(lines) == 3 and all(line["lora_sync/agrees"] == 1 for line in lines)
+    assert lines[-1]["lora_sync/distinguishable"] == 1, "the adapter is large enough to be missed"
+    assert "armed, fused mode" in run.log and run.log.count("engine and trainer agree at step") == 3
