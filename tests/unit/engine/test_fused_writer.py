@@ -306,6 +306,7 @@ def test_the_mode_is_what_was_asked_for_or_what_the_flag_says(
     asked: str, enable_lora: bool, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_MODE", asked)
+    monkeypatch.setattr(scope.fitting, "why_not", lambda *_: None)  # the engine's LoRA layers can take the adapter
     decision = scope.decide(given(peft_model(), enable_lora))
     assert decision.ours and decision.mode == mode and ("fused mode" in decision.reason) is (mode == "fused")
 
@@ -388,6 +389,7 @@ def test_auto_weighs_the_sync_against_the_rollout(tokens: int, faster: bool) -> 
 
 def test_auto_starts_apart_where_that_can_be_and_else_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWIFT_LORA_FIX_MODE", "auto")
+    monkeypatch.setattr(scope.fitting, "why_not", lambda *_: None)
     plain, dora = scope.decide(given(peft_model(), True)), scope.decide(given(peft_model(use_dora=True), True))
     assert plain.mode == "adapter" and plain.is_open
     assert dora.mode == "fused" and not dora.is_open

@@ -24,6 +24,7 @@ import torch
 
 import swift_lora_fix
 from swift_lora_fix import errors
+from swift_lora_fix.frameworks.swift import encoding
 from swift_lora_fix.frameworks.swift.batch import SwiftBatch
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.frameworks.swift.rollouts import SwiftRollout
@@ -287,7 +288,7 @@ def test_a_probe_with_media_is_like_the_request_that_has_most_kinds_of_them() ->
         (answer,) = rollout_of(trainer, requests).ask(["one"], 16, True)
         assert (answer.request.images, answer.request.audios) == media
         with SwiftTrainer(trainer).scoring():
-            SwiftTrainer(trainer)._encode(answer.request, [5])
+            encoding._encode(trainer.template, answer.request, [5])
         encoded = trainer.template.encoded[-1]
         assert (encoded.get("images", []), encoded.get("audios", [])) == media, "the trainer scores what was heard"
 
