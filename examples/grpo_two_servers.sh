@@ -2,13 +2,15 @@
 # GRPO with two rollout servers on this host: GPUs 0 and 1 generate, GPU 2 trains. The servers end with the trainer.
 #   MODEL, DATASET   as ms-swift takes them
 #   REWARD           the reward function (default: accuracy)
-#   EXTRA_PLUGINS    your own plugins, separated by spaces
+#   EXTRA_PLUGINS    your own plugins, separated by spaces; the servers get them too (multi-turn schedulers)
+#   SERVER_ARGUMENTS more arguments for the servers (default: none); those of this script are the trainer's
 #   PORT             of the first server, the second has the next one (default: 8000)
 # The plugin goes to both sides. Without NCCL between them: export SWIFT_LORA_FIX_TRANSPORT=reload
 set -eu
 port=${PORT:-8000}
 plugin=$(swift-lora-fix plugin)
 servers=()
+# shellcheck disable=SC2086  # EXTRA_PLUGINS and SERVER_ARGUMENTS are several words on purpose
 trap '[ ${#servers[@]} -eq 0 ] || kill "${servers[@]}" 2>/dev/null || true' EXIT
 for gpu in 0 1; do
     CUDA_VISIBLE_DEVICES=$gpu swift rollout \
@@ -16,11 +18,11 @@ for gpu in 0 1; do
         --port $((port + gpu)) \
         --vllm_enable_lora true \
         --vllm_max_lora_rank 16 \
-        --external_plugins "$plugin" \
+        --external_plugins "$plugin" ${EXTRA_PLUGINS:-} \
+        ${SERVER_ARGUMENTS:-} \
         >"server-$gpu.log" 2>&1 &
     servers+=($!)
 done
-# shellcheck disable=SC2086  # EXTRA_PLUGINS is several words on purpose
 CUDA_VISIBLE_DEVICES=2 swift rlhf \
     --rlhf_type grpo \
     --model "$MODEL" \

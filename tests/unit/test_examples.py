@@ -1,4 +1,4 @@
-"""``examples/``: each script is complete, and gives ms-swift arguments that it has. Four are run: tests/real."""
+"""``examples/``: each script is complete, and gives ms-swift arguments that it has. Five are run: tests/real."""
 
 from __future__ import annotations
 
