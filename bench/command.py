@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from swift_lora_fix.errors import ChartError, MissingPackageError
+from tests.support.driver import make_model
 
 Record = dict[str, Any]
 
@@ -25,6 +28,18 @@ def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--chart", type=Path, default=Path(f"build/{name}.png"), help="where the chart goes")
     parser.add_argument("--folder", type=Path, help="work folder, kept (default: a temporary one)")
     return parser
+
+
+def setting(args: argparse.Namespace, folder: Path, gpu_shape: str) -> tuple[bool, Path, Record]:
+    """Whether there is a GPU, the model's folder (made if ``--model`` names none), and the record's first entries."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    shape = args.shape or (gpu_shape if gpu else "qwen2")
+    model = args.model.resolve() if args.model else make_model(Path(sys.executable), folder / "models", shape)
+    record: Record = {"shape": args.model.name if args.model else shape, "rank": args.rank}
+    record.update(device=torch.cuda.get_device_name() if gpu else "CPU", date=datetime.date.today().isoformat())
+    return gpu, model, record
 
 
 def run(

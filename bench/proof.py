@@ -7,10 +7,8 @@ the first syncs and then at every 50th.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from bench import PLUGINS, command
 from swift_lora_fix.common import charts
 from swift_lora_fix.common.settings import Settings
 from swift_lora_fix.looks import FIRST_SYNCS
-from tests.support.driver import Run, make_model
+from tests.support.driver import Run, this_python
 
 OFFLOADS = {"offload_model": "true", "offload_optimizer": "true"}
 SETTINGS: dict[str, dict[str, Any]] = {"the model stays": {}, "both offloads": OFFLOADS}
@@ -27,18 +25,11 @@ PARTS = ("audit", "base_audit", "gate")
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the model, run ``swift rlhf`` once for each setting. Record: ``runs``, by setting one line a step."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    python = Path(sys.executable)
-    shape = args.shape or ("qwen2-1.5b" if gpu else "qwen2")
-    model = args.model.resolve() if args.model else make_model(python, folder / "models", shape)
-    device = torch.cuda.get_device_name() if gpu else "CPU"
-    record: dict[str, Any] = {"shape": args.model.name if args.model else shape, "rank": args.rank, "device": device}
-    record.update(date=datetime.date.today().isoformat(), mode=args.mode, runs={})
+    gpu, model, record = command.setting(args, folder, "qwen2-1.5b")
+    record.update(mode=args.mode, runs={})
     for number, (setting, flags) in enumerate(SETTINGS.items()):
         print(f"running swift rlhf (GRPO, colocated vLLM), {setting} ...", flush=True)
-        run = Run("proof", python, model, folder / str(number), fixed=True, gpu=gpu, probe=False)
+        run = Run("proof", this_python(), model, folder / str(number), fixed=True, gpu=gpu, probe=False)
         run.last_plugins = (PLUGINS / "slf_bench_proof.py",)
         run.arguments = {
             "vllm_enable_lora": "true" if args.mode == "adapter" else "false",

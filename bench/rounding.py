@@ -58,9 +58,9 @@ def feedback(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 WAYS: dict[str, Round] = {"nearest": nearest, "stochastic": stochastic, "feedback": feedback}
 
 
-def texts() -> list[str]:
+def text() -> str:
     """What this repository's English pages say, in their order."""
-    return ["\n".join(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+    return "\n".join(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))
 
 
 def trained(folder: Path, rank: int, steps: int) -> tuple[Any, torch.Tensor]:
@@ -71,7 +71,7 @@ def trained(folder: Path, rank: int, steps: int) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokens = torch.tensor(tokenizer(texts()[0])["input_ids"])
+    tokens = torch.tensor(tokenizer(text())["input_ids"])
     rows = tokens[: len(tokens) // TOKENS * TOKENS].view(-1, TOKENS)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)

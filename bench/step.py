@@ -7,17 +7,15 @@ steps, in which the gate looks at every sync, are left out; by default it looks 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import PLUGINS, command
 from swift_lora_fix.common import charts
 from swift_lora_fix.looks import FIRST_SYNCS
-from tests.support.driver import Run, make_model
+from tests.support.driver import Run, this_python
 
 
 class Way(NamedTuple):
@@ -48,20 +46,13 @@ LOOKED_AT = FIRST_SYNCS + 1  # the engine's first sleep, in step 1, begins the f
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the model, run ``swift rlhf`` once a way. Record: ``runs``, by way one line a step, in seconds."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    python = Path(sys.executable)
-    shape = args.shape or ("qwen2-7b" if gpu else "qwen2")
-    model = args.model.resolve() if args.model else make_model(python, folder / "models", shape)
-    device = torch.cuda.get_device_name() if gpu else "CPU"
+    gpu, model, record = command.setting(args, folder, "qwen2-7b")
     tokens = args.tokens or (512 if gpu else 16)
-    record: dict[str, Any] = {"shape": args.model.name if args.model else shape, "rank": args.rank, "device": device}
-    record.update(date=datetime.date.today().isoformat(), batch=args.batch, tokens=tokens, runs={}, gate={})
+    record.update(batch=args.batch, tokens=tokens, runs={}, gate={})
     for name in args.ways:
         way = WAYS[name]
         print(f"running swift rlhf (GRPO, colocated vLLM): {WORDS[name]} ...", flush=True)
-        run = Run(name, python, model, folder / name, fixed=way.ours, gpu=gpu, probe=False)
+        run = Run(name, this_python(), model, folder / name, fixed=way.ours, gpu=gpu, probe=False)
         run.last_plugins = (PLUGINS / "slf_bench_parts.py",)
         run.arguments = {
             "vllm_enable_lora": str(way.lora).lower(),

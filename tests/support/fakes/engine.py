@@ -9,6 +9,7 @@ import torch
 
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID
 from swift_lora_fix.engine.vllm.slots import plan
+from swift_lora_fix.policy.adapter import Adapter
 from swift_lora_fix.session import Session
 
 
@@ -63,17 +64,32 @@ class FakeEngine:
         return self.loaded
 
 
+class Accelerator:
+    """Of one process, which shards nothing."""
+
+    num_processes, is_main_process, device = 1, True, torch.device("cpu")
+    distributed_type, state = SimpleNamespace(name="NO"), SimpleNamespace(deepspeed_plugin=None)
+
+    def unwrap_model(self, model: Any) -> Any:
+        return model
+
+
 def with_plan(session: Session) -> torch.Tensor:
     """Let the writer know where the adapter lies: one after the other in one slot."""
     slots: Any = session.writer.slots
-    slot = torch.zeros(sum(e.parameter.numel() for e in session.adapter.entries), dtype=torch.bfloat16)
+    slots.plan, slot = plan_of(session.adapter)
+    return slot
+
+
+def plan_of(adapter: Adapter, unused: int = 0) -> tuple[plan.Plan, torch.Tensor]:
+    """A plan into one new slot that every A and B goes to, one after the other; ``unused`` elements of it stay."""
+    slot = torch.zeros(sum(e.parameter.numel() for e in adapter.entries) + unused, dtype=torch.bfloat16)
     copies, start = [], 0
-    for entry in session.adapter.entries:
+    for entry in adapter.entries:
         view = slot[start : start + entry.parameter.numel()].view(entry.parameter.shape)
         copies.append(plan.Copy(view, 0, entry.parameter.stride(), entry))
         start += entry.parameter.numel()
-    slots.plan = plan.Plan(((session.adapter.chunks[0], tuple(copies)),), (slot,), 0)
-    return slot
+    return plan.Plan(((adapter.chunks[0], tuple(copies)),), (slot,), 0), slot
 
 
 def planned(session: Session) -> Session:

@@ -11,6 +11,7 @@ import torch
 from swift_lora_fix import errors
 from swift_lora_fix.engine.vllm.slots import plan, writer
 from swift_lora_fix.policy import adapter
+from tests.support.fakes.engine import plan_of
 from tests.support.peft_models import peft_model
 
 
@@ -57,13 +58,7 @@ def test_a_value_that_overflows_the_lora_dtype_once_scaled_is_named() -> None:
 def planned(model: torch.nn.Module) -> tuple[writer.AdapterWriter, torch.Tensor]:
     """A writer with a hand-made plan: one slot buffer that every A and B goes to, one after the other."""
     made = writer_for(model)
-    slot = torch.zeros(sum(e.parameter.numel() for e in made.adapter.entries) + 8, dtype=torch.bfloat16)
-    copies, start = [], 0
-    for entry in made.adapter.entries:
-        view = slot[start : start + entry.parameter.numel()].view(entry.parameter.shape)
-        copies.append(plan.Copy(view, 0, entry.parameter.stride(), entry))
-        start += entry.parameter.numel()
-    made.plan = plan.Plan(((made.adapter.chunks[0], tuple(copies)),), (slot,), 0)
+    made.plan, slot = plan_of(made.adapter, unused=8)
     made.engine.slot_index = lambda: 0  # type: ignore[method-assign]
     return made, slot
 

@@ -16,16 +16,8 @@ import torch
 from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.frameworks.trl import port as trl
 from swift_lora_fix.session import Phase, Session
-from tests.support.fakes.engine import FakeEngine, planned
+from tests.support.fakes.engine import Accelerator, FakeEngine, planned
 from tests.support.peft_models import peft_model
-
-
-class Accelerator:
-    num_processes, is_main_process, device = 1, True, torch.device("cpu")
-    distributed_type, state = SimpleNamespace(name="NO"), SimpleNamespace(deepspeed_plugin=None)
-
-    def unwrap_model(self, model: Any) -> Any:
-        return model
 
 
 class Trainer:

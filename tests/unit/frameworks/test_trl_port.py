@@ -22,6 +22,7 @@ from swift_lora_fix.frameworks.trl.batch import TrlBatch
 from swift_lora_fix.frameworks.trl.port import TrlTrainer
 from swift_lora_fix.install import releases
 from swift_lora_fix.proof.batch import compare
+from tests.support.fakes.engine import Accelerator
 from tests.support.peft_models import peft_model
 
 FOLDER = Path(swift_lora_fix.__file__).parent / "frameworks" / "trl"
@@ -58,14 +59,6 @@ class Engine(torch.nn.Module):
 
     def load_weights(self, weights: Any) -> None:
         self.loaded.append(dict(weights))
-
-
-class Accelerator:
-    num_processes, is_main_process, device = 1, True, torch.device("cpu")
-    distributed_type, state = SimpleNamespace(name="NO"), SimpleNamespace(deepspeed_plugin=None)
-
-    def unwrap_model(self, model: Any) -> Any:
-        return model
 
 
 class Generation:

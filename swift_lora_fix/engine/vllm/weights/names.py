@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ....common.shadowing import holding
 from ..handle import EngineHandle
 
 WRAPPED = "base_layer"
@@ -64,15 +65,11 @@ def of_wrapped_layers(engine: EngineHandle) -> Callable[[Mapping[str, torch.Tens
 @contextlib.contextmanager
 def with_experts_as_they_are(model: torch.nn.Module) -> Iterator[None]:
     """Context in which vLLM's wrapped experts load their weights as those that are not wrapped do."""
-    experts: list[Any] = [module for module in model.modules() if getattr(module, EXPERTS_PREFIX, "")]
-    before = [getattr(module, EXPERTS_PREFIX) for module in experts]
-    for module in experts:
-        setattr(module, EXPERTS_PREFIX, "")
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if getattr(module, EXPERTS_PREFIX, ""):
+                stack.enter_context(holding(module, **{EXPERTS_PREFIX: ""}))
         yield
-    finally:
-        for module, prefix in zip(experts, before):
-            setattr(module, EXPERTS_PREFIX, prefix)
 
 
 def _wrapped(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
