@@ -23,8 +23,37 @@ def scoring(trainer: Any) -> Iterator[None]:
     model's forward hook reads too. No sequence parallelism, which splits a sequence among ranks, and no packing of rows
     into one."""
     rows = {"mode": "train", "max_length": None, "padding_free": False, "sequence_parallel_size": 1}
-    with trainer._disable_sp_context(), holding(trainer.template, **rows):
+    engine = getattr(trainer, "model_wrapped", None)  # transformers' own
+    with trainer._disable_sp_context(), holding(trainer.template, **rows), untraced(engine):
         yield
+
+
+@contextlib.contextmanager
+def untraced(engine: Any) -> Iterator[None]:
+    """Context for forwards of the model in a DeepSpeed ``engine`` that ZeRO-3 neither checks against its trace nor
+    leaves in it. Of any other model, nothing.
+
+    ZeRO-3 records in one forward which parameters each module uses, and checks the next ones against that. PEFT's
+    LoRA layer reads its lora_A before the module that owns it does. Where that is sharded just then, ZeRO-3 from then
+    on counts it among the layer's own (``ZeROOrderedDict``, deepspeed 0.19.8), which the record does not say: the
+    next forward raises "tracing error at step ...". More forwards, and between gathers, make that likelier.
+    """
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+
+    def forget(*_: Any) -> None:
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+
+    before_deepspeed = engine.module.register_forward_pre_hook(forget, prepend=True)
+    try:
+        yield
+    finally:
+        before_deepspeed.remove()
+        forget()
 
 
 def encoded(trainer: Any, model: Any, device: torch.device, answers: Sequence[Answer]) -> Mapping[str, Any]:
