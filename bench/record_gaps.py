@@ -316,9 +316,7 @@ CHANGES = {"base-ulp": ulp, "base-bent": bent, "another-model": other}
 
 
 class Recorder:
-    def __init__(
-        self, trainer: Trainer, engine: Engine, prompts: Tokens, clean: int, faulty: int, quick: bool
-    ) -> None:
+    def __init__(self, trainer: Trainer, engine: Engine, prompts: Tokens, clean: int, faulty: int, quick: bool) -> None:
         self.quick = quick
         self.trainer, self.engine, self.prompts = trainer, engine, prompts
         self.clean, self.faulty = clean, faulty

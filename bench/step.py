@@ -1,7 +1,8 @@
 """scripts/bench_step: a whole step of a real GRPO run by its parts, stock ms-swift's and ours.
 
-One run a way, one after the other on the same device. The run sleeps between rollouts (level 1) on a GPU. The first
-steps, in which the gate looks at every sync, are left out; by default it looks at every 50th afterwards.
+One run a way, one after the other on the same device. The run sleeps between rollouts (level 1) on a GPU. Left out are
+the first steps, of which the gate looks at every sync, and later ones in which it looked (of updates that are too small
+for the noise, it asks again after 1, 2, 4, ... syncs): by default it looks at every 50th. scripts/bench_proof times it.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Medians in seconds over the steps that the gate leaves alone. The rest is taken step by step, too."""
-    settled = [line for line in lines if line["step"] > LOOKED_AT]
+    settled = [line for line in lines if line["step"] > LOOKED_AT and not line["examined"]]
     if not settled:
-        raise SystemExit(f"none of {len(lines)} steps comes after the first {LOOKED_AT}: more --steps")
+        raise SystemExit(f"the gate looked at each of {len(lines)} steps after the first {LOOKED_AT}: more --steps")
     for line in settled:
         line["rest"] = line["seconds"] - line["sync"] - line["generation"]
     return {part: statistics.median(line[part] for line in settled) for part in ("seconds", *PARTS)}

@@ -211,6 +211,8 @@ class Examiner:
                 warning(f"the probe with {kind} prompts failed, so what the engine answers to them is not known: {why}")
         for kind, verdict in judged.verdicts.items():
             self._say_verdict(kind, verdict, served)
+        if judged.verdicts:
+            self.schedule.note_told(served.sync, any(verdict.is_open for verdict in judged.verdicts.values()))
         if found is not None and found.cause == "engine-not-finite":
             known = "; ".join(self._known_faults())
             found = Finding(found.cause, found.test, f"{found.evidence}{known and f'; known: {known}'}")
@@ -286,10 +288,9 @@ class Examiner:
         of = "" if kind == probe.SHORT else f" on {kind} prompts"
         if verdict.agrees:
             info(f"engine and trainer agree{of} at step {served.step}{verdict.reservation}: {verdict}.")
-        elif not verdict.disagrees:
-            self.schedule.note_undecided()
-            if self.says_once(f"undecided {kind}"):
-                warning(f"the probe left open{of} which policy the engine serves; the next sync is asked: {verdict}.")
+        elif verdict.is_open and self.says_once(f"undecided {kind}"):
+            again = "it is asked again after 1, 2, 4, ... more syncs, until that is told"
+            warning(f"the probe left open{of} which policy the engine serves; {again}: {verdict}.")
         if kind != probe.SHORT or not verdict.agrees:
             return
         self._small_looks = 0 if verdict.is_distinguishable else self._small_looks + 1

@@ -16,13 +16,18 @@ FIRST_SYNCS = 3  # so many syncs after a start, a resume, the first sleep or a r
 
 @dataclass
 class Schedule:
-    """When a sync is looked at whole. due: so many syncs still are, before only every Nth is."""
+    """When a sync is looked at whole. due: so many syncs still are, before only every Nth is.
+
+    A look that left something open is made again at sync ``again``, ``wait`` syncs later than it: 1, 2, 4, ...
+    """
 
     due: int = FIRST_SYNCS
     has_slept: bool = False
+    again: int | None = None
+    wait: int = 1
 
     def is_due(self, sync: int, every: int) -> bool:
-        return self.due > 0 or sync % every == 0
+        return self.due > 0 or sync % every == 0 or (self.again is not None and sync >= self.again)
 
     def note_look(self) -> None:
         self.due = max(0, self.due - 1)
@@ -33,9 +38,9 @@ class Schedule:
             self.due = FIRST_SYNCS
         self.has_slept = self.has_slept or sleep
 
-    def note_undecided(self) -> None:
-        """A look that told neither: the next sync is looked at, too."""
-        self.due = max(1, self.due)
+    def note_told(self, sync: int, is_open: bool) -> None:
+        """is_open: the look at this sync told neither that the engine is right nor that it is wrong."""
+        self.again, self.wait = (sync + self.wait, 2 * self.wait) if is_open else (None, 1)
 
 
 @dataclass

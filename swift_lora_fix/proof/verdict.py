@@ -204,6 +204,10 @@ class Verdict:
         return self.outcome == "disagrees"
 
     @property
+    def is_open(self) -> bool:
+        return self.outcome == "unsure"
+
+    @property
     def is_unsure(self) -> bool:
         """Whether asking ``ask`` could decide it."""
         return self.outcome == "unsure" and bool(self.ask)

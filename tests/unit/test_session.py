@@ -493,10 +493,12 @@ def test_a_probe_that_fails_is_a_warning_and_a_number(gated: Session, caplog: py
 def test_a_probe_that_leaves_it_open_is_a_warning_and_the_next_sync_is_asked(
     gated: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gated.examiner.schedule.due = 1
+    schedule = gated.examiner.schedule
+    schedule.due = 1
     monkeypatch.setenv("SWIFT_LORA_FIX_GATE_EVERY", "1000")
     steps_with(gated, judged("unsure", noisy="short prompts: 2.1 times"))
-    assert gated.examiner.schedule.due == 1 and gated.phase is Phase.EXAMINED
+    assert not schedule.is_due(gated.syncs, 1000) and schedule.is_due(gated.syncs + 1, 1000)
+    assert gated.phase is Phase.EXAMINED
     assert any("left open which policy the engine serves" in message for message in caplog.messages)
     assert any("short prompts: 2.1 times; up to 1.5 is usual" in message for message in caplog.messages)
     custody = next(message for message in caplog.messages if "chain of custody" in message)

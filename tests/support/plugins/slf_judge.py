@@ -105,9 +105,19 @@ def _infer(wrapped, trainer, args, kwargs):
     return result
 
 
+def _unpack(model):
+    """Weights that lie packed in a quantised base are unpacked in the model's first forward (compressed-tensors)."""
+    import torch
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1, 2]], device=model.device))
+
+
 def _sync(wrapped, trainer, args, kwargs):
     attributes = vars(trainer)
     if "_slf_base" not in attributes:
+        _unpack(trainer.model)
         trainer._slf_base = {name: value.clone() for name, value in _held(trainer, False).items()}
         trainer._slf_lora_changed, trainer._slf_judged = 0, -1
     before = {name: value.clone() for name, value in _held(trainer, True).items()}

@@ -34,7 +34,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingPackageError, match=r'pip install matplotlib'):
+    with pytest.raises(MissingPackageError, match=r"pip install matplotlib"):
         with charts.chart(tmp_path / "a.png", size=(4, 3)):
             raise AssertionError("nothing is drawn")
     assert not list(tmp_path.iterdir())

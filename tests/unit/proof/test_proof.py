@@ -364,6 +364,17 @@ def test_a_whole_look_is_due_again_after_a_disturbance() -> None:
     assert [sync for sync in range(1, 101) if schedule.is_due(sync, 50)] == [50, 100]
 
 
+def test_what_a_look_left_open_is_asked_again_ever_more_rarely_until_it_is_told() -> None:
+    schedule, looked_at = looks.Schedule(due=0), []
+    for sync in range(61, 310):
+        if schedule.is_due(sync, 50):
+            looked_at.append(sync)
+            schedule.note_look()
+            schedule.note_told(sync, is_open=sync < 120 or sync == 250)
+        assert not schedule.is_due(sync, 50) or sync % 50 == 0, "once a sync"
+    assert looked_at == [100, 101, 103, 107, 115, 131, 150, 200, 250, 251, 300]
+
+
 class Rollout:
     """An engine that is ``off`` nats off the trainer (without the adapter ``plain_off``), and draws from PyTorch's
     random state as vLLM does."""
