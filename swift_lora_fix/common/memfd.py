@@ -21,17 +21,17 @@ def path_of(pid: int, descriptor: int) -> str:
     return f"/proc/{pid}/fd/{descriptor}"
 
 
-def opened(pid: int, descriptor: int, name: str) -> int:
-    """A descriptor, to read, of another process's. Raises SegmentError when there is none of this name."""
+def opened(pid: int, descriptor: int, name: str, access: int = os.O_RDONLY) -> int:
+    """A descriptor of another process's. Raises SegmentError when there is none of this name."""
     path = path_of(pid, descriptor)
     try:
         found = os.readlink(path)
         if found.startswith(f"/memfd:{name}"):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise SegmentError(
-            f"The adapter's shared memory {path} cannot be opened here ({error.strerror}): the process that sent it "
-            "has ended or released it, runs in another container, or is another user's."
+            f"The adapter's shared memory {path} cannot be opened here ({error.strerror}): the process that has it has "
+            "ended or released it, runs in another container, or is another user's."
         ) from error
     raise SegmentError(f"{path} is not an adapter's shared memory but {found!r}; nothing was read.")
 

@@ -24,13 +24,13 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, StrictStr, ValidationError
 
 from ..errors import AccessError, ProtocolError
 
-PROTOCOL = 4
+PROTOCOL = 5
 PREFIX = "/swift_lora_fix"
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"
@@ -133,10 +133,10 @@ class Stage(Order):
 
 
 class Receive(Order):
-    """memory: where the bytes are; None if they come over NCCL, or as the body."""
+    """written: the bytes are in the memory that `Stage` was answered with. Else they come over NCCL, or as the body."""
 
     policy: Policy
-    memory: Optional[Address] = None  # noqa: UP045  (pydantic reads it, on Python 3.9 too)
+    written: StrictBool = False
 
 
 class Commit(Order):

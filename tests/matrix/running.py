@@ -214,7 +214,7 @@ def syncs(run: Run) -> list[dict[str, Any]]:
 
 
 def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
-    """``passed``, ``refused`` or ``failing``, and why."""
+    """``passed``, ``refused`` or ``failing``, and why; of ``passed`` what is not in it."""
     last = runs[-1]
     errors = ERROR.findall(last.log)
     if last.returncode != 0 or (len(runs) == 1 and not cell.stock):
@@ -232,13 +232,16 @@ def judge(cell: Cell, runs: list[Run]) -> tuple[str, str]:
     for record in (line for run in runs for line in syncs(run) if not cell.stock):
         if record["gate"].get("agrees") != 1:
             problems.append(f"step {record['step']}: the plugin's gate says {record['gate'] or 'nothing'}")
-    return ("failing", "; ".join(problems)[:900]) if problems else ("passed", "")
+    if problems:
+        return "failing", "; ".join(problems)[:900]
+    why_not = next((record["media_why_not"] for record in found if "media_why_not" in record), "")
+    return "passed", why_not and f"in text; of media nothing could be compared: {why_not}"
 
 
 def _problems(cell: Cell, record: dict[str, Any]) -> Iterator[str]:
     step = record["step"]
     missing = set(ALL[cell.architecture].media) - set((record["media"] or {}).get("of", ()))
-    if missing:
+    if missing and "media_why_not" not in record:
         yield f"step {step}: no {' and no '.join(sorted(missing))} in the prompts"
     for kind in ("text", "media"):
         measured = record[kind]

@@ -202,7 +202,7 @@ MEDIA = {"image": "images", "audio": "sounds"}
 
 def _unheard(media: Iterable[str], records: list[dict[str, Any]]) -> str:
     """What the prompts of these records lacked. (Older ones do not say what they had, and had images.)"""
-    asked = [sync["media"] or {} for record in records for sync in record["syncs"]]
+    asked = [sync["media"] for record in records for sync in record["syncs"] if sync["media"]]
     had = {kind for found in asked for kind in found.get("of", ["image"])}
     return "".join(f", without {MEDIA[kind]}" for kind in media if records and kind not in had)
 

@@ -128,7 +128,8 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
     time.sleep(1)
     wrong = [line for line in trainers.said() if line.startswith("WRONG")]
     assert not wrong, wrong
-    assert not memories([*server.processes().values()]), "nobody holds anything of a policy"
+    held = {inode for _, inode in memories([*server.processes().values()])}
+    assert len(held) <= 1, f"{held}: more than the server's own, which its next trainer will write to"
     assert not left_behind(trainers.log.parent) - names
     ends = Counter(line.split(":")[0] for line in trainers.said() if line.startswith("end"))
     return (
@@ -196,16 +197,17 @@ def left_behind(folder: Path) -> set[str]:
     return {name for name in shm.names() if ours.search(name)} | set(os.listdir(temporary(folder)))
 
 
-def memories(processes: Sequence[psutil.Process]) -> list[str]:
-    """Every open or mapped memory of a policy in these processes, and those below them."""
-    found = []
+def memories(processes: Sequence[psutil.Process]) -> set[tuple[str, int]]:
+    """The memory of policies that these processes, and those below them, have open or mapped: which, and its inode."""
+    found = set()
     for process in {each for top in processes for each in tree(top)}:
         about = Path(f"/proc/{process.pid}")
         with contextlib.suppress(OSError):
-            found += [line for line in (about / "maps").read_text().splitlines() if NAME in line]
+            lines = (about / "maps").read_text().splitlines()
+            found |= {("mapped", int(line.split()[4])) for line in lines if NAME in line}
             for link in (about / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    found += [str(link)] if NAME in os.readlink(link) else []
+                    found |= {("open", link.stat().st_ino)} if NAME in os.readlink(link) else set()
     return found
 
 

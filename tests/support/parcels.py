@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from swift_lora_fix.server.rollout.receiver import Received
-from swift_lora_fix.server.shared import Memory
-from swift_lora_fix.server.wire import Layout
+from swift_lora_fix.server.shared import Memory, Opened
+from swift_lora_fix.server.wire import Address, Layout
 
 
 @dataclass
@@ -22,6 +22,11 @@ class Sent:
     @property
     def body(self) -> bytes:
         return bytes(self.memory.view)
+
+
+def write(memory: dict[str, Any], sent: Sent) -> None:
+    """Into a server's memory, as a trainer of its host does."""
+    Opened().at(Address.model_validate(memory), pins=False).copy_(sent.memory.tensor)
 
 
 def staged(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], digest: str | None = None) -> Sent:

@@ -12,7 +12,7 @@ import requests
 
 from swift_lora_fix.server.hosts import this_process
 from swift_lora_fix.server.wire import BYTES, POLICY_HEADER, PREFIX, Policy
-from tests.support.parcels import Sent, staged
+from tests.support.parcels import Sent, staged, write
 from tests.support.rollout_server import RolloutServer
 
 KEY = "sesame"
@@ -66,11 +66,12 @@ class ReloadServer(RolloutServer):
         return self.order("stage", key, policy=policy.as_dict(), nccl=False)  # type: ignore[no-any-return]
 
     def stage(self, policy: Policy, sent: Sent, key: str | None = KEY) -> requests.Response:
-        """Announced, and received from shared memory."""
+        """Announced, written into the server's memory, and received from there."""
         announced = self.announce(policy, sent, key)
         if announced.status_code != 200:
             return announced
-        return self.order("receive", key, policy=policy.as_dict(), memory=sent.memory.address.as_dict())
+        write(announced.json()["memory"], sent)
+        return self.order("receive", key, policy=policy.as_dict(), written=True)
 
     def stage_body(self, policy: Policy, sent: Sent, body: bytes | None = None) -> requests.Response:
         announced = self.announce(policy, sent)

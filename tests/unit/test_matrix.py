@@ -33,12 +33,20 @@ def part(folder: Path, steps: list[int], log: str = "", agrees: float = 1, **cha
     return run
 
 
+PARTS = {"trained": [0, 1], "resumed": [2, 3]}
+
+
 def found(folder: Path, **changes: Any) -> tuple[str, str]:
     return running.judge(CELL, [part(folder / "trained", [0, 1]), part(folder / "resumed", [2, 3], **changes)])
 
 
 def test_four_sound_syncs_pass(tmp_path: Path) -> None:
     assert found(tmp_path) == ("passed", "")
+
+
+def test_what_could_not_be_compared_is_not_in_what_passed(tmp_path: Path) -> None:
+    runs = [part(tmp_path / name, steps, media=None, media_why_not="38 tokens") for name, steps in PARTS.items()]
+    assert running.judge(CELL, runs) == ("passed", "in text; of media nothing could be compared: 38 tokens")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ...errors import EngineStateError, NonFiniteAdapterError, StagingError
 from ...memory.segment import is_finite
 from ...policy import adapter as adapters
 from ...policy.model_files import base_shapes
-from ..shared import opened
+from ..shared import Opened
 from ..wire import NO_NCCL, Address, Layout, http_status
 from .checks import check
 
@@ -100,6 +100,7 @@ class Receiver:
         self.layout: Layout | None = None
         self.received: Received | None = None
         self.writer: AdapterWriter | None = None  # reads that buffer
+        self.opened = Opened()  # the memory that adapters come in
         self.served: str | None = None  # the digest of what is in the slots
         self.failures: list[str] = []
         self._loads = False  # vLLM's loading has us in it
@@ -112,6 +113,7 @@ class Receiver:
             return
         check(asked, self.engine.lora_config, base_shapes(self.worker.vllm_config.model_config.model))
         self.layout = self.received = self.writer = None  # free them first
+        self.opened = Opened()
         direct = Settings.from_environment().writer == "direct"
         try:
             received = Received(asked, self.worker.model_runner.device)  # 0.17's CPU worker has none
@@ -139,8 +141,7 @@ class Receiver:
             stream = torch.cuda.current_stream(content.device) if content.is_cuda else None
             self.worker.communicator.broadcast(content, src=self.worker.client_rank, stream=stream)
         else:
-            with opened(Address.model_validate(memory)) as sent:
-                self.received.fill(sent)
+            self.received.fill(self.opened.at(Address.model_validate(memory), pins=content.is_cuda))
         self.received.prove(digest)
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class Policies:
         self.holder: Holder | None = None
         self.is_pushing = False  # the holder sends a base
         self.size = 0  # bytes of the adapter that the workers made room for
+        self.memory: Memory | None = None  # that adapters come in, but for NCCL
         self.announced: Policy | None = None
         self.staged: Policy | None = None
         self.policy: Policy | None = None
@@ -87,11 +88,10 @@ class Policies:
 
     async def _order(self, kind: type[Any], work: Callable[[Any], Any], request: Request) -> Answer | None:
         """One order at a time, and only for this process and base, from the holder."""
-        memory: Memory | None = None
         if kind is wire.Receive and request.headers.get("Content-Type", "").startswith(BYTES):
             order = parsed(kind, request.headers.get(POLICY_HEADER, ""), f"The header {POLICY_HEADER}")
-            memory = await self._body(order, request)
-            order = order.model_copy(update={"memory": memory.address})
+            await self._body(order, request)
+            order = order.model_copy(update={"written": True})
         else:
             text = b"".join([chunk async for chunk in body_of(request, JSON_LIMIT)])
             order = parsed(kind, text, "The request's body")
@@ -164,7 +164,7 @@ class Policies:
             warning(f"this rollout server was {before}'s and is {holder}'s from now on.")
         if before is not None and before.run != holder.run:
             await self._end()
-        self.is_ours, self.holder, self.size = True, holder, 0
+        self.is_ours, self.holder, self.size, self.memory = True, holder, 0, None
         return {"before": displaced}
 
     def _check(self, to: wire.To) -> None:
@@ -212,7 +212,7 @@ class Policies:
     # ---- policies ----------------------------------------------------------------------------------------------------
 
     async def prepare(self, order: wire.Prepare) -> None:
-        self.size, size = 0, Received.size_of(order.layout)
+        self.size, self.memory, size = 0, None, Received.size_of(order.layout)
         if size > self.limit:
             raise StagingError(
                 f"The adapter has {size} bytes, this server takes {self.limit}. Raise SWIFT_LORA_FIX_MAX_MIB (now "
@@ -233,29 +233,33 @@ class Policies:
         self.announced = self.staged = None
         if order.nccl:
             await self._all(rpc={"command": "check_nccl"})
+            self.announced = policy
+            return {"policy": policy.as_dict()}
+        self.memory = self.memory or Memory(self.size)
         self.announced = policy
-        return {"policy": policy.as_dict()}
+        return {"policy": policy.as_dict(), "memory": self.memory.address.as_dict()}
 
     async def receive(self, order: wire.Receive) -> Answer:
         if order.policy != self.staged:  # equal: the trainer did not hear that it arrived
             self._check_announced(order)
             self.announced = None
-            memory = order.memory and order.memory.as_dict()
+            memory = self.memory.address.as_dict() if order.written and self.memory is not None else None
             await self._all(rpc={"command": "receive", "digest": order.policy.digest, "memory": memory})
             self.staged = order.policy
         return {"policy": order.policy.as_dict()}
 
-    async def _body(self, order: wire.Receive, request: Request) -> Memory:
-        """The body of what was announced, in memory of this process that the workers can open."""
+    async def _body(self, order: wire.Receive, request: Request) -> None:
+        """Write the body of what was announced into our memory."""
         self._check(order.to)
         self._check_announced(order)
-        memory, at = Memory(self.size), 0
+        if self.memory is None:
+            raise StagingError("The adapter was announced to come over NCCL, and came as a body.", 409)
+        memory, at = self.memory, 0
         async for chunk in body_of(request, self.size):
             memory.view[at : at + len(chunk)] = chunk
             at += len(chunk)
         if at < memory.address.size:
             raise StagingError(f"The body has {at} bytes where {memory.address.size} were announced: send it again.")
-        return memory
 
     def _check_announced(self, order: wire.Receive) -> None:
         if order.policy not in (self.announced, self.staged):

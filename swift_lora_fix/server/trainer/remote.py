@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from ...common.clock import Clock
 from ...common.log import info, warning
 from ...common.settings import Settings
-from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError
+from ...errors import EngineStateError, PolicyMismatchError, RolloutServerError, StagingError
 from ...trainer import TrainerPort
 from ..hosts import this_host, this_process
-from ..wire import BYTES, NO_NCCL, POLICY_HEADER, PROTOCOL, UNSEEN, Layout, Lease, Policy, Receive, To
+from ..shared import Opened
+from ..wire import BYTES, NO_NCCL, POLICY_HEADER, PROTOCOL, UNSEEN, Address, Layout, Lease, Policy, Receive, To
 from .client import Bearer, Fresh, Servers
 from .nccl import Connections, drop
 from .parcel import Parcel
@@ -44,6 +46,7 @@ class RemoteEngine:
         self._is_plain = self._has_restored = False
         self._proved: dict[int, To] = {}  # by server: the process and the base that orders are for
         self._prepared: set[int] = set()  # servers that have made room
+        self._opened: defaultdict[int, Opened] = defaultdict(Opened)  # by server: its memory, where it is on this host
         self._restore: Callable[[], None] = lambda: None
         self._only_nccl = settings.transport == "nccl"
         self.nccl: Connections | None = None
@@ -191,18 +194,16 @@ class RemoteEngine:
                 f"There is no NCCL connection to rollout server {url}, which SWIFT_LORA_FIX_TRANSPORT=nccl asks for: "
                 "unset it, or use reload."
             )
-        self._post(index, "stage", policy=policy, nccl=False)
-        memory = parcel.memory().address
+        memory, content = self._post(index, "stage", policy=policy, nccl=False)["memory"], parcel.content
         if this_host() and self.statuses[index]["host"] == this_host():
             try:
-                self._post(index, "receive", policy=policy, memory=memory.as_dict())
+                self._opened[index].at(Address.model_validate(memory), pins=content.is_cuda).copy_(content)
+                self._post(index, "receive", policy=policy, written=True)
                 return
-            except RolloutServerError as error:
-                if error.status != UNSEEN:
-                    raise
+            except StagingError as error:
                 info(f"rollout server {url} gets the adapter as a body: {error}")
         order = Receive(to=self._proved[index], policy=parcel.policy).model_dump_json()
-        headers = {POLICY_HEADER: order, "Content-Type": BYTES, "Content-Length": str(memory.size)}
+        headers = {POLICY_HEADER: order, "Content-Type": BYTES, "Content-Length": str(content.numel())}
         self.servers.post(index, "receive", blocks=parcel.blocks, headers=headers)
 
     def _announce(self, policy: Policy | None) -> None:

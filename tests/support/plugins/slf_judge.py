@@ -3,7 +3,7 @@
 One JSON line a rollout goes to ``$SLF_JUDGE_FILE`` (``.rankN`` appended for ranks above 0): ``step``; for ``text``, and
 for ``media`` where the rollout has an image, mean |logprob engine - trainer| in nats of the trainer as it is
 (``mean``), without its adapter (``base``) and, where its LoRA reaches a vision tower, without that part of it
-(``without_towers``); for ``media`` also what was asked about (``of``: image, audio); ``base_changed`` and
+(``without_towers``); for ``media`` also what was asked about (``of``: image, audio), or, in ``media_why_not``, why nothing could be compared; ``base_changed`` and
 ``lora_changed``: entries of the trainer's frozen weights and of what it trains that the syncs changed; ``merges``: PEFT
 merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the rollout of step N. Load it after the plugin.
 """
@@ -96,7 +96,11 @@ def _infer(wrapped, trainer, args, kwargs):
     if rollout.has_requests and trainer._slf_judged != step:
         trainer._slf_judged = step
         record = {"step": step, "text": _measure(port, rollout, False)}
-        record["media"] = _measure(port, rollout, True) if rollout.has_media else None
+        record["media"] = None
+        try:
+            record["media"] = _measure(port, rollout, True) if rollout.has_media else None
+        except ValueError as error:  # template and vLLM make other tokens of the same prompt
+            record["media_why_not"] = str(error)
         record["base_changed"] = _changed(trainer._slf_base, _held(trainer, False))
         record.update(lora_changed=trainer._slf_lora_changed, merges=_merges[0])
         rank = trainer.accelerator.process_index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from swift_lora_fix import errors
 from swift_lora_fix.engine.vllm.handle import ADAPTER_ID, ADAPTER_PATH
 from swift_lora_fix.server.rollout import receiver
-from swift_lora_fix.server.shared import Memory, opened
+from swift_lora_fix.server.shared import Mapped, Memory, Opened
 from swift_lora_fix.server.wire import NO_NCCL, UNSEEN, Address, Layout
 from tests.support.parcels import Sent, staged
 
@@ -79,16 +80,32 @@ def test_memory_of_another_size(made: receiver.Receiver) -> None:
     with pytest.raises(errors.StagingError, match="60 bytes came where 64 were announced"):
         made.receive(digest="0", memory=memory.address.as_dict())
     lying = memory.address.model_copy(update={"size": 64})
-    with pytest.raises(errors.StagingError, match="has 60 bytes where 64 were sent"), opened(lying):
-        pass
+    with pytest.raises(errors.StagingError, match="has 60 bytes where 64 were sent"):
+        Opened().at(lying, pins=False)
 
 
 def test_what_is_no_policys_memory_is_not_opened() -> None:
     with open("/etc/passwd") as file:
         address = Address(pid=Memory(8).address.pid, descriptor=file.fileno(), size=8)
-        with pytest.raises(errors.StagingError, match="but ./etc/passwd.") as caught, opened(address):
-            pass
+        with pytest.raises(errors.StagingError, match="but ./etc/passwd.") as caught:
+            Opened().at(address, pins=False)
     assert caught.value.status == UNSEEN
+
+
+def test_memory_is_mapped_once_as_long_as_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+    monkeypatch.setattr(Mapped, "pin", lambda mapped: pinned.append(mapped.tensor.data_ptr()))
+    opened, memory = Opened(), Memory(8)
+    memory.tensor.fill_(1)
+    first = opened.at(memory.address, pins=True)
+    assert first.tolist() == [1] * 8 and pinned == [first.data_ptr()]
+    memory.tensor.fill_(2)
+    again = opened.at(memory.address, pins=False)
+    assert again.data_ptr() == first.data_ptr() and again.tolist() == [2] * 8 and len(pinned) == 1
+    other = Memory(8)
+    other.tensor.fill_(3)
+    os.dup2(other.address.descriptor, memory.address.descriptor)  # another one, of the same process and number
+    assert opened.at(memory.address, pins=False).tolist() == [3] * 8
 
 
 def test_memory_that_is_gone(made: receiver.Receiver) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,13 +36,12 @@ from swift_lora_fix.server.wire import (
     POLICY_HEADER,
     PREFIX,
     RPC,
-    UNSEEN,
     Holder,
     Layout,
     Policy,
 )
 from tests.support import light_server
-from tests.support.parcels import Sent, staged
+from tests.support.parcels import Sent, staged, write
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIGURATION = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
@@ -233,16 +233,17 @@ def prepare(client: TestClient, sent: Sent) -> Any:
 
 
 def announce(client: TestClient, version: int, sent: Sent, nccl: bool = False) -> Any:
-    """After the server has made room for it."""
+    """After the server has made room for it; and written into its memory."""
     answer = prepare(client, sent)
-    if answer.status_code != 200:
-        return answer
-    return order(client, "stage", {"policy": policy(version, sent).as_dict(), "nccl": nccl})
+    if answer.status_code == 200:
+        answer = order(client, "stage", {"policy": policy(version, sent).as_dict(), "nccl": nccl})
+        if answer.status_code == 200 and not nccl:
+            write(answer.json()["memory"], sent)
+    return answer
 
 
-def receive(client: TestClient, version: int, sent: Sent, memory: Any = "its own") -> Any:
-    address = sent.memory.address.as_dict() if memory == "its own" else memory
-    return order(client, "receive", {"policy": policy(version, sent).as_dict(), "memory": address})
+def receive(client: TestClient, version: int, sent: Sent, written: bool = True) -> Any:
+    return order(client, "receive", {"policy": policy(version, sent).as_dict(), "written": written})
 
 
 def send_body(client: TestClient, version: int, sent: Sent, content: Any = None) -> Any:
@@ -252,7 +253,7 @@ def send_body(client: TestClient, version: int, sent: Sent, content: Any = None)
 
 
 def stage(client: TestClient, version: int, sent: Sent) -> Any:
-    """Announced, and received from shared memory."""
+    """Announced, and received from the server's memory."""
     answer = announce(client, version, sent)
     return receive(client, version, sent) if answer.status_code == 200 else answer
 
@@ -360,17 +361,27 @@ def test_an_adapter_that_is_too_large(server: Server, client: TestClient) -> Non
     assert not any(c.llm.rpcs for c in server.connections)
 
 
-def test_memory_that_cannot_be_opened(server: Server, client: TestClient) -> None:
-    """It is in another container, or another user's: then the body carries it."""
+def test_one_memory_for_all_policies_of_a_layout(server: Server, client: TestClient) -> None:
+    """Written by the trainer or as bodies; another layout or another trainer gets another."""
+    sent, other = adapter(1.0), adapter(2.0)
+    memory = announce(client, 1, sent).json()["memory"]
+    assert memory["size"] == len(sent.body)
+    assert send_body(client, 1, sent).status_code == commit(client, 1, sent).status_code == 200
+    again = order(client, "stage", {"policy": policy(2, other).as_dict(), "nccl": False}).json()["memory"]
+    assert again == memory
+    refused(receive(client, 2, other), 422, "StagingError", f"has digest {sent.digest}, {other.digest} was announced")
+    assert served_by(client)["version"] == 1, "the one that it has"
+    for renewed in (partial(prepare, client, sent), partial(lease, client)):
+        assert policies_of(server).memory is not None
+        assert renewed().status_code == 200 and policies_of(server).memory is None
+        assert stage(client, 2, other).status_code == 200
+
+
+def test_a_body_that_was_to_come_over_nccl(open_server: Server, nccl: TestClient) -> None:
     sent = adapter(1.0)
-    for address in (
-        {**sent.memory.address.as_dict(), "pid": 1 << 21},
-        {**sent.memory.address.as_dict(), "descriptor": 1 << 20},
-        {**sent.memory.address.as_dict(), "descriptor": os.open("/etc/passwd", os.O_RDONLY)},
-    ):
-        assert announce(client, 1, sent).status_code == 200
-        refused(receive(client, 1, sent, address), UNSEEN, "StagingError", "/proc/")
-    assert announce(client, 1, sent).status_code == send_body(client, 1, sent).status_code == 200
+    wired(open_server, sent)
+    assert announce(nccl, 1, sent, nccl=True).json().get("memory") is None
+    refused(send_body(nccl, 1, sent), 409, "StagingError", "announced to come over NCCL, and came as a body")
 
 
 def test_by_reference(server: Server, client: TestClient) -> None:
@@ -391,7 +402,7 @@ def test_orders_for_another_process_or_base_are_refused(server: Server, client: 
     orders: list[tuple[str, dict[str, Any]]] = [
         ("prepare", {"layout": sent.layout.as_dict()}),
         ("stage", {"policy": named, "nccl": False}),
-        ("receive", {"policy": named, "memory": sent.memory.address.as_dict()}),
+        ("receive", {"policy": named, "written": True}),
         ("commit", {"policy": named}),
         ("serve", {"plain": True}),
         ("push", {"ends": False}),
@@ -399,7 +410,10 @@ def test_orders_for_another_process_or_base_are_refused(server: Server, client: 
     for route, content in orders:
         refused(order(client, route, content, **changes), 412, "StagingError", "it restarted, or its base was written")
         if route != "push":
-            assert order(client, route, content).status_code == 200
+            answer = order(client, route, content)
+            assert answer.status_code == 200
+            if route == "stage":
+                write(answer.json()["memory"], sent)
 
 
 def test_a_base_that_is_written_over_ends_the_policy(open_server: Server, nccl: TestClient) -> None:
@@ -585,8 +599,8 @@ def test_an_adapter_comes_over_nccl(open_server: Server, nccl: TestClient) -> No
     wired(open_server, sent)
     assert announce(nccl, 1, sent, nccl=True).status_code == 200
     refused(commit(nccl, 1, sent), 409, "StagingError", "nothing is staged")
-    refused(receive(nccl, 2, sent, None), 409, "StagingError", "was not announced")
-    assert receive(nccl, 1, sent, None).status_code == commit(nccl, 1, sent).status_code == 200
+    refused(receive(nccl, 2, sent, False), 409, "StagingError", "was not announced")
+    assert receive(nccl, 1, sent, False).status_code == commit(nccl, 1, sent).status_code == 200
     assert rpcs(open_server) == [["check_nccl", "receive", "serve"]] * 2
     assert [c.llm.loads for c in open_server.connections] == [[1.0], [1.0]]
     request = open_server.connections[0].switch.served().request
@@ -641,7 +655,7 @@ def test_what_is_announced_is_checked_before_any_byte(
     answer = announce(nccl, 1, replace(sent, layout=sent.layout.model_copy(update=changes)), nccl=True)
     assert answer.status_code == status_code and phrase in answer.json()["message"], answer.text
     assert rpcs(open_server) == [[], []]
-    assert receive(nccl, 1, sent, None).status_code == 409
+    assert receive(nccl, 1, sent, False).status_code == 409
 
 
 def test_a_layout_that_is_none(nccl: TestClient) -> None:

@@ -27,11 +27,11 @@ from swift_lora_fix.frameworks.swift.port import SwiftTrainer
 from swift_lora_fix.policy import adapter, model_files
 from swift_lora_fix.server.hosts import this_host
 from swift_lora_fix.server.rollout.receiver import Received
-from swift_lora_fix.server.shared import opened
+from swift_lora_fix.server.shared import Memory, Opened
 from swift_lora_fix.server.trainer import remote
 from swift_lora_fix.server.trainer.client import Servers
 from swift_lora_fix.server.trainer.writer import RemoteWriter
-from swift_lora_fix.server.wire import POLICY_HEADER, PREFIX, PROTOCOL, UNSEEN, Address, Layout
+from swift_lora_fix.server.wire import POLICY_HEADER, PREFIX, PROTOCOL, Address, Layout
 from tests.support.peft_models import peft_model
 
 
@@ -48,6 +48,8 @@ class Scripted:
         self.lora_dtype = "bfloat16"
         self.before: Any = None
         self.layout: Any = None
+        self.memory: Any = None
+        self.elsewhere: dict[str, int] = {}  # what it says of its memory, of which that is not true
         self.content = b""  # of the policy that was received last
         self.calls: list[tuple[str, Any]] = []
         self.faults: dict[str, list[Any]] = {}
@@ -99,15 +101,15 @@ class Scripted:
             return 412, {"message": "another process or base"}, {}
         if route == "prepare":
             self.layout = Layout.model_validate(content["layout"])
+            self.memory = Memory(Received.size_of(self.layout))
         elif route == "stage" and self.layout is None:
             return 409, {"message": "no layout"}, {}
         elif route == "receive":
             self.staged = content["policy"]
             if body is not None:
                 self.content = body
-            elif content.get("memory"):
-                with opened(Address.model_validate(content["memory"])) as tensor:
-                    self.content = tensor.numpy().tobytes()
+            elif content.get("written"):
+                self.content = bytes(self.memory.view)
         elif route == "commit":
             if self.staged != content["policy"]:
                 return 409, {"message": "not staged"}, {}
@@ -120,6 +122,8 @@ class Scripted:
             return 200, {"sums": self.sums, "boot": self.boot, "epoch": self.epoch}, {}
         about = {"protocol": PROTOCOL, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": self.lora_dtype}
         about.update(boot=self.boot, epoch=self.epoch, host=self.host, before=self.before)
+        if route == "stage" and not content["nccl"]:
+            about["memory"] = {**self.memory.address.as_dict(), **self.elsewhere}
         return 200, {**about, "policy": self.policy, "plain": self.plain}, {}
 
     def digest(self) -> str:
@@ -218,14 +222,14 @@ def test_every_server_has_it_before_any_switches(model: Any, scripts: list[Scrip
     for script in scripts:
         assert script.routes() == FIRST
         assert script.policy == {"version": 1, "step": 7, "digest": digest, "run": script.policy["run"]}
-        assert script.digest() == digest and script.calls[2][1]["memory"]["size"] == len(script.content)
+        assert script.digest() == digest and script.calls[2][1]["written"]
     assert writer.is_current()
     assert [json.loads(s.headers[POLICY_HEADER])["version"] for s in trainer.vllm_client.sessions] == [1, 1]
     assert digest == writer.digest_of(adapter.read_to_host(writer.adapter, torch.device("cpu")))
-    first = scripts[0].calls[2][1]["memory"]
+    assert writer._parcel is not None and writer._parcel.host is None, "no memory of the trainer's was needed"
     change(model)
     assert send(writer) != digest and scripts[0].policy["version"] == 2
-    assert scripts[0].digest() == scripts[0].policy["digest"] and scripts[0].calls[-2][1]["memory"] == first
+    assert scripts[0].digest() == scripts[0].policy["digest"]
     assert scripts[0].routes() == [*FIRST, *SENT], "the layout is told once"
 
 
@@ -262,17 +266,23 @@ def test_a_server_of_another_host_gets_a_body(model: Any, scripts: list[Scripted
     assert [script.digest() for script in scripts] == [digest] * 2
 
 
-def test_memory_that_a_server_cannot_open_goes_as_a_body_this_time(model: Any, scripts: list[Scripted]) -> None:
+@pytest.mark.parametrize("elsewhere", [{"pid": 1 << 21}, {"descriptor": 1 << 20}])
+def test_where_a_servers_memory_cannot_be_opened_it_goes_as_a_body(
+    model: Any, scripts: list[Scripted], elsewhere: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is in another container, or another user's."""
     _, writer = writer_for(model, scripts)
-    for faults in ([(UNSEEN, {"message": "no such file"}, {})], []):
-        scripts[1].faults["receive"] = list(faults)
-        digest = send(writer)
-        assert [script.digest() for script in scripts] == [digest] * 2
-        assert scripts[1].routes()[-4:].count("receive") == 1 + len(faults)
+    scripts[1].elsewhere = elsewhere
+    logging.getLogger("swift").propagate = True
+    caplog.set_level(logging.INFO)
+    digest = send(writer)
+    assert [script.digest() for script in scripts] == [digest] * 2
+    assert scripts[1].calls[-2][1]["size"] == len(scripts[0].content)
+    assert f"{scripts[1].url} gets the adapter as a body: The adapter's shared memory /proc/" in caplog.text
 
 
-def test_nothing_is_left_of_a_trainer_that_is_killed(tmp_path: Path) -> None:
-    """Neither a name nor memory: a server maps it only while it copies it."""
+def test_nothing_is_left_of_a_server_that_is_killed(tmp_path: Path) -> None:
+    """Neither a name nor, once its trainer has another one's open, memory."""
     code = (
         "import os, signal, sys; from swift_lora_fix.server.shared import Memory; "
         "made = Memory(1 << 26); print(made.address.model_dump_json(), flush=True); sys.stdin.read()"
@@ -282,17 +292,19 @@ def test_nothing_is_left_of_a_trainer_that_is_killed(tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             address = Address.model_validate_json(process.stdout.readline())
-            with opened(address) as content:
-                assert content.numel() == 1 << 26 and shmem() - before > 50 << 10
-                assert set(os.listdir("/dev/shm")) <= names
-                process.send_signal(number)
-                process.wait()
+            opened = Opened()
+            assert opened.at(address, pins=False).numel() == 1 << 26 and shmem() - before > 50 << 10
+            assert set(os.listdir("/dev/shm")) <= names
+            process.send_signal(number)
+            process.wait()
+        with pytest.raises(errors.StagingError, match="cannot be opened here"):
+            opened.at(address, pins=False)
+        another = Memory(8)
+        opened.at(another.address, pins=False)
         deadline = time.monotonic() + 10
         while shmem() - before > 32 << 10 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert shmem() - before < 32 << 10 and set(os.listdir("/dev/shm")) <= names
-        with pytest.raises(errors.StagingError, match="cannot be opened here"), opened(address):
-            pass
 
 
 def shmem() -> int:
@@ -585,7 +597,7 @@ def test_a_server_that_takes_nothing_over_nccl_reads_memory(
     scripts[1].faults["stage"] = [(501, {"message": "no NCCL connection"}, {})]
     send(writer)
     assert scripts[0].routes() == FIRST
-    assert scripts[1].routes() == ["prepare", "stage", *SENT] and scripts[1].calls[-2][1]["memory"]
+    assert scripts[1].routes() == ["prepare", "stage", *SENT] and scripts[1].calls[-2][1]["written"]
     assert not writer.engine.reaches_all and not wires[1].sent
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "nccl")
     named = remote_writer(wired[0], model)
@@ -635,7 +647,7 @@ def test_a_connection_that_does_not_open_again_is_given_up(
     assert writer.engine.make_ready() and not writer.engine.nccl.is_open(1) and writer.is_current()
     over.set()
     assert "NCCL could not be opened again (not within 3 s)" in caplog.text
-    assert scripts[1].calls[-3][1].get("memory") or "memory" in str(scripts[1].calls)
+    assert any(content.get("written") for route, content in scripts[1].calls if route == "receive")
 
 
 def test_what_a_server_refuses_to_receive_closes_nccl(model: Any, scripts: list[Scripted], wired: Any) -> None:
