@@ -3,9 +3,10 @@
 One JSON line a rollout goes to ``$SLF_JUDGE_FILE`` (``.rankN`` appended for ranks above 0): ``step``; for ``text``, and
 for ``media`` where the rollout has an image, mean |logprob engine - trainer| in nats of the trainer as it is
 (``mean``), without its adapter (``base``) and, where its LoRA reaches a vision tower, without that part of it
-(``without_towers``); for ``media`` also what was asked about (``of``: image, audio), or, in ``media_why_not``, why nothing could be compared; ``base_changed`` and
-``lora_changed``: entries of the trainer's frozen weights and of what it trains that the syncs changed; ``merges``: PEFT
-merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the rollout of step N. Load it after the plugin.
+(``without_towers``); for ``media`` also what was asked about (``of``: image, audio), or, in ``media_why_not``, why
+nothing could be compared; ``base_changed`` and ``lora_changed``: entries of the trainer's frozen weights and of what it
+trains that the syncs changed; ``merges``: PEFT merges so far. ``SLF_KILL_AT_STEP=N`` kills the process in place of the
+rollout of step N. Load it after the plugin.
 """
 
 import contextlib
