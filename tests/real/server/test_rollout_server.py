@@ -94,7 +94,7 @@ def altered(server: ReloadServer, change: Callable[[dict[str, Any], dict[str, to
 def test_it_says_what_it_is(server: ReloadServer) -> None:
     status = server.status()
     expected = {
-        "protocol": 4,
+        "protocol": PROTOCOL,
         "enable_lora": True,
         "max_lora_rank": 16,
         "policy": None,
