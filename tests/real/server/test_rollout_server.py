@@ -14,7 +14,7 @@ import pytest
 import requests
 import torch
 
-from swift_lora_fix.server.wire import PREFIX, Policy
+from swift_lora_fix.server.wire import PREFIX, PROTOCOL, Policy
 from tests.support.driver import PLUGINS, make_model, this_python
 from tests.support.parcels import Sent
 from tests.support.reload_client import ReloadServer, made_adapter, sent_of
