@@ -1,0 +1,55 @@
+"""What the tests of the rollout server's routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from swift_lora_fix.server.rollout import installing, receiver
+from tests.support.parcels import Sent
+from tests.support.rollout_routes import Server, Slots, adapter, commit, leased, stage
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "AdapterWriter", Slots)
+    monkeypatch.setattr(receiver, "_request_class", lambda worker: None)
+
+
+@pytest.fixture
+def server(stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
+    monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
+    made = Server(tmp_path)
+    installing.install(made)
+    return made
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[TestClient]:
+    yield from leased(server.app)
+
+
+@pytest.fixture
+def served(server: Server, client: TestClient) -> Sent:
+    """Version 1, whose A begins with 1, is what both workers serve."""
+    sent = adapter(1.0)
+    assert stage(client, 1, sent).status_code == 200
+    assert commit(client, 1, sent).status_code == 200
+    return sent
+
+
+@pytest.fixture
+def open_server(stand_ins: None, tmp_path: Path) -> Server:
+    """Where no transport is asked for by name."""
+    made = Server(tmp_path)
+    installing.install(made)
+    return made
+
+
+@pytest.fixture
+def nccl(open_server: Server) -> Iterator[TestClient]:
+    yield from leased(open_server.app)
