@@ -116,7 +116,7 @@ def test_what_arrives_otherwise_is_served_nowhere(
 def test_a_base_of_the_trainers_own_is_sent(
     model: Path, folder: Path, servers: list[RolloutServer], trained: Run
 ) -> None:
-    """PiSSA takes the adapter's beginning out of the base. (One that does not arrive: test_server_routes.py, where
+    """PiSSA takes the adapter's beginning out of the base. (One that does not arrive: test_routes.py, where
     what ms-swift's server only logs is told.)"""
     assert not status(servers[0])["epoch"]
     run = trainer("pissa", model, folder, servers[:1], WIRE, init_weights="pissa", max_steps=2)

@@ -202,7 +202,7 @@ def test_plain_rollouts(server: ReloadServer, adapters: list[Sent], versions: Ve
 
 
 def test_another_run_begins_with_its_first_version(server: ReloadServer, adapters: list[Sent], served: Policy) -> None:
-    """Of the same process; one of another is refused while this one lives (test_server_routes.py)."""
+    """Of the same process; one of another is refused while this one lives (test_routes_access.py)."""
     policy = Policy(version=0, step=0, digest=adapters[1].digest, run="abc")
     refused(server.announce(policy, adapters[1]), 409, "StagingError", "is not run abc's but run 5eed")
     assert server.lease("abc").status_code == 200 and server.status()["policy"] is None
