@@ -77,7 +77,7 @@ def _of_verdict(verdict: Verdict) -> dict[str, float]:
         "engine_noise": verdict.engine_noise,
         "control_base": verdict.control_base,
         "control_double": verdict.control_double,
-        "agrees": 0.5 if verdict.is_open else float(verdict.agrees),
+        "agrees": 1.0 if verdict.agrees else 0.5 if verdict.is_open else 0.0,
         "distinguishable": float(verdict.is_distinguishable),
         "probes": float(verdict.probes),
     }
