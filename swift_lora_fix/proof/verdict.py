@@ -210,7 +210,7 @@ class Verdict:
     @property
     def is_unsure(self) -> bool:
         """Whether asking ``ask`` could decide it."""
-        return self.outcome == "unsure" and bool(self.ask)
+        return self.is_open and bool(self.ask)
 
     @property
     def near(self) -> tuple[str, ...]:

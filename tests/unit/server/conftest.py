@@ -24,13 +24,17 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver, "_request_class", lambda worker: None)
 
 
+def installed(folder: Path) -> Server:
+    made = Server(folder)
+    installing.install(made)
+    return made
+
+
 @pytest.fixture
 def server(stand_ins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("SWIFT_LORA_FIX_MAX_MIB", "1")
     monkeypatch.setenv("SWIFT_LORA_FIX_TRANSPORT", "reload")
-    made = Server(tmp_path)
-    installing.install(made)
-    return made
+    return installed(tmp_path)
 
 
 @pytest.fixture
@@ -50,9 +54,7 @@ def served(server: Server, client: TestClient) -> Sent:
 @pytest.fixture
 def open_server(stand_ins: None, tmp_path: Path) -> Server:
     """Where no transport is asked for by name."""
-    made = Server(tmp_path)
-    installing.install(made)
-    return made
+    return installed(tmp_path)
 
 
 @pytest.fixture
