@@ -5,8 +5,9 @@ as some share of the spacing of the bfloat16 numbers around W (ulp; root mean sq
 engine's weights are then W + s·B·A, rounded in one of these ways. All sums are in float32, so that nothing but the
 rounding differs from the policy, which has W and the LoRA apart.
 
-nearest: what fused mode does. stochastic: up or down, by chance, so that the mean is right. feedback: to the nearest,
-and what was lost is added to the next weight along the input dimension.
+nearest: what stock's merge does. stochastic: what fused mode does (swift_lora_fix/policy/rounding.py), up or down by
+chance, so that the mean is right. feedback: to the nearest, and what was lost is added to the next weight along the
+input dimension.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 
 from demo.trained.model import cached
+from swift_lora_fix.policy.rounding import rounded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SIZES = (0.1, 0.3, 1.0)  # of the update, in ulp
+SIZES = (0.01, 0.1, 0.3, 1.0)  # of the update, in ulp
 TOKENS = 128
 ULP = 2.0**-7  # bfloat16 has 8 significant bits
 
-Round = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Round = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # W + update, W, a seed
 
 
 def spacing(values: torch.Tensor) -> torch.Tensor:
@@ -36,17 +38,15 @@ def spacing(values: torch.Tensor) -> torch.Tensor:
     return torch.exp2(values.abs().clamp(min=torch.finfo(torch.float32).tiny).log2().floor()) * ULP
 
 
-def nearest(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def nearest(values: torch.Tensor, plain: torch.Tensor, seed: int) -> torch.Tensor:
     return values.bfloat16().float()
 
 
-def stochastic(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 to bfloat16 by its bits: a random number is added to the sixteen that go, and what that carries stays."""
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32)
-    return ((values.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+def stochastic(values: torch.Tensor, plain: torch.Tensor, seed: int) -> torch.Tensor:
+    return rounded(values, plain, torch.bfloat16, seed).float()
 
 
-def feedback(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def feedback(values: torch.Tensor, plain: torch.Tensor, seed: int) -> torch.Tensor:
     rounded, lost = torch.empty_like(values), torch.zeros_like(values[:, 0])
     for column in range(values.shape[1]):
         wanted = values[:, column] + lost
@@ -116,19 +116,19 @@ def measure(model: Any, rows: torch.Tensor) -> list[dict[str, Any]]:
         policy = logprobs()
         effect = float((base - policy).gather(1, chosen).abs().mean())
         for name, way in WAYS.items():
-            generator, lost, along = torch.Generator().manual_seed(0), 0.0, 0.0
-            for layer, weight, update in zip(layers, weights, updates):
+            off = along = 0.0
+            for number, (layer, weight, update) in enumerate(zip(layers, weights, updates)):
                 wanted = weight + share * update
-                rounded = way(wanted, generator)
-                lost += float((rounded - wanted).square().sum())
-                along += float(((rounded - weight) * share * update).sum())
-                layer.base_layer.weight.data = rounded
+                held = way(wanted, weight, number)
+                off += float((held - wanted).square().sum())
+                along += float(((held - weight) * share * update).sum())
+                layer.base_layer.weight.data = held
             with model.disable_adapter():
                 served = logprobs()
             for layer, weight in zip(layers, weights):
                 layer.base_layer.weight.data = weight
-            line = {"ulp": size, "way": name, "lost_share": lost**0.5 / (share * total)}
-            line["along"] = along / (share * total) ** 2
+            line = {"ulp": size, "way": name, "arrives": along / (share * total) ** 2}
+            line["off"] = off**0.5 / (share * total)
             line["mean"] = float((served - policy).gather(1, chosen).abs().mean())
             line["kl"] = float((policy.exp() * (policy - served)).sum(-1).mean())
             line["effect"] = effect

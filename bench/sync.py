@@ -69,12 +69,15 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _of_trl(
     args: argparse.Namespace, folder: Path, model: Path, gpu: bool, environment: dict[str, str]
 ) -> trl_driver.Run:
+    arguments = {"learning_rate": 1e-4, "save_steps": 100, "use_cpu": not gpu}
+    if gpu:
+        arguments |= {"vllm_gpu_memory_utilization": 0.2, "vllm_enable_sleep_mode": True}
     options = {
         "model": str(model),
         "fixed": True,
         "bench": str(PLUGINS / "slf_bench.py"),
         "lora": {"r": args.rank, "lora_alpha": 2 * args.rank},
-        "arguments": {"learning_rate": 1e-4, "save_steps": 100, "use_cpu": not gpu, "vllm_gpu_memory_utilization": 0.2},
+        "arguments": arguments,
     }
     return trl_driver.Run(folder / "bench", options, environment)
 

@@ -309,7 +309,7 @@ class Examiner:
         begun = served.sync > 1
         if share is not None and share > bound and begun and served.mode_is_settled and self.says_once("lost share"):
             warning(
-                f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update (norms), above the "
+                f"fused mode: rounding the merged weights loses {share:.0%} of the adapter's update, above the "
                 f"bound of {bound:.1%} (SWIFT_LORA_FIX_LOST_SHARE): the engine's policy lags behind the trainer's. "
                 f"With {self.trainer.words.with_lora} vLLM serves an adapter that it can serve exactly, apart."
             )

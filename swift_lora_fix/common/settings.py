@@ -36,7 +36,7 @@ class Settings:
         (log it and go on).
     gate_every: ``SWIFT_LORA_FIX_GATE_EVERY``: after the first syncs, run the agreement gate at every Nth sync; 50 is
         the default. 0 switches the gate off; the audits stay.
-    lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update (norms) that rounding
+    lost_share: ``SWIFT_LORA_FIX_LOST_SHARE``: in fused mode, the share of the adapter's update that rounding
         may lose before there is a warning, and before ``auto`` takes the other mode; 0.5 is the default.
     transport: ``SWIFT_LORA_FIX_TRANSPORT``, in server mode: ``nccl`` (the adapter goes over ms-swift's own NCCL
         connection), ``reload`` (by shared memory of one host, or in the request body; NCCL is not opened; set it for

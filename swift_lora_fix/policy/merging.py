@@ -4,12 +4,13 @@ For a LoRA layer of weight W (out, in)::
 
     W' = cast(W + (B @ A) * s)
 
-W, A and B are converted to float32; product and sum are float32; the result is rounded once, to the engine's dtype. So
-each element is off by at most ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)``, with u = 2**-8 for bfloat16
-and 2**-11 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r and two more
-operations (N. Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a kernel computes
-the products with two bfloat16 for each float32, and g grows by 1.25 * 2**-16 (engine/vllm/kernels/fold_kernel.py).
-PyTorch computes whatever the kernel does not, with TF32 products if the run allows TF32 (--tf32 true).
+W, A and B are converted to float32; product and sum are float32; the result is rounded once, to the engine's dtype
+(rounding.py). So each element is off by at most ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)``, with
+u = 2**-7 for bfloat16 and 2**-11 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r
+and two more operations (N. Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a
+kernel computes the products with two bfloat16 for each float32, and g grows by 1.25 * 2**-16
+(engine/vllm/kernels/fold_kernel.py). PyTorch computes whatever the kernel does not, with TF32 products if the run
+allows TF32 (--tf32 true).
 
 Everything else that PEFT calls LoRA (DoRA, embeddings, convolutions, a bias on B) is merged by PEFT itself, in a
 float32 twin of the layer. The trainer's layers are only read.
@@ -18,7 +19,7 @@ float32 twin of the layer. The trainer's layers are only read.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,18 +28,23 @@ import torch
 from ..errors import UnsupportedAdapterError
 from . import kinds
 from .adapter import clean_name, of_another_adapter
+from .rounding import rounded, seed_of
 
 Values = Mapping[str, torch.Tensor]  # whole values, by ``MergedModule``'s names of its parameters
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The parts of a plain linear LoRA's merged weight W + scale*B*A: w (out, in), b (out, r), a (r, in)."""
+    """The parts of a plain linear LoRA's merged weight W + scale*B*A: w (out, in), b (out, r), a (r, in). seed: of the
+    rounding; row and column: where the block ``w`` begins in the weight, on which the rounding depends too."""
 
     w: torch.Tensor
     b: torch.Tensor
     a: torch.Tensor
     scale: float
+    seed: int
+    row: int = 0
+    column: int = 0
 
     @property
     def rank(self) -> int:
@@ -95,9 +101,19 @@ class MergedModule:
         """The factors of its one weight; None unless ``is_plain``."""
         if not self.is_plain:
             return None
-        ((_, name),) = self.sent.items()
+        ((source, name),) = self.sent.items()
         a, b = (whole[f"lora_{part}.{self.adapter}.weight"] for part in "AB")
-        return Factors(whole[name], b, a, float(self.module.scaling[self.adapter]))
+        return Factors(whole[name], b, a, float(self.module.scaling[self.adapter]), seed_of(source))
+
+    def rounded(self, values: Values, whole: Values, dtype_of: Callable[[str], torch.dtype]) -> dict[str, torch.Tensor]:
+        """``values`` as the engine holds them, by source. dtype_of: its dtype of a source."""
+        plain = self.plain_values(whole)
+        return {
+            source: rounded(value, plain[source], dtype_of(source), seed_of(source))
+            if self.is_lora
+            else value.to(dtype_of(source))
+            for source, value in values.items()
+        }
 
     def plain_values(self, whole: Values) -> dict[str, torch.Tensor]:
         """The weights without the adapter, by source."""

@@ -48,26 +48,31 @@ def adapter(slots: SlotsPort, trainer_is_here: bool = True, ranks_are_here: bool
 
 @dataclass(frozen=True)
 class Rounding:
-    """lost_share: ||cast(W + dW) - (W + dW)|| / ||dW||, Frobenius norms over all merged weights, dW being the adapter's
-    update: the share of the update that the single rounding loses. None while the update is zero."""
+    """lost_share: 1 - <W' - W, dW> / <dW, dW> over all merged weights, W' being W + dW as the engine holds it and dW
+    the adapter's update: the share of the update that does not arrive, beyond what is chance in it (two standard
+    errors). 0 to 1, as a rule. None while the update is zero."""
 
     lost_share: float | None
 
 
 class _Lost:
-    """Collects norms, on the device."""
+    """Collects sums, on the device."""
 
     def __init__(self) -> None:
         self.lost: list[torch.Tensor] = []
+        self.squares: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
 
     def add(self, value: torch.Tensor, rounded: torch.Tensor, plain: torch.Tensor) -> None:
-        self.lost.append((rounded.float() - value.float()).norm())
-        self.added.append((value.float() - plain.float()).norm())
+        update = value.float() - plain.float()
+        lost = (value.float() - rounded.float()).mul_(update)
+        self.lost.append(lost.sum(dtype=torch.float64))
+        self.squares.append(lost.square_().sum(dtype=torch.float64))
+        self.added.append(update.square_().sum(dtype=torch.float64))
 
     def rounding(self) -> Rounding:
-        norm = float(torch.stack(self.added).norm())
-        return Rounding(float(torch.stack(self.lost).norm()) / norm if norm else None)
+        lost, squares, added = (float(torch.stack(s).sum()) for s in (self.lost, self.squares, self.added))
+        return Rounding(max(0.0, lost - 2 * math.sqrt(squares)) / added if added else None)
 
 
 @torch.no_grad()
@@ -129,8 +134,10 @@ def _compare_merged(placed: Any) -> tuple[str, str]:
     if torch.equal(placed.plain.to(held.dtype), held):
         return "plain", " holds the plain base"
     added = value - placed.plain.float()
-    rest = (held.float() - value - added).norm()  # small for a second adapter on top (up to two roundings)
-    if rest < 0.1 * added.norm():
+    again = held.float() - value  # a second adapter on top is the update again, and two roundings
+    share = float((again * added).sum() / added.square().sum())
+    noise = (placed.rounded.float() - value).norm()
+    if abs(share - 1) < 0.1 and (again - added).norm() < 0.1 * added.norm() + 2 * noise:
         return "doubled", ""
     return "other", ""
 

@@ -4,12 +4,14 @@
 
 The trainer is ms-swift's own rollout mixin around a PEFT model, without the training. After each sync every parameter
 of the engine is compared with a reference that shares nothing with the package: the same PEFT model in float32, merged
-by ``merge_and_unload``, cast to bf16, and sent to the engine by stock ms-swift as a fully trained model.
+by ``merge_and_unload``, rounded down to bf16 and rounded up, and sent to the engine by stock ms-swift as fully trained
+models. Where the merged value is a bf16 number, both are the same.
 
-Prints one JSON object by case. ``path``: how the weights were written. ``differing``: engine elements that differ from
-the reference. ``audited``: syncs that the read-back audit found right. ``trainer_changed``: bits of the trainer that
-changed. ``moved``: engine elements that the adapter changes. ``zero_differing``: elements that differ from the plain
-base (the model's files, as vLLM loaded them) once the adapter is taken out again.
+Prints one JSON object by case. ``path``: how the weights were written. ``differing``: engine elements that are neither
+the one nor the other. ``lost``: the share of the update that does not arrive. ``audited``: syncs that the read-back
+audit found right. ``trainer_changed``: bits of the trainer that changed. ``moved``: engine elements that the adapter
+changes. ``zero_differing``: elements that differ from the plain base (the model's files, as vLLM loaded them) once the
+adapter is taken out again.
 """
 
 from __future__ import annotations
@@ -66,11 +68,18 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> int:
     return sum(int((first[name] != second[name]).sum()) for name in first)
 
 
-def load_reference(engine: Any, trained: Any) -> None:
+def reference(engine: Any, trained: Any, up: bool) -> dict[str, Any]:
+    """What the engine holds once the merged model was sent to it, each value rounded up, or down."""
     import torch
 
-    merged = copy.deepcopy(trained).float().merge_and_unload().to(torch.bfloat16)
-    trainer_of(engine, merged)._move_full_model_to_vllm()
+    merged = copy.deepcopy(trained).float().merge_and_unload()
+    for parameter in merged.parameters():
+        bits = parameter.data.contiguous().view(torch.int32)
+        to_zero = bits & -(1 << 16)
+        away = torch.where(bits == to_zero, to_zero, to_zero + (1 << 16))
+        parameter.data = torch.where((bits < 0) == up, to_zero, away).view(torch.float32)
+    trainer_of(engine, merged.to(torch.bfloat16))._move_full_model_to_vllm()
+    return held(engine)
 
 
 def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +117,9 @@ def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, An
         writer.validate()
         report = writer.write()
         writer.finish()
-        finding, _ = audit.merged(writer)
+        finding, rounding = audit.merged(writer)
         result["audited"] += finding is None
+        result["lost"] = rounding and rounding.lost_share
         compared = number % (50 if syncs > 10 else 1) == 0
         with writer.plain_base():
             without = held(engine) if compared else {}
@@ -117,8 +127,10 @@ def run_case(engine: Any, model: Path, name: str, syncs: int, disk: dict[str, An
         if not compared:
             continue
         written = held(engine)
-        load_reference(engine, trained)
-        result["differing"] += differing(written, held(engine))
+        least, most = (reference(engine, trained, up) for up in (False, True))
+        result["differing"] += sum(
+            int(((value != least[name]) & (value != most[name])).sum()) for name, value in written.items()
+        )
         result["zero_differing"] = differing(
             {n: t for n, t in without.items() if name != "bias" or "bias" not in n}, plain
         )

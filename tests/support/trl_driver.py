@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ class Run:
         ranks = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks > 1 else []
         script = ["-m", "tests.support.trl_run", str(self.folder), json.dumps(self.options)]
         command = [sys.executable, "-u", *ranks, *script]
-        fixed = {"PYTHONPATH": str(driver.REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
+        paths = [str(driver.REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        fixed = {"PYTHONPATH": os.pathsep.join(paths), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "CI": "1"}
         fixed |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(driver.free_port())}  # runs are made side by side
         with open(self.folder / "log.txt", "w") as log:
             process = driver.launch(command, {**fixed, **self.environment}, driver.REPOSITORY, log)

@@ -1,4 +1,4 @@
-"""A user's TRL script, as a process of its own: a real trainer with a real colocated vLLM engine on the CPU.
+"""A user's TRL script, as a process of its own: a real trainer with a real colocated vLLM engine.
 
     python -m tests.support.trl_run FOLDER '{"model": ..., "fixed": true, ...}'
 
@@ -36,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent / "plugins"))
 import slf_cpu_shims  # noqa: E402, F401
 import slf_grow  # noqa: E402, F401
 import slf_sharded_shims  # noqa: E402, F401
-import slf_sleep_shims  # noqa: E402, F401
+
+if not os.path.exists("/dev/nvidiactl"):
+    import slf_sleep_shims  # noqa: F401
 
 NEW_TOKENS = 12
 TRAINERS = {"GRPO": "trl", "RLOO": "trl", "Distillation": "trl"} | {
@@ -179,7 +181,8 @@ class Probe:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
-        ids, chosen = torch.tensor([prompt + answer]), torch.tensor(answer)[:, None]
+        ids = torch.tensor([prompt + answer], device=model.device)
+        chosen = torch.tensor(answer, device=model.device)[:, None]
 
         def logprobs() -> list[float]:
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()

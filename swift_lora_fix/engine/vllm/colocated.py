@@ -243,9 +243,10 @@ def _forward(writer: FusedWriter, module: MergedModule, merged: bool, *args: Any
     assert inner is not None
     with writer.whole(module) as whole:
         values = dict(whole)
-        for source, value in module.values(whole).items() if merged else ():
+        held = module.rounded(module.values(whole), whole, writer.dtype_of) if merged else {}
+        for source, value in held.items():
             name = module.sent[source]
-            values[name] = value.to(writer.dtype_of(source)).to(whole[name].dtype)
+            values[name] = value.to(whole[name].dtype)
         twin = twin_of(module.module.get_submodule(inner), values, f"{inner}.")
         output: torch.Tensor = twin.forward(*args, **kwargs)
     return output

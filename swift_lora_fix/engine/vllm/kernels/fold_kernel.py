@@ -3,7 +3,7 @@
 A GPU's matrix units multiply bfloat16, not float32. So s*B and A are each split into a sum of two bfloat16, which
 together keep 16 bits, and the products are summed in float32. The error is below 1.25 * 2**-16 * |s| * (|B| @ |A|):
 what the split drops from each factor (at most 2**-17 of it), and the product of the two low parts (2**-18), which is
-not computed. The sum with W is rounded once. Importing this module needs Triton.
+not computed. The sum with W is rounded once, as policy/rounding.py does. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from ....policy.merging import Factors
 
 # The fastest of 30 configurations on an H200. It takes half as long again if the first block of ranks is moved into the
 # loop: Triton then stages loads in shared memory, and fewer tiles run at a time.
@@ -38,6 +40,20 @@ def _product(b, a, row, column, r, rows, columns, rank, b_rows, a_rows, scale, a
 
 
 @triton.jit
+def _rounded(value, plain, row, column, seed):
+    """float32 to bfloat16, in the words of policy/rounding.py."""
+    bits = value.to(tl.uint32, bitcast=True)
+    h = row.to(tl.uint32) * 0x9E3779B1 + column.to(tl.uint32) * 0x85EBCA6B + seed.to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    chance = (h ^ (h >> 16)) & 0xFFFF
+    to_nearest = ((bits >> 16) & 1) + 0x7FFF
+    is_bfloat16 = (plain.to(tl.uint32, bitcast=True) & 0xFFFF) == 0
+    kept = (bits + tl.where(is_bfloat16, chance, to_nearest)) >> 16
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["seed", "first_row", "first_column"])
 def _fold(
     out,
     w,
@@ -52,7 +68,11 @@ def _fold(
     w_rows,
     b_rows,
     a_rows,
+    seed,
+    first_row,
+    first_column,
     SPLIT: tl.constexpr,
+    BFLOAT16: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
@@ -69,21 +89,25 @@ def _fold(
     if MORE:
         for start in range(RANK, rank, RANK):
             added = _product(b, a, row, column, start + r, rows, columns, rank, b_rows, a_rows, scale, added, SPLIT)
-    value = (plain.to(tl.float32) + added).to(out.dtype.element_ty)
-    tl.store(out + row * out_rows + column * out_columns, value, mask=inside)
+    plain = plain.to(tl.float32)
+    value = plain + added
+    if BFLOAT16:
+        held = _rounded(value, plain, row + first_row, column + first_column, seed)
+    else:
+        held = value.to(out.dtype.element_ty)
+    tl.store(out + row * out_rows + column * out_columns, held, mask=inside)
 
 
-def fold(
-    out: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float, split: bool = True
-) -> None:
+def fold(out: torch.Tensor, factors: Factors, split: bool = True) -> None:
     """Write cast(W + scale*B*A) to ``out`` (rows, columns), which may have any strides.
 
     W is (rows, columns), B (rows, r), A (r, columns), each with contiguous rows. All on one device, in any floating
     dtype. split: multiply in pairs of bfloat16, see above; otherwise in float32, slow, but Triton's interpreter can.
     """
-    rank = b.shape[1]
+    w, b, a, rank = factors.w, factors.b, factors.a, factors.rank
     grid = (triton.cdiv(out.shape[0], ROWS), triton.cdiv(out.shape[1], COLUMNS))
     strides = (*out.stride(), w.stride(0), b.stride(0), a.stride(0))
     block = max(16, min(RANK, triton.next_power_of_2(rank)))
-    sizes = (split, ROWS, COLUMNS, block, rank > block)
-    _fold[grid](out, w, b, a, scale, *out.shape, rank, *strides, *sizes, num_warps=WARPS, num_stages=1)
+    place = (factors.seed, factors.row, factors.column)
+    sizes = (split, out.dtype == torch.bfloat16, ROWS, COLUMNS, block, rank > block)
+    _fold[grid](out, w, b, a, factors.scale, *out.shape, rank, *strides, *place, *sizes, num_warps=WARPS, num_stages=1)

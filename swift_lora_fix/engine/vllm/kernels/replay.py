@@ -19,7 +19,7 @@ class Replayed:
     """
 
     def __init__(self, work: Callable[[], Any], device: torch.device) -> None:
-        self.work, self.can_capture = work, device.type == "cuda"
+        self.work, self.device, self.can_capture = work, device, device.type == "cuda"
         self.key: list[int] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Any = None
@@ -40,13 +40,20 @@ class Replayed:
         self.key, self.graph, self.result = None, None, None
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        """Not by ``torch.cuda.graph``: that first gives back all unused memory, pinned host memory too, which takes
+        seconds after vLLM's sleep level 1 has filled it with the weights (torch 2.11, ``_host_emptyCache``)."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            # thread_local: other threads, of the engine or a data loader, may use the device during the capture
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.result = self.work()
+            with torch.cuda.stream(stream):
+                # thread_local: other threads, of the engine or a data loader, may use the device during the capture
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.result = self.work()
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
-            self.can_capture = False
+            self.can_capture, self.result = False, None
             warning(f"the sync runs without a CUDA graph: {str(error).splitlines()[0]}")
             return
         self.graph = graph

@@ -15,13 +15,15 @@ import torch
 
 from ....common.log import warning
 from ....policy.merging import Factors
+from ....policy.rounding import rounded
 from ..watch import Region
 
-Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+Fold = Callable[[torch.Tensor, Factors], None]
 PROOF_ROWS = 1024  # compared at a time, so that the proof needs less memory than a layer
 # what the split into two bfloat16 drops from a product (fold_kernel.py), with room for the float32 sum
 LEFT_OUT = 2.0**-15
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # unit roundoffs of the dtypes an engine may hold
+FLOAT32 = 2.0**-23  # of the sum with W, and of the comparison itself
+DTYPES = (torch.bfloat16, torch.float16)  # that an engine may hold
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def block(factors: Factors, region: Region) -> Factors | None:
     if first_column + shape[1] > columns:
         return None
     rows, span = slice(first_row, first_row + shape[0]), slice(first_column, first_column + shape[1])
-    return replace(factors, w=factors.w[rows, span], b=factors.b[rows], a=factors.a[:, span])
+    place = {"row": factors.row + first_row, "column": factors.column + first_column}
+    return replace(factors, w=factors.w[rows, span], b=factors.b[rows], a=factors.a[:, span], **place)
 
 
 class Folding:
@@ -77,27 +80,39 @@ class Folding:
         """Write W + s*B*A of an accepted region to ``destination``, which has its shape and dtype."""
         part = block(factors, region)
         assert part is not None and self._fold is not None
-        self._fold(destination, part.w, part.b, part.a, part.scale)
+        self._fold(destination, part)
 
     def _prove(self, part: Factors, destination: torch.Tensor) -> str | None:
-        """Fold in a random adapter about as large as W. Returns how the result is off, or None."""
+        """Fold in a random adapter about as large as W. Returns how the result is off, or None.
+
+        A larger value is never rounded to a smaller one, so a right result lies between what the least and the greatest
+        value that the bound allows are rounded to.
+        """
         generator = torch.Generator(part.w.device).manual_seed(0)
         size = float(part.w.abs().max()) or 1.0
         a = torch.randn(part.a.shape, generator=generator, device=part.a.device)
         b = torch.randn(part.b.shape, generator=generator, device=part.b.device) * (size / math.sqrt(part.rank))
-        a, b, scale = a.to(part.a.dtype), b.to(part.b.dtype), 0.75
-        self._fold(destination, part.w, b, a, scale)  # type: ignore[misc]
+        tried = replace(part, a=a.to(part.a.dtype), b=b.to(part.b.dtype), scale=0.75)
+        self._fold(destination, tried)  # type: ignore[misc]
         for start in range(0, len(destination), PROOF_ROWS):
             rows = slice(start, start + PROOF_ROWS)
-            exact = part.w[rows].double() + scale * (b[rows].double() @ a.double())
-            limits = torch.finfo(destination.dtype)
-            bound = ROUNDING[destination.dtype] * exact.abs().clamp(min=limits.smallest_normal)
-            bound += LEFT_OUT * scale * (b[rows].abs().float() @ a.abs().float())
-            off = (destination[rows].double() - exact).abs()
-            if not bool((off <= bound).all()):
-                most = float(off.nan_to_num(math.inf).max())
-                return f"a weight of shape {tuple(destination.shape)} was off by {most:.3g}"
+            least, exact, most = between(tried, rows, destination.dtype)
+            held = destination[rows]
+            if not bool(((least <= held) & (held <= most)).all()):
+                off = float((held.double() - exact).abs().nan_to_num(math.inf).max())
+                return f"a weight of shape {tuple(destination.shape)} was off by {off:.3g}"
         return None
+
+
+def between(part: Factors, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of these rows of W + scale*B*A: what the least and the greatest value that the bound allows are rounded to, and
+    between them the exact values, in float64."""
+    w, b = part.w[rows], part.b[rows]
+    exact = w.double() + part.scale * (b.double() @ part.a.double())
+    bound = LEFT_OUT * abs(part.scale) * (b.abs().double() @ part.a.abs().double()) + FLOAT32 * exact.abs()
+    place = (part.seed, part.row + (rows.start or 0), part.column)
+    least, most = (rounded(value.float(), w, dtype, *place) for value in (exact - bound, exact + bound))
+    return least, exact, most
 
 
 def of(device: torch.device) -> Folding:
@@ -115,7 +130,7 @@ def of(device: torch.device) -> Folding:
 def _fits(part: Factors, destination: torch.Tensor) -> bool:
     tensors: tuple[Any, ...] = (destination, part.w, part.b, part.a)
     return (
-        destination.dtype in ROUNDING
+        destination.dtype in DTYPES
         and all(tensor.device == destination.device and tensor.is_floating_point() for tensor in tensors)
         and all(tensor.stride(1) == 1 for tensor in (part.w, part.b, part.a))
     )

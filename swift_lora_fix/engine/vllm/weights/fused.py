@@ -186,7 +186,7 @@ class FusedWriter:
         for module in self.modules:
             with self.whole(module) as whole:
                 # ms-swift sends current values of modules_to_save and biases, but the base weight W of a LoRA layer
-                sent = _values(module, whole, merged=not module.is_lora)
+                sent = module.plain_values(whole) if module.is_lora else module.values(whole)
                 for source in module.sources:
                     for region in pushed.regions[source]:
                         destination = region.destination
@@ -251,7 +251,7 @@ class FusedWriter:
         for module in self.modules[part::parts]:
             with self.whole(module) as whole:
                 values, plain = cache(partial(module.values, whole)), module.plain_values(whole)
-                for source, region, write in self._parts(module, whole, merged=True):
+                for source, region, write in self._parts(module, whole, True, values):
                     rounded = torch.empty_like(region.destination)
                     write(rounded)
                     yield Placed(source, region, rounded, region.region(plain[source]), values)
@@ -261,9 +261,10 @@ class FusedWriter:
         float32. A collective for a sharded trainer."""
         for module in self.modules:
             with self.whole(module) as whole:
-                plain = module.plain_values(whole)
-                for source, value in module.values(whole).items():
-                    yield value, value.to(self.dtype_of(source)), plain[source]
+                plain, values = module.plain_values(whole), module.values(whole)
+                held = module.rounded(values, whole, self.dtype_of)
+                for source, value in values.items():
+                    yield value, held[source], plain[source]
 
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
@@ -302,22 +303,23 @@ class FusedWriter:
 
     def _write_module(self, module: MergedModule, merged: bool) -> None:
         with self.whole(module) as whole:
-            for _, region, write in self._parts(module, whole, merged):
+            for _, region, write in self._parts(module, whole, merged, partial(module.values, whole)):
                 write(region.destination)
 
     def _parts(
-        self, module: MergedModule, whole: Values, merged: bool
+        self, module: MergedModule, whole: Values, merged: bool, values: Callable[[], dict[str, torch.Tensor]]
     ) -> Iterator[tuple[str, Region, Callable[[torch.Tensor], Any]]]:
-        """For each region of the module: its source, the region, and a function that writes it to a given tensor."""
+        """For each region of the module: its source, the region, and a function that writes it to a given tensor.
+        values: computes the merged ones, in float32."""
         assert self.regions is not None
         factors = module.factors(whole) if merged and id(module) in self._folded else None
-        values = cache(partial(_values, module, whole, merged))
+        held = cache(lambda: module.rounded(values(), whole, self.dtype_of) if merged else module.plain_values(whole))
         for source in module.sources:
             for region in self.regions[source]:
                 if factors is not None:
                     yield source, region, partial(self._folding.write, factors, region)
                 else:
-                    yield source, region, partial(_copy_region, values, source, region)
+                    yield source, region, partial(_copy_region, held, source, region)
 
     def _write_through_load_weights(self, merged: bool) -> int:
         owner = {source: module for module in self.modules for source in module.sources}
@@ -326,7 +328,11 @@ class FusedWriter:
         def value_of(source: str) -> torch.Tensor:
             nonlocal written
             with self.whole(owner[source]) as whole:
-                value = _values(owner[source], whole, merged)[source].to(self.dtype_of(source))
+                module = owner[source]
+                if merged:
+                    value = module.rounded(module.values(whole), whole, self.dtype_of)[source]
+                else:
+                    value = module.plain_values(whole)[source].to(self.dtype_of(source))
             written += value.numel() * value.element_size()
             return value
 
@@ -352,10 +358,6 @@ class FusedWriter:
                 self._staging.fill(chunk, values, fold=False)
                 checksums.append(self._staging.checksum(chunk))
         return torch.stack(checksums)
-
-
-def _values(module: MergedModule, whole: Values, merged: bool) -> dict[str, torch.Tensor]:
-    return module.values(whole) if merged else module.plain_values(whole)
 
 
 def _copy_region(
