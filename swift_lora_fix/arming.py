@@ -89,8 +89,8 @@ def arm() -> None:
 
 
 def apply(mode: str | None = None) -> Status:
-    """Patch ms-swift now, all or nothing; or TRL, in a script that imported TRL and not ms-swift, and where ms-swift is
-    not installed. A second call changes nothing.
+    """Patch ms-swift or TRL now, all or nothing: whichever this script imported, or is installed. Of a script that
+    imported neither, where both are, nobody knows whose it is: then both. A second call changes nothing.
 
     Args:
         mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
@@ -109,7 +109,12 @@ def apply(mode: str | None = None) -> Status:
         return status()
     try:
         _megatron.check_absent()
-        (_trl if _is_for_trl() else _trainer).apply()
+        if is_ms_swift() or releases.installed_trl() is None:
+            _trainer.apply()
+        elif TRL in sys.modules or releases.installed_swift() is None:
+            _trl.apply()
+        else:
+            _apply_both()
         arm()
         _arming.by_name = True
     except SwiftLoraFixError as error:
@@ -120,10 +125,20 @@ def apply(mode: str | None = None) -> Status:
     return status()
 
 
-def _is_for_trl() -> bool:
-    if is_ms_swift() or releases.installed_trl() is None:
-        return False
-    return TRL in sys.modules or releases.installed_swift() is None
+def _apply_both() -> None:
+    """ms-swift, which brings a TRL of its own choice with it; and that, which only TRL's own trainers notice."""
+    try:
+        _trainer.apply()
+    except ModuleNotFoundError as error:
+        info(f"ms-swift cannot be imported here ({error}): TRL alone is patched.")
+        _trl.apply()
+        return
+    reason = _arming.reason
+    try:
+        _trl.apply()
+        _arming.reason = f"{reason} and {releases.TRL_MODULE}"
+    except (SwiftLoraFixError, ImportError) as error:
+        info(f"TRL's own trainers, if this script has any, are not patched: {error}")
 
 
 def _is_applied() -> bool:
@@ -151,7 +166,7 @@ def status() -> Status:
     """What is patched in this process, and the state of the newest run. Imports nothing."""
     version, trl = releases.installed_swift(), releases.installed_trl()
     defects: tuple[releases.Defect, ...] = ()
-    if _trl.is_instrumented or version is None:
+    if not _trainer.is_instrumented and (_trl.is_instrumented or version is None):
         trl_family = releases.trl_family_of(trl) if trl else None
         defects = trl_family.defects if trl_family else ()
     elif (family := releases.family_of(version)) is not None:

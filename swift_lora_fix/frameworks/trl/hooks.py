@@ -145,7 +145,8 @@ def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: 
 
 def _score_completions(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     batch = wrapped(*args, **kwargs)
-    session = sessions.session_of(trainer.vllm_generation) if trainer.use_vllm else None
+    # ms-swift's trainers are TRL's, too, and have no such generation
+    session = sessions.session_of(trainer.vllm_generation) if hasattr(trainer, "vllm_generation") else None
     if session is not None:
         session.note_batch(TrlBatch(trainer, batch))
     return batch

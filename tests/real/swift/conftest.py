@@ -218,8 +218,8 @@ def _auto(runs: Runs, name: str) -> Run:
     """Measured in the first rollout, decided at the second sync, and taken back once too much of the update is lost."""
     environment = {"SWIFT_LORA_FIX_MODE": "auto", "SWIFT_LORA_FIX_GATE_EVERY": "1"}
     environment["SLF_SET_AT_STEP"] = "3:SWIFT_LORA_FIX_LOST_SHARE=0.001"
-    # so that it is a plugin that makes the fused mode faster, no machine; and that something is lost
-    plugins = (PLUGINS / "slf_slow_lora.py", PLUGINS / "slf_nearest.py")
+    # so that it is a plugin that makes the fused mode faster, no machine; and that a little is lost
+    plugins = (PLUGINS / "slf_slow_lora.py", PLUGINS / "slf_lossy.py")
     return runs.make(name, True, environment, plugins=plugins, max_steps=6, save_steps=100)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from swift_lora_fix import arming
 from swift_lora_fix import session as sessions
+from swift_lora_fix.errors import UnsupportedReleaseError
 from swift_lora_fix.frameworks.trl import hooks, starting
 from swift_lora_fix.frameworks.trl.port import TrlTrainer
 from tests.support.peft_models import peft_model
@@ -175,18 +176,27 @@ def test_an_engine_gets_lora_layers_only_while_trl_makes_it_and_only_if_asked(mo
 
 
 @pytest.mark.parametrize(
-    "loaded, swift, trl, for_trl",
+    "loaded, swift, trl, patched",
     [
-        ((), "4.6.0", "0.29.1", False),
-        (("trl",), "4.6.0", "0.29.1", True),
-        (("trl", "swift"), "4.6.0", "0.29.1", False),
-        ((), None, "1.16.0", True),
-        ((), None, None, False),
+        ((), "4.6.0", "0.29.1", "swift trl"),
+        (("trl",), "4.6.0", "0.29.1", "trl"),
+        (("trl", "swift"), "4.6.0", "0.29.1", "swift"),
+        ((), None, "1.16.0", "trl"),
+        ((), "4.6.0", None, "swift"),
+        ((), None, None, "swift"),  # which says that ms-swift is missing
     ],
 )
-def test_apply_is_for_trl_in_a_script_of_trls(
-    loaded: tuple[str, ...], swift: str | None, trl: str | None, for_trl: bool, monkeypatch: pytest.MonkeyPatch
+def test_apply_patches_whichever_this_script_uses(
+    loaded: tuple[str, ...], swift: str | None, trl: str | None, patched: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    done = applying(loaded, swift, trl, monkeypatch)
+    arming.apply()
+    assert done == patched.split()
+
+
+def applying(loaded: tuple[str, ...], swift: str | None, trl: str | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A process with these modules and releases. Returns a list of what will be patched."""
+    done: list[str] = []
     for name in ("trl", "swift"):
         if name in loaded:
             monkeypatch.setitem(sys.modules, name, sys)
@@ -194,4 +204,38 @@ def test_apply_is_for_trl_in_a_script_of_trls(
             monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(arming.releases, "installed_swift", lambda: swift)
     monkeypatch.setattr(arming.releases, "installed_trl", lambda: trl)
-    assert arming._is_for_trl() == for_trl
+    monkeypatch.setattr(arming._trainer, "apply", lambda: done.append("swift"))
+    monkeypatch.setattr(arming._trl, "apply", lambda: done.append("trl"))
+    monkeypatch.setattr(arming, "arm", lambda: None)
+    return done
+
+
+def test_an_ms_swift_that_cannot_be_imported_does_not_keep_trl_from_being_patched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ms-swift 4.6.0 beside TRL 1.16.0, which has no trl.experimental.ppo any more."""
+    done = applying((), "4.6.0", "1.16.0", monkeypatch)
+
+    def broken() -> None:
+        raise ModuleNotFoundError("No module named 'trl.experimental.ppo'")
+
+    monkeypatch.setattr(arming._trainer, "apply", broken)
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        arming.apply()
+    assert done == ["trl"] and "TRL alone is patched" in caplog.text
+
+
+def test_a_trl_that_is_too_old_does_not_keep_ms_swift_from_being_patched(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = applying((), "3.10.3", "0.24.0", monkeypatch)
+
+    def too_old() -> None:
+        raise UnsupportedReleaseError("TRL 0.24.0 is older than 0.28.0")
+
+    monkeypatch.setattr(arming._trl, "apply", too_old)
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
+        arming.apply()
+    assert done == ["swift"] and "TRL's own trainers, if this script has any, are not patched" in caplog.text
