@@ -101,9 +101,10 @@ def trainer_sums(model: torch.nn.Module, adapter: Adapter, device: torch.device)
 def compared(sums: Sums, answer: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Names of the trainer's parameters that differ from an engine's files, and of those without a counterpart there.
 
-    A name that both have is compared as such. Files may name a layer otherwise than the trainer: then one of the same
-    layer number, shape and content must be there, and where the numbers differ too, one of the same content. A layer
-    that its kernel packed anew, so that no file has its ``qweight`` in this form, has no counterpart where it differs.
+    A name that both have is compared as such, in either of its forms. Files may name a layer otherwise than the
+    trainer: then one of the same layer number, shape and content must be there, and where the numbers differ too, one
+    of the same content. A layer that its kernel packed anew, so that no file has its ``qweight`` in this form, has no
+    counterpart where it differs.
     """
     held = {name: (tuple(shape), value) for name, (_, shape, value) in answer.items()}
     places = {(_place(name), *content) for name, content in held.items()}
@@ -119,7 +120,7 @@ def compared(sums: Sums, answer: dict[str, Any]) -> tuple[list[str], list[str]]:
     elsewhere: list[str] = []
     for name, (_, shape, value) in sums.items():
         if name in held:
-            fine = held[name] == (shape, value)
+            fine = (shape, value) in (held[name], held.get(f"{name}*"))
         elif (_place(name), shape) in numbered:
             fine = (_place(name), shape, value) in places
         else:

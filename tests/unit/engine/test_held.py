@@ -214,6 +214,12 @@ def test_zeros_are_one_lower_in_the_first_format_alone(model: torch.nn.Module, t
         writer.send_base()
 
 
+def test_a_name_that_trainer_and_files_share_stands_for_both_forms_of_a_weight() -> None:
+    answer = {"w": ["int8", [2], 1], "w*": ["bfloat16", [2], 2]}
+    found = [model_files.compared({"w": (torch.bfloat16, (2,), value)}, answer) for value in (1, 2, 3)]
+    assert found == [([], []), ([], []), (["w"], [])]
+
+
 def test_a_layer_that_its_kernel_packed_anew_is_not_compared(
     model: torch.nn.Module, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
