@@ -201,6 +201,16 @@ def frozen_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parame
     return [(n, p) for n, p in model.named_parameters() if "lora_" not in n and not p.requires_grad]
 
 
+def packed_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What the layers of a GPTQ or AWQ base hold, by name: in gptqmodel, AutoAWQ and AutoRound these are buffers."""
+    found = []
+    for name, module in model.named_modules():
+        if "qweight" in module._buffers:
+            kept = [key for key in module._buffers if key not in module._non_persistent_buffers_set]
+            found += [(f"{name}.{key}", buffer) for key in kept if (buffer := module._buffers[key]) is not None]
+    return found
+
+
 def clean_name(name: str) -> str:
     """The name of a module or parameter without the prefix that activation checkpointing inserts."""
     return f"{name}.".replace(_CHECKPOINT_WRAPPER, "").removesuffix(".")

@@ -108,9 +108,14 @@ def same_random_state(device: torch.device) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; each module is afterwards in the mode it was in."""
+    """``model`` in evaluation mode; each module is afterwards in the mode it was in.
+
+    Packed layers (GPTQ, AWQ) stay in theirs. They compute the same in both, and gptqmodel chooses its kernel by it: on
+    a CPU once and for all, so that a layer which was evaluated first would pass no gradient on when it is trained.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, training in modes:
+        module.training = training and "qweight" in module._buffers
     try:
         yield
     finally:

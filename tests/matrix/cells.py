@@ -214,6 +214,8 @@ def others() -> Iterator[Cell]:
     for name, (architecture, arguments) in ADAPTERS.items():
         yield Cell(f"adapters/{name}", architecture, {"vllm_enable_lora": "true", **arguments})
     yield Cell("bases/int8", "qwen2_int8", {"vllm_enable_lora": "true"}, needs_gpu=ONEDNN)
+    for kind in ("gptq", "awq"):
+        yield Cell(f"bases/{kind}", f"qwen2_{kind}", {"vllm_enable_lora": "true", "torch_dtype": "float16"})
     published_fsdp2 = next(cell for cell in published() if cell.arguments.get("fsdp"))
     yield dataclasses.replace(
         published_fsdp2,

@@ -295,9 +295,80 @@ def _int8(folder: Path) -> None:
     )
 
 
-def _is_quantised(folder: Path, how: dict[str, Any]) -> None:
+GROUP = 32  # of GPTQ's and AWQ's weights, in which all share a scale and a zero
+
+
+def _gptq(folder: Path) -> None:
+    """A Qwen2 whose files hold its linear layers as GPTQ has them: symmetric, 4 bits, packed along the inputs."""
+    import torch
+
+    def packed(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        group = torch.arange(codes.shape[0], dtype=torch.int32) // GROUP
+        return {
+            "qweight": _in_int32(codes.T).T.contiguous(),
+            "qzeros": _in_int32(zeros - 1),  # as AutoGPTQ began to write it
+            "scales": scales,
+            "g_idx": group,
+        }
+
+    how = {"quant_method": "gptq", "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+    _in_four_bits(folder, packed, how)
+
+
+def _awq(folder: Path) -> None:
+    """A Qwen2 whose files hold its linear layers as AWQ has them: 4 bits, packed along the outputs in its own order."""
+    import torch
+
+    def packed(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"qweight": _in_int32(_ordered(codes)), "qzeros": _in_int32(_ordered(zeros)), "scales": scales}
+
+    def _ordered(values: torch.Tensor) -> torch.Tensor:
+        return values.view(len(values), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].reshape(values.shape)
+
+    _in_four_bits(folder, packed, {"quant_method": "awq", "version": "gemm", "zero_point": True}, asymmetric=True)
+
+
+def _in_four_bits(
+    folder: Path, packed: Callable[..., dict[str, Any]], how: dict[str, Any], asymmetric: bool = False
+) -> None:
+    """packed: makes the tensors of a layer of its codes (in, out), its zeros and its scales, both (groups, out)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    _text("Qwen2")(folder)
+    held = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            held[name] = value.half()  # as these are published
+            continue
+        groups = value.float().T.reshape(-1, GROUP, len(value))  # (groups, GROUP, out)
+        low, high = groups.amin(1), groups.amax(1)
+        if asymmetric:
+            scales = ((high - low) / 15).half()
+            zeros = (-low / scales).round().clamp(0, 15).int()
+        else:
+            scales = (torch.maximum(-low, high) / 7).half()
+            zeros = torch.full_like(scales, 8, dtype=torch.int32)
+        codes = ((groups / scales[:, None]).round() + zeros[:, None]).clamp(0, 15).int()
+        layer = packed(codes.view(-1, len(value)), zeros, scales)
+        held.update({f"{name.removesuffix('weight')}{kind}": tensor for kind, tensor in layer.items()})
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    # with gptqmodel's default, a GPU's fastest kernel, nothing can be trained
+    _is_quantised(folder, {"bits": 4, "group_size": GROUP, "backend": "auto_trainable", **how}, dtype="float16")
+
+
+def _in_int32(codes: Any) -> Any:
+    """Eight codes of four bits in one, the first in the lowest bits."""
+    import torch
+
+    shifts = torch.arange(0, 32, 4)
+    whole = (codes.long().view(len(codes), -1, 8) << shifts).sum(-1)
+    return torch.where(whole < 2**31, whole, whole - 2**32).int()
+
+
+def _is_quantised(folder: Path, how: dict[str, Any], **more: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how}, indent=1))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how, **more}, indent=1))
 
 
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -336,7 +407,12 @@ ARCHITECTURES = {
     "qwen3_5": Architecture("qwen3_5", _qwen3_sight("Qwen3_5", HYBRID), "qwen3_5", IMAGE),
 }
 
-BASES = {"qwen2_int8": Architecture("qwen2", _int8), "qwen2_fp8": Architecture("qwen2", _fp8)}  # in their files
+BASES = {  # quantised in their files
+    "qwen2_int8": Architecture("qwen2", _int8),
+    "qwen2_fp8": Architecture("qwen2", _fp8),
+    "qwen2_gptq": Architecture("qwen2", _gptq),
+    "qwen2_awq": Architecture("qwen2", _awq),
+}
 ALL = {**ARCHITECTURES, **BASES}
 
 

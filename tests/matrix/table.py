@@ -22,7 +22,8 @@ bit of the trainer's base or adapter was changed by a sync. **refused**: stopped
 **failing**: the rest. *not run*: there is no record. *needs a GPU*: a CPU cannot run it, there is no record of a run on
 a GPU, and nothing here says that it works. Runs are on a CPU unless the outcome names a GPU. *server*: with a `swift
 rollout` beside it, one worker, over ms-swift's own connection; on a CPU what carries its bytes stands in for NCCL
-(`tests/support/nccl_over_store`).
+(`tests/support/nccl_over_store`). *bases*: where a CPU lacks AVX512, a plain product stands in for vLLM's 4-bit kernel
+(`tests/support/plugins/slf_cpu_more.py`).
 """
 STOCK = """Stock, for comparison
 

@@ -1,4 +1,4 @@
-"""Test-only shims for the matrix (tests/matrix) on vLLM's CPU backend: experts, and the sleep flags.
+"""Test-only shims for the matrix (tests/matrix) on vLLM's CPU backend: experts, the sleep flags, and 4-bit weights.
 
 Experts: the backend packs those that it reads from files, and not those that are pushed afterwards, so that stock and
 ours would compute with another layout than they wrote. Here they stay as they are loaded, and are computed plainly.
@@ -6,6 +6,9 @@ ours would compute with another layout than they wrote. Here they stay as they a
 Sleep: vLLM refuses ``enable_sleep_mode`` on a CPU, although the worker's own ``sleep`` is there and does nothing. Here
 it is allowed, so that --sleep_level runs as published: all that ms-swift and the plugin do around a sleep happens, and
 the engine loses nothing in it. (On a GPU it does: tests/real/gpu.)
+
+4-bit weights (GPTQ, AWQ): the backend's kernel wants AVX512. On other processors it loads such a model and packs it as
+for the kernel, and fails in its first forward. There what it packed is multiplied plainly.
 """
 
 import wrapt
@@ -94,3 +97,24 @@ def _name_shared_memory(module):
     def init(wrapped, instance, args, kwargs):
         os.environ["VLLM_DIST_IDENT"] = os.environ["MASTER_PORT"]
         return wrapped(*args, **kwargs)
+
+
+@wrapt.when_imported("vllm._custom_ops")
+def _multiply_four_bits(module):
+    import torch
+
+    def codes(packed):
+        shifts = torch.arange(0, 32, 4)
+        return ((packed[..., None] >> shifts) & 15).flatten(-2)
+
+    @wrapt.patch_function_wrapper(module, "cpu_gemm_wna16")
+    def multiply(wrapped, instance, args, kwargs):
+        if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            return wrapped(*args, **kwargs)
+        x, packed, scales, zeros, bias = (kwargs[name] for name in ("input", "q_weight", "scales", "zeros", "bias"))
+        groups, width = scales.shape
+        blocks = packed.view(width // 16, -1, 2).transpose(0, 1)  # of 16 outputs, each with all inputs
+        values = codes(blocks.reshape(-1, width // 8)).view(groups, -1, width)
+        values = values - (8 if zeros is None else codes(zeros)[:, None])
+        weight = (values * scales[:, None].float()).to(x.dtype).view(-1, width)
+        return torch.nn.functional.linear(x, weight.T, bias)

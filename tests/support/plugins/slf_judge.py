@@ -27,10 +27,13 @@ def _local(parameter):
 
 
 def _held(trainer, trained):
-    named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    named = dict(model.named_parameters())
     if "_slf_shards" not in vars(trainer) and any(hasattr(parameter, "to_local") for parameter in named.values()):
         trainer._slf_shards = named  # FSDP2: after a forward its layers show whole parameters, and not these
     named = vars(trainer).get("_slf_shards", named)
+    packed = (".qweight", ".qzeros", ".scales")  # GPTQ's and AWQ's, in buffers
+    named = {**named, **{name: value for name, value in model.named_buffers() if name.endswith(packed)}}
     return {name: _local(p) for name, p in named.items() if p.requires_grad == trained}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,13 @@ def model() -> torch.nn.Module:
     return peft_model().to(torch.bfloat16)
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    return caplog
+
+
 def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """In FP8, a scale for each block of rows, and what it stands for."""
     scales = torch.linspace(0.1, 0.3, len(weight) // ROWS)[:, None]
@@ -46,7 +56,11 @@ def writer_of(model: torch.nn.Module, folder: Path, kind: str | None = "fp8", **
             held[plain], held[f"{plain}_scale_inv"], parameter.data = in_blocks(parameter.data)
         else:
             held[plain] = parameter.data.clone()
-    save_file({**held, **changes}, folder / "model.safetensors")
+    return writer_with(model, folder, {**held, **changes}, kind)
+
+
+def writer_with(model: torch.nn.Module, folder: Path, held: dict[str, torch.Tensor], kind: str | None) -> Any:
+    save_file(held, folder / "model.safetensors")
     engine = FakeEngine()
     vars(engine.vllm_config.model_config).update(quantization=kind, model=str(folder), dtype=torch.bfloat16)
     sent: list[Any] = []
@@ -133,3 +147,104 @@ def test_any_other_base_is_sent(model: torch.nn.Module, tmp_path: Path, kind: st
     writer = writer_of(model, tmp_path, kind)
     writer.send_base()
     assert writer.sent
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as gptqmodel has it: all in buffers, the zeros one higher than GPTQ's files have them, floats in
+    the files' dtype, whatever the model's."""
+
+    def __init__(self, held: dict[str, torch.Tensor], raised: bool) -> None:
+        super().__init__()
+        for name, value in held.items():
+            value = value + 0x11111111 if raised and name == "qzeros" else value.clone()
+            self.register_buffer(name, value)
+        self.register_buffer("shifts", torch.arange(0, 32, 4), persistent=False)
+
+
+def packed_writer_of(model: torch.nn.Module, folder: Path, how: str = "gptq", **changes: torch.Tensor) -> Any:
+    """Its files hold the linear layers packed, and the trainer what gptqmodel makes of these."""
+    held: dict[str, torch.Tensor] = {}
+    for name in ("first", "second"):
+        layer = model.base_model.model.get_submodule(name)
+        width, inputs = layer.base_layer.weight.shape
+        packed = {
+            "qweight": torch.randint(-(2**31), 2**31, (inputs // 4, width)).int(),
+            "qzeros": torch.randint(0, 2**27, (2, width)).int(),
+            "scales": torch.rand(2, 8 * width).half(),
+            "bias": torch.rand(width).half(),
+        }
+        held.update({f"{name}.{kind}": value for kind, value in packed.items()})
+        layer.base_layer = Packed(packed, how == "gptq")
+    for name, parameter in adapters.frozen_parameters(model):
+        held[name.removeprefix("base_model.model.")] = parameter.data.clone()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": how}}))
+    return writer_with(model, folder, {**held, **changes}, f"auto_{how}")
+
+
+@pytest.mark.parametrize("how", ["gptq", "awq"])
+def test_packed_weights_are_compared_as_a_trainer_holds_them(
+    model: torch.nn.Module, tmp_path: Path, how: str, said: pytest.LogCaptureFixture
+) -> None:
+    record = packed_writer_of(model, tmp_path, how).send_base()
+    count = len(adapters.frozen_parameters(model)) + 8
+    assert f"{count} of the trainer's {count} base tensors bit for bit" in said.text
+    assert not record.trainer_differences()
+    model.base_model.model.second.base_layer.qweight[0, 0] ^= 1
+    assert [name.split(".")[-1] for name in record.trainer_differences()] == ["qweight"]
+
+
+@pytest.mark.parametrize("how", ["gptq", "awq"])
+@pytest.mark.parametrize("kind", ["qweight", "qzeros", "scales", "bias"])
+def test_packed_weights_that_differ_are_refused_by_name(
+    model: torch.nn.Module, tmp_path: Path, how: str, kind: str
+) -> None:
+    writer = packed_writer_of(model, tmp_path, how)
+    value = getattr(model.base_model.model.first.base_layer, kind)
+    value.view(torch.int16)[0] ^= 1
+    with pytest.raises(errors.BaseMismatchError, match=rf"quantised \(auto_{how}\).* 1 of .*first.*{kind}"):
+        writer.send_base()
+
+
+@pytest.mark.parametrize("field", ["checkpoint_format", "format"])
+def test_zeros_are_one_lower_in_the_first_format_alone(model: torch.nn.Module, tmp_path: Path, field: str) -> None:
+    writer = packed_writer_of(model, tmp_path)
+    how = {"quant_method": "gptq", field: "gptq_v2"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": how}))
+    with pytest.raises(errors.BaseMismatchError, match=" 2 of .*qzeros"):
+        writer.send_base()
+
+
+def test_a_name_that_trainer_and_files_share_stands_for_both_forms_of_a_weight() -> None:
+    answer = {"w": ["int8", [2], 1], "w*": ["bfloat16", [2], 2]}
+    found = [model_files.compared({"w": (torch.bfloat16, (2,), value)}, answer) for value in (1, 2, 3)]
+    assert found == [([], []), ([], []), (["w"], [])]
+
+
+def test_a_layer_that_its_kernel_packed_anew_is_not_compared(
+    model: torch.nn.Module, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    """As gptqmodel does for a CPU, in the first forward of an evaluation."""
+    writer = packed_writer_of(model, tmp_path)
+    layer = model.base_model.model.first.base_layer
+    layer.qweight, layer.qzeros = layer.qweight.view(torch.uint8), torch.zeros_like(layer.scales)
+    record = writer.send_base()
+    assert "2 of 11 base tensors have another layout" in said.text
+    layer = model.base_model.model.second.base_layer
+    layer.qweight, layer.qzeros = layer.qweight.view(torch.uint8), torch.zeros_like(layer.scales)
+    assert not record.trainer_differences()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
+@pytest.mark.parametrize("kind, tensors", [("qwen2_gptq", 69), ("qwen2_awq", 55)])
+def test_what_gptqmodel_makes_of_such_files_is_proved(tmp_path: Path, kind: str, tensors: int) -> None:
+    models.BASES[kind].make(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    files = model_files.base_sums(str(tmp_path), torch.bfloat16)
+    sums = model_files.trainer_sums(made, adapters.bind(made), torch.device("cpu"))
+    assert len(sums) == tensors and model_files.compared(sums, files) == ([], [])
+    with torch.no_grad():
+        made.eval()(torch.tensor([[1, 2, 3]]))
+    sums = model_files.trainer_sums(made, adapters.bind(made), torch.device("cpu"))
+    differing, elsewhere = model_files.compared(sums, files)
+    assert not differing and len(elsewhere) >= 2 * 14

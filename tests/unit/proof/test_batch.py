@@ -114,6 +114,27 @@ def test_all_ranks_count_also_where_this_one_has_nothing(monkeypatch: pytest.Mon
     assert found is not None and found.distance.mean == 0.5 and "only 0 of 3" in wrong
 
 
+def test_packed_layers_stay_as_they_train_while_the_model_is_evaluated() -> None:
+    """gptqmodel's for a CPU, first run in evaluation, passes no gradient on for ever after."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(1))
+
+        def train(self, mode: bool = True) -> Any:
+            raise AssertionError("it would be packed anew, and not be put back")
+
+    packed, model = Packed(), torch.nn.Sequential(torch.nn.Dropout())
+    model.append(packed)
+    with probe.evaluating(model):
+        assert packed.training and not model.training and not model[0].training
+    assert model.training and model[0].training
+    packed.training = False
+    with probe.evaluating(model):
+        assert not packed.training
+
+
 def test_dropout_is_seen_and_switched_off() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5), torch.nn.Dropout(0.0).eval())
     assert batch.drops_out(model) and not batch.drops_out(torch.nn.Dropout(0.0))

@@ -120,13 +120,19 @@ class BaseRecord:
     the
         trainer's tensors into place, and each piece was summed as it was written. Parameters that vLLM replaced before
         the push ended (with a layout for its kernels) are left out: their expected content is unknown.
+    frozen: the trainer's parameters. packed: finds what else its base holds, in buffers, each time: moving a model to
+        another device replaces these. One whose kernel packs it anew is no longer compared.
     """
 
     def __init__(
-        self, model: torch.nn.Module, pieces: tuple[Piece, ...], frozen: tuple[tuple[str, torch.nn.Parameter], ...]
+        self,
+        model: torch.nn.Module,
+        pieces: tuple[Piece, ...],
+        frozen: tuple[tuple[str, torch.nn.Parameter], ...],
+        packed: Callable[[], list[tuple[str, torch.Tensor]]] = list,
     ) -> None:
         self._model = weakref.ref(model)
-        self._frozen = frozen
+        self._frozen, self._packed = frozen, packed
         alive = self._storages()
         self.pieces = tuple(piece for piece in pieces if _storage(piece.destination) in alive)
         self._trainer = self._trainer_checksums()
@@ -156,21 +162,23 @@ class BaseRecord:
     def trainer_differences(self) -> list[str]:
         """Names of the trainer's base parameters whose bits (this rank's part) have changed since the push."""
         now = self._trainer_checksums()
-        return [name for (name, _), was, now in zip(self._frozen, self._trainer, now) if was != now]
+        return [key[0] for key, was in self._trainer.items() if now.get(key, was) != was]
 
     def _storages(self) -> set[int]:
         model = self._model()
         return {_storage(parameter) for parameter in model.parameters()} if model is not None else set()
 
-    def _trainer_checksums(self) -> list[int]:
-        sums: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-        for index, (_, parameter) in enumerate(self._frozen):
-            value = checksum(local_part(parameter))
-            sums.setdefault(value.device, []).append((index, value))
-        found = [0] * len(self._frozen)
+    def _trainer_checksums(self) -> dict[tuple[Any, ...], int]:
+        """By name, and by the form of what is packed."""
+        parts: dict[tuple[Any, ...], torch.Tensor] = {(name,): local_part(value) for name, value in self._frozen}
+        parts.update({(name, value.dtype, value.shape): value for name, value in self._packed()})
+        sums: dict[torch.device, list[tuple[tuple[Any, ...], torch.Tensor]]] = {}
+        for key, part in parts.items():
+            value = checksum(part)
+            sums.setdefault(value.device, []).append((key, value))
+        found: dict[tuple[Any, ...], int] = {}
         for pairs in sums.values():  # one transfer a device
-            for (index, _), value in zip(pairs, torch.stack([value for _, value in pairs]).tolist()):
-                found[index] = value
+            found.update(zip((key for key, _ in pairs), torch.stack([value for _, value in pairs]).tolist()))
         return found
 
 
