@@ -169,7 +169,7 @@ def status() -> Status:
     if not _trainer.is_instrumented and (_trl.is_instrumented or version is None):
         trl_family = releases.trl_family_of(trl) if trl else None
         defects = trl_family.defects if trl_family else ()
-    elif (family := releases.family_of(version)) is not None:
+    elif version is not None and (family := releases.family_of(version)) is not None:
         defects = family.defects
     return Status(
         enabled=Settings.from_environment().enabled,

@@ -122,8 +122,9 @@ class Session:
         if self.auto is not None:
             self._choose_mode()
         if self.phase is Phase.UNBOUND or self._repairs:
-            self.base = self.writer.send_base()
+            self.base = self.writer.send_base(straight=not self._repairs)
             self.base_pushes += 1
+            clock.lap("base")
         self.phase, self.served_step = Phase.BASE_HELD, None
         self.last_write = self.writer.write_by_reference() if self._repairs else self.writer.write()
         if came_from is not None and came_from != self.last_write.digest:

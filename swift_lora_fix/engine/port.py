@@ -168,8 +168,10 @@ class WriterPort(Protocol):
         """Called before anything is written, so that an error leaves the engine its policy. Raises
         NonFiniteAdapterError; EngineStateError while requests are running, because they would mix two policies."""
 
-    def send_base(self) -> BasePort | None:
-        """Send the trainer's unmerged base to the engine. None when the engine itself compares it."""
+    def send_base(self, straight: bool = False) -> BasePort | None:
+        """Send the trainer's unmerged base to the engine. None when the engine itself compares it.
+
+        straight: a base that was sent before and lost may be copied straight to where it went then."""
 
     def write(self) -> WriteReport:
         """Make the engine serve the trainer's current policy, and drop its caches of the previous one."""

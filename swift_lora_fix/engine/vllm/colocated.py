@@ -37,6 +37,7 @@ class AdapterModeWriter:
         self.slots = AdapterWriter(engine, adapter, trainer.adapter_request_class, trainer.device, direct)
         self.serving: ServingPort = AdapterServing(trainer, engine, adapter)
         self._held: base.BaseRecord | None = None  # of a base that cannot be sent
+        self._pushed: base.Pushed | None = None
 
     @property
     def place(self) -> str:
@@ -52,9 +53,12 @@ class AdapterModeWriter:
         self.engine.check_idle()
         self.slots.validate()
 
-    def send_base(self) -> base.BaseRecord:
+    def send_base(self, straight: bool = False) -> base.BaseRecord:
         if not held.is_held(self.engine):
-            return base.push(self.trainer, self.engine, self.adapter).record
+            if not (straight and base.repeat(self.trainer, self.adapter, self._pushed)):
+                self._pushed = base.push(self.trainer, self.engine, self.adapter)
+            assert self._pushed is not None
+            return self._pushed.record
         if self._held is None:
             self._held = held.prove(self.trainer, self.engine, self.adapter)
         lost = self._held.engine_differences()
@@ -99,6 +103,7 @@ class FusedModeWriter:
         reload = partial(base.reload, trainer, engine, adapter)
         self.weights = FusedWriter(engine, adapter, modules, trainer.device, reload)
         self.serving: ServingPort = FusedServing(engine, self.weights)
+        self._pushed: base.Pushed | None = None
 
     @property
     def place(self) -> str:
@@ -114,10 +119,14 @@ class FusedModeWriter:
         self.engine.check_idle()
         self.weights.validate()
 
-    def send_base(self) -> base.BaseRecord:
-        pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing)
-        self.weights.accept_base(pushed)
-        return pushed.record
+    def send_base(self, straight: bool = False) -> base.BaseRecord:
+        """Straight without the weights that change: they are written right after it, where the push has proved them."""
+        known = self.weights.is_known
+        if not (straight and known and base.repeat(self.trainer, self.adapter, self._pushed)):
+            self._pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing)
+            self.weights.accept_base(self._pushed)
+        assert self._pushed is not None
+        return self._pushed.record
 
     def write(self) -> WriteReport:
         keep_views = not self.trainer.offloads_model

@@ -59,9 +59,10 @@ class CopyRecorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Written:
-    """What one copy wrote to an engine parameter. Either source and region, if it will be written again, or a checksum.
+    """What one copy wrote to an engine parameter.
 
-    source: the trainer's parameter. region: its part that was copied. checksum: of the written bytes, 0-dim int64.
+    source: the trainer's parameter. region: its part that was copied; None where that is unknown. checksum: of the
+    written bytes, 0-dim int64; None for what will be overwritten with other values.
     """
 
     name: str
@@ -85,7 +86,7 @@ class WriteRecorder(TorchDispatchMode):
         self._covered: dict[int, dict[tuple[int, Any, Any], int]] = {}  # by storage: bytes of each view copied into
         self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: tensors made of a changing weight
         self._locate, self._changing = locate, changing
-        self._changing_pointers: dict[int, str] = {}
+        self._sources: dict[int, str] = {}  # by storage: the trainer's parameter that went there
         held = {name: p for name, p in model.named_parameters() if p.numel()}
         self._names = {p.untyped_storage().data_ptr(): name for name, p in held.items()}
         # of the parameter itself: its storage may hold more (dense LoRA layers put A below W)
@@ -101,7 +102,7 @@ class WriteRecorder(TorchDispatchMode):
             if pointer in self._names and first.numel():
                 self._cover(first, pointer, func is torch.ops.aten.copy_.default)
                 self._record(first, pointer, args[1] if func is torch.ops.aten.copy_.default else None)
-        if self._changing_pointers:
+        if self._sources:
             self._note_reads(func, args, result)
         return result
 
@@ -138,25 +139,28 @@ class WriteRecorder(TorchDispatchMode):
             return
         destination = destination.detach()
         source, offset = self._locate(value) or (None, 0)
-        if self._changing and (source is None or source in self._changing):
-            if source is not None:
-                self._changing_pointers[pointer] = source
-            if source is None or value.shape != destination.shape:
-                return  # its later values are unknown
-            region = Region(destination, offset, tuple(value.stride()))
-            written[start, end] = Written(self._names[pointer], destination, source, region, None)
-        else:
-            written[start, end] = Written(self._names[pointer], destination, None, None, checksum(destination))
+        region = None
+        if source is not None:
+            # of several in one storage, one that will change
+            self._sources[pointer] = max(source, self._sources.get(pointer, source), key=self._changing.__contains__)
+            if value.shape == destination.shape:
+                region = Region(destination, offset, tuple(value.stride()))
+        changes = bool(self._changing) and (source is None or source in self._changing)
+        if changes and region is None:
+            return  # its later values are unknown
+        total = None if changes else checksum(destination)
+        written[start, end] = Written(self._names[pointer], destination, source, region, total)
 
     def _note_reads(self, func: Any, args: Any, result: Any) -> None:
-        """Remember tensors computed, directly or transitively, from a weight that will change: they would go stale."""
+        """Remember tensors computed, directly or transitively, from a weight: of one that changes they would go stale,
+        of one that is lost they would be lost too."""
         if func.is_view or not isinstance(result, torch.Tensor) or result.numel() < 2:
             return
         storage = result.untyped_storage()
         for value in args[func._schema.is_mutable :]:
             if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
                 pointer = value.untyped_storage().data_ptr()
-                source = self._changing_pointers.get(pointer) or self._made_of(pointer)
+                source = self._sources.get(pointer) or self._made_of(pointer)
                 if source is not None and pointer != storage.data_ptr():
                     self._made[storage.data_ptr()] = StorageWeakRef(storage), source
 
@@ -165,10 +169,10 @@ class WriteRecorder(TorchDispatchMode):
         return None if made is None or made.expired() else source
 
     def derived(self, model: torch.nn.Module) -> Iterator[str]:
-        """Names of the changing parameters whose copy in the engine is in use beside a tensor computed from it. (Where
+        """Names of the trainer's parameters whose copy in the engine is in use beside a tensor computed from it. (Where
         vLLM replaced the copy by the computed tensor, the copy itself is no longer in use.)"""
         used = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        in_use = {source for pointer, source in self._changing_pointers.items() if pointer in used}
+        in_use = {source for pointer, source in self._sources.items() if pointer in used}
         for made, source in self._made.values():
             if source in in_use and not made.expired():
                 yield source
@@ -177,10 +181,21 @@ class WriteRecorder(TorchDispatchMode):
         """Everything written that will not change."""
         return (written for written in self._all() if written.checksum is not None)
 
+    def are_all_copies(self, model: torch.nn.Module) -> bool:
+        """Whether each byte of the model's parameters is a copy of what is known to be where in the trainer."""
+        sizes: dict[int, int] = {}
+        for pointer, written in self._written.items():
+            known = (w.destination for w in written.values() if w.region is not None)
+            sizes[pointer] = sum(destination.numel() * destination.element_size() for destination in known)
+        return all(
+            sizes.get(p.untyped_storage().data_ptr(), 0) >= p.numel() * p.element_size() for p in model.parameters()
+        )
+
     def regions(self) -> dict[str, tuple[Region, ...]]:
+        """Of the parameters that will be overwritten."""
         found: dict[str, tuple[Region, ...]] = {}
         for written in self._all():
-            if written.source is not None and written.region is not None:
+            if written.checksum is None and written.source is not None and written.region is not None:
                 found[written.source] = (*found.get(written.source, ()), written.region)
         return found
 

@@ -153,7 +153,7 @@ class FolderWriter:
     def validate(self) -> None:
         self._check.finish()
 
-    def send_base(self) -> None:
+    def send_base(self, straight: bool = False) -> None:
         """The server has its model's own. Whether that is the trainer's, the gate asks."""
 
     def write(self) -> WriteReport:

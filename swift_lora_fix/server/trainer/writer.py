@@ -80,7 +80,7 @@ class RemoteWriter:
     def adapted_parameters(self) -> set[str]:
         return set()  # the engine's parameters are unknown here
 
-    def send_base(self) -> None:
+    def send_base(self, straight: bool = False) -> None:
         """Compare the trainer's base with the model folders that the servers loaded, tensor by tensor. If it differs,
         send it, provided that NCCL is open to all of them.
 

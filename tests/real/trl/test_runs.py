@@ -88,6 +88,13 @@ def test_a_resume_is_compared_with_its_file(runs: Runs, name: str, place: str) -
     assert f"chain of custody: file (SHA-256 {digest}) = trainer = {place}" in run.log
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ("sleeping", "adapter_sleeping")]
+)
+def test_a_base_that_the_sleeping_engine_lost_goes_straight_to_its_places(run: Run, name: str) -> None:
+    assert run.log.count("the engine lost its base: it goes straight to where vLLM's loader had put it") == 1
+
+
 @pytest.mark.needs("auto")
 def test_auto_measures_both_modes_on_the_runs_own_rollouts(run: Run) -> None:
     assert "The mode is measured soon." in run.log and "auto mode, measured on this run" in run.log

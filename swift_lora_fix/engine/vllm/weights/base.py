@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ....common.digest import checksum
-from ....common.log import warning
+from ....common.log import info, warning
 from ....errors import EngineStateError
 from ....policy.adapter import Adapter, check_unmerged, clean_name, frozen_parameters, local_part
 from ....trainer import Load, TrainerPort, Weights
@@ -39,9 +39,37 @@ def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing:
     with recording as recorder, with_experts_as_they_are(engine.model):
         _move(trainer, adapter, sources, of_wrapped_layers(engine))
     _check_complete(engine, recorder)
-    pieces = tuple(Piece(w.name, w.destination, w.checksum) for w in recorder.frozen() if w.checksum is not None)
+    pieces = tuple(
+        Piece(w.name, w.destination, w.checksum, w.source, w.region)
+        for w in recorder.frozen()
+        if w.checksum is not None
+    )
     record = BaseRecord(engine.model, pieces, tuple(frozen_parameters(trainer.model)))
-    return Pushed(record, recorder.regions(), frozenset(recorder.derived(engine.model)))
+    derived = set(recorder.derived(engine.model))
+    can_repeat = adapter.sharding == "none" and not derived and recorder.are_all_copies(engine.model)
+    return Pushed(record, recorder.regions(), frozenset(derived & set(changing)), can_repeat)
+
+
+@torch.no_grad()
+def repeat(trainer: TrainerPort, adapter: Adapter, pushed: Pushed | None) -> bool:
+    """Copy the base, but for what changes, to where that push put it: an engine that slept at level 2 has lost it.
+    Returns whether this is possible, and the engine then held the same bits as after the push."""
+    if pushed is None or not pushed.can_repeat:
+        return False
+    held = {clean_name(name): parameter for name, parameter in trainer.model.named_parameters()}
+    pieces = pushed.record.pieces
+    if any(piece.source not in held for piece in pieces):
+        return False
+    check_unmerged(adapter)
+    for piece in pieces:
+        assert piece.source is not None and piece.region is not None
+        piece.destination.copy_(piece.region.region(held[piece.source].detach()))
+    if pushed.record.engine_differences():
+        return False
+    if not pushed.record.repeats:
+        info(f"the engine lost its base: it goes straight to where vLLM's loader had put it, {len(pieces)} copies.")
+    pushed.record.repeats += 1
+    return True
 
 
 def reload(
@@ -97,20 +125,25 @@ class Pushed:
     regions: for each changing parameter of the trainer, which part of it vLLM put where in the engine. A name is
         missing when vLLM did not copy the parameter unchanged.
     derived: names of the changing parameters from whose copy vLLM computed another tensor (MLA's absorbed weights).
+    can_repeat: the push did nothing but copy, and it is known what to where.
     """
 
     record: BaseRecord
     regions: dict[str, tuple[Region, ...]]
     derived: frozenset[str]
+    can_repeat: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an engine parameter that the push wrote, and the checksum of what it wrote there (0-dim int64)."""
+    """A part of an engine parameter that the push wrote, and the checksum of what it wrote there (0-dim int64). source
+    and region: the trainer's parameter that it is a copy of, and which part; None where that is unknown."""
 
     name: str
     destination: torch.Tensor
     checksum: torch.Tensor
+    source: str | None = None
+    region: Region | None = None
 
 
 class BaseRecord:
@@ -133,6 +166,7 @@ class BaseRecord:
     ) -> None:
         self._model = weakref.ref(model)
         self._frozen, self._packed = frozen, packed
+        self.repeats = 0  # how often the push was repeated
         alive = self._storages()
         self.pieces = tuple(piece for piece in pieces if _storage(piece.destination) in alive)
         self._trainer = self._trainer_checksums()
