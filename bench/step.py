@@ -60,6 +60,7 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "lora_rank": args.rank,
             "lora_alpha": 2 * args.rank,
             "learning_rate": 1e-4,
+            **({"lora_dtype": args.lora_dtype} if args.lora_dtype else {}),
             "max_steps": args.steps,
             "save_steps": args.steps + 1,
             "num_generations": min(8, args.batch),
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9, help="training steps of each run (default 9)")
     parser.add_argument("--batch", type=int, default=64, help="completions a step, 8 or a multiple (default 64)")
     parser.add_argument("--tokens", type=int, help="new tokens a completion (default 512; 16 on a CPU)")
+    parser.add_argument("--lora-dtype", help="ms-swift's --lora_dtype: stock casts the LoRA to bfloat16 as it syncs")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     command.run(parser.parse_args(), run_benchmark, print_table, save_chart)
 
