@@ -23,7 +23,7 @@ from functools import partial
 from typing import TypeVar
 
 from ..engine.port import ServingPort
-from ..errors import SwiftLoraFixError
+from ..errors import CacheResetError, SwiftLoraFixError
 from ..policy import adapter as adapters
 from ..policy.adapter import Adapter
 from ..trainer import Answer, RolloutPort, TrainerPort
@@ -122,7 +122,7 @@ class Gate:
                         found.failed[one.kind] = str(error)
         finally:
             if rollout is not None:
-                self._forget_answers()  # a run with the gate is the run without
+                self._forget_after(found)  # a run with the gate is the run without
         return found
 
     # ---- asking ------------------------------------------------------------------------------------------------------
@@ -157,6 +157,14 @@ class Gate:
     def _forget_answers(self) -> None:
         if self.serving.reset_caches is not None:
             self.serving.reset_caches()
+
+    def _forget_after(self, found: Judgement) -> None:
+        """An engine that failed in a question keeps its requests, so that this fails too: then both are said."""
+        try:
+            self._forget_answers()
+        except CacheResetError as error:
+            before = "; ".join(f"the probe with {kind} prompts failed: {why}" for kind, why in found.failed.items())
+            raise CacheResetError(f"{error.args[0]} Before that, {before}." if before else error.args[0]) from error
 
     # ---- judging -----------------------------------------------------------------------------------------------------
 

@@ -533,6 +533,23 @@ def test_a_probe_that_fails_fails_on_all_ranks_in_the_same_place(monkeypatch: py
     assert made.judge(asked).failed == {probe.SHORT: "on another rank"}
 
 
+def test_an_engine_that_dies_in_a_question_is_named_beside_what_it_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its requests, so that its caches cannot be reset: that alone would be in the log."""
+    rollout = Rollout()
+    made = made_gate(monkeypatch, rollout)
+    monkeypatch.setattr(rollout, "ask", lambda *_, **__: {}["cpu_gemm_wna16"])
+    asked = made.ask(rollout, bool)
+
+    def still_running() -> None:
+        raise errors.CacheResetError("a request is still running.")
+
+    monkeypatch.setattr(made.serving, "reset_caches", still_running)
+    with pytest.raises(
+        errors.CacheResetError, match=r"still running. Before that, .*short.* KeyError: 'cpu_gemm_wna16'"
+    ):
+        made.judge(asked, rollout)
+
+
 def test_a_kind_of_prompts_that_fails_takes_no_verdict_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = Rollout(0.005, 0.005)
     made = made_gate(monkeypatch, rollout)
