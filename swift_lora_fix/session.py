@@ -28,6 +28,7 @@ from .common.settings import Settings
 from .engine.port import BasePort, EnginePort, WriteReport, WriterPort
 from .engine.vllm.colocated import AdapterModeWriter, FusedModeWriter
 from .engine.vllm.dense import asked
+from .engine.vllm.folders import FolderEngine, FolderWriter
 from .engine.vllm.handle import EngineHandle
 from .errors import EngineStateError, PolicyMismatchError, ResumeMismatchError
 from .examiner import Examiner, Served
@@ -35,7 +36,6 @@ from .looks import Examination, Pending
 from .policy import adapter as adapters
 from .policy import merging, origin
 from .proof.causes import Finding
-from .server.trainer.folders import FolderEngine, FolderWriter
 from .server.trainer.remote import RemoteEngine
 from .server.trainer.writer import RemoteWriter
 from .trainer import BatchPort, RolloutPort, TrainerPort

@@ -21,9 +21,6 @@ be repeated. ``POST /infer/`` is ms-swift's; with `POLICY_HEADER` it is refused 
 
 from __future__ import annotations
 
-import enum
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictInt, StrictStr, ValidationError
@@ -160,18 +157,6 @@ def parsed(kind: type[Any], text: str | bytes, what: str) -> Any:
             for each in error.errors()
         )
         raise ProtocolError(f"{what} is not understood: {'; '.join(problems)}") from error
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A PEFT config, with only types that JSON has."""
-    return dict(json.loads(json.dumps(config, default=_plain)))
-
-
-def _plain(value: Any) -> Any:
-    """Converts what JSON does not have: sets and enums."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value.value if isinstance(value, enum.Enum) else str(value)
 
 
 def http_status(error: Exception) -> int | None:

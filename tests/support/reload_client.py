@@ -135,14 +135,13 @@ def made_adapter(model: Path, seed: int, rank: int = 8, **config: Any) -> dict[s
 
     from swift_lora_fix.engine.vllm.slots import loader
     from swift_lora_fix.policy import adapter as adapters
-    from swift_lora_fix.server.wire import plain_config
 
     adapted = peft_model_of(model, "float32", rank, **config)
     set_adapter(adapted, seed)
     bound = adapters.bind(adapted)
     held = adapters.read_to_host(bound, torch.device("cpu"))
     tensors = {entry.key: (held[entry.key].float() * entry.scale).bfloat16() for entry in bound.entries}
-    return {"tensors": tensors, "config": plain_config(loader.plain_config(bound))}
+    return {"tensors": tensors, "config": loader.plain_config(bound)}
 
 
 def sent_of(made: dict[str, Any], digest: str | None = None) -> Sent:

@@ -8,11 +8,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from ...engine.vllm import folders
 from ...errors import UnsupportedAdapterError
 from ...install import releases
 from ...policy import adapter as adapters
 from ...policy.adapter import DEFAULT_ADAPTER
-from ...server.trainer import folders
 from .words import WORDS
 
 # While a ``VLLMGeneration`` is made: what its engine needs beyond TRL's own arguments.

@@ -23,7 +23,7 @@ from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...policy.model_files import Sums, compared, trainer_sums
 from ...trainer import TrainerPort
-from ..wire import ANOTHER, Layout, Policy, plain_config
+from ..wire import ANOTHER, Layout, Policy
 from .parcel import Parcel
 from .remote import RemoteEngine
 
@@ -200,7 +200,7 @@ class RemoteWriter:
 
     def _describe(self) -> Layout:
         entries = tuple((entry.key, tuple(entry.shape)) for entry in self.adapter.entries)
-        config = plain_config(loader.plain_config(self.adapter))
+        config = loader.plain_config(self.adapter)
         return Layout(dtype=str(self._dtype).removeprefix("torch."), entries=entries, config=config)
 
     def _send_again(self) -> None:

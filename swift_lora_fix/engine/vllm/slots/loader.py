@@ -10,6 +10,8 @@ from what the trainer computes.
 from __future__ import annotations
 
 import dataclasses
+import enum
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +81,8 @@ def check_served(engine: EngineHandle, words: Words = PLAIN) -> None:
 
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:
-    """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (B contains the scaling already)."""
+    """The adapter's PEFT config for vLLM, as a plain LoRA of scaling 1 (B contains the scaling already), with only
+    types that JSON has."""
     config = dict(adapter.config) if isinstance(adapter.config, Mapping) else dataclasses.asdict(adapter.config)
     config.update(
         r=adapter.max_rank,
@@ -90,4 +93,11 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
         # PiSSA, OLoRA and the like change the base. The engine has that changed base, so the rest is a plain LoRA
         init_lora_weights=True,
     )
-    return config
+    return dict(json.loads(json.dumps(config, default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    """Converts what JSON does not have: sets and enums."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, enum.Enum) else str(value)

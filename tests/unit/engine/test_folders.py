@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from swift_lora_fix import errors, scope
+from swift_lora_fix.engine.vllm import folders
+from swift_lora_fix.engine.vllm.folders import FolderEngine, FolderWriter
 from swift_lora_fix.policy import adapter
-from swift_lora_fix.server.trainer import folders
-from swift_lora_fix.server.trainer.folders import FolderEngine, FolderWriter
 from swift_lora_fix.session import Session
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model

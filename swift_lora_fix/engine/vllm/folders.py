@@ -25,16 +25,15 @@ from ...common.log import warning
 from ...common.ranks import on_main_rank, ranks_agree
 from ...common.settings import Settings
 from ...common.shadowing import holding
-from ...engine.port import ServingPort, WriteReport
-from ...engine.vllm.finite import FiniteCheck
-from ...engine.vllm.slots import loader
-from ...engine.vllm.slots.staging import host_digest
 from ...errors import RolloutServerError
 from ...install import releases
 from ...policy import adapter as adapters
 from ...policy.adapter import Adapter
 from ...trainer import TrainerPort
-from ..wire import plain_config
+from ..port import ServingPort, WriteReport
+from .finite import FiniteCheck
+from .slots import loader
+from .slots.staging import host_digest
 
 DTYPE = torch.float32  # of the files: vLLM casts to its own, which rounds once
 HOW = "start it with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
@@ -181,7 +180,7 @@ class FolderWriter:
         tensors = loader.stage(self.adapter, held, DTYPE)
         with all_or_nothing(self._root / name) as folder:
             save_file(tensors, folder / "adapter_model.safetensors")
-            config = plain_config(loader.plain_config(self.adapter))
+            config = loader.plain_config(self.adapter)
             (folder / "adapter_config.json").write_text(json.dumps(config))
         try:
             self.engine.load(name, self._root / name)
