@@ -19,6 +19,7 @@ from tests.support.driver import Run, make_model
 STAGES = (
     "check",
     "validate",
+    "base",
     "plan",
     "read",
     "digest",
@@ -173,9 +174,7 @@ def save_chart(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = command.arguments("bench_sync", __doc__)
-    parser.add_argument(
-        "--framework", choices=("swift", "trl"), default="swift", help="whose trainer (default swift); TRL: on a CPU"
-    )
+    parser.add_argument("--framework", choices=("swift", "trl"), default="swift", help="whose trainer (default swift)")
     parser.add_argument(
         "--mode",
         choices=("adapter", "fused"),

@@ -33,11 +33,23 @@ class Trl:
     stock_dtype = None  # it leaves the LoRA in its own
 
     def __init__(self, ours, trainer):
+        from swift_lora_fix.common.shadowing import shadowed
+        from swift_lora_fix.engine.vllm.handle import EngineHandle
+        from swift_lora_fix.engine.vllm.weights.names import of_wrapped_layers
+
         generation = trainer.vllm_generation
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.vllm_config = generation.llm.llm_engine.vllm_config
-        stock = stock_sync(type(generation), "sync_weights")
-        self.stock, self.ours = lambda: stock(generation), ours
+        sync = stock_sync(type(generation), "sync_weights")
+        handle = EngineHandle(generation.llm.llm_engine)
+        rename, load = of_wrapped_layers(handle), handle.model.load_weights
+
+        def stock():
+            """Into this engine: stock TRL's has no LoRA layers, for which vLLM wants other names."""
+            with shadowed(handle.model, load_weights=lambda weights: load(rename(dict(weights)).items())):
+                sync(generation)
+
+        self.stock, self.ours = stock, ours
 
 
 def measure_trl(trainer, bench):
