@@ -252,8 +252,7 @@ def _forward(writer: FusedWriter, module: MergedModule, merged: bool, *args: Any
     assert inner is not None
     with writer.whole(module) as whole:
         values = dict(whole)
-        held = module.rounded(module.values(whole), whole, writer.dtype_of) if merged else {}
-        for source, value in held.items():
+        for source, value in (writer.held(module, whole) if merged else {}).items():
             name = module.sent[source]
             values[name] = value.to(whole[name].dtype)
         twin = twin_of(module.module.get_submodule(inner), values, f"{inner}.")

@@ -15,9 +15,10 @@ import swift_lora_fix
 from swift_lora_fix import auto, errors, scope
 from swift_lora_fix.common.settings import Settings
 from swift_lora_fix.engine.vllm.colocated import FusedModeWriter, FusedServing, standing_in
-from swift_lora_fix.engine.vllm.weights import base
+from swift_lora_fix.engine.vllm.weights import base, folding
 from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
 from swift_lora_fix.policy import adapter, merging
+from swift_lora_fix.policy.rounding import rounded
 from swift_lora_fix.proof import audit
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
@@ -260,6 +261,34 @@ def test_the_lost_share_is_what_rounding_takes_of_the_update(
     expected = pytest.approx(1.0, abs=0.2) if nearest else pytest.approx(0.0, abs=0.2)
     assert tiny == expected and small == expected, "below half a step of bf16 nothing arrives, or all but for chance"
     assert large == 0.0 and none is None
+
+
+def test_the_kernel_also_computes_what_the_trainer_is_to_compute_with(made: tuple) -> None:
+    model, engine, writer, pushed = made
+    with torch.no_grad():
+        for name in ("first", "second"):
+            layer = getattr(model.base_model.model, name).base_layer
+            layer.weight.copy_(layer.weight.bfloat16())
+    folded: list[tuple[int, ...]] = []
+
+    def fold(out: torch.Tensor, factors: merging.Factors) -> None:
+        folded.append(tuple(out.shape))
+        value = factors.w.float() + factors.scale * (factors.b.float() @ factors.a.float())
+        out.copy_(rounded(value, factors.w, out.dtype, factors.seed, factors.row, factors.column))
+
+    writer._folding = folding.Folding(fold)
+    _, pushed = writer_for(model, engine)
+    writer.accept_base(pushed)
+    for module in writer.modules:
+        with writer.whole(module) as whole:
+            before = len(folded)
+            (found,) = writer.held(module, whole).values()
+            (expected,) = module.rounded(module.values(whole), whole, writer.dtype_of).values()
+            assert torch.equal(found, expected) and folded[before:] == [tuple(found.shape)]
+            writer._folding._proved.clear()
+            (found,) = writer.held(module, whole).values()
+            assert torch.equal(found, expected) and len(folded) == before + 1, "no kind is trusted unproved"
+            writer.accept_base(pushed)
 
 
 def test_the_trainer_computes_as_the_engine_holds_and_is_itself_again(made: tuple) -> None:

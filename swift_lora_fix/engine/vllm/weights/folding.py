@@ -82,6 +82,13 @@ class Folding:
         assert part is not None and self._fold is not None
         self._fold(destination, part)
 
+    def write_whole(self, factors: Factors, destination: torch.Tensor) -> bool:
+        """The same for a whole weight that lies nowhere in the engine. False where no region of its kind was proved."""
+        if self._fold is None or not self._proved.get(_kind(factors, destination), False):
+            return False
+        self._fold(destination, factors)
+        return True
+
     def _prove(self, part: Factors, destination: torch.Tensor) -> str | None:
         """Fold in a random adapter about as large as W. Returns how the result is off, or None.
 

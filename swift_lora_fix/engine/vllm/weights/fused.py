@@ -266,6 +266,16 @@ class FusedWriter:
                 for source, value in values.items():
                     yield value, held[source], plain[source]
 
+    def held(self, module: MergedModule, whole: Values) -> dict[str, torch.Tensor]:
+        """The module's merged weights, whole, as the engine holds them, by source."""
+        factors = module.factors(whole) if id(module) in self._folded else None
+        if factors is not None:
+            (source,) = module.sources
+            destination = torch.empty_like(factors.w, dtype=self.dtype_of(source))
+            if self._folding.write_whole(factors, destination):
+                return {source: destination}
+        return module.rounded(module.values(whole), whole, self.dtype_of)
+
     @contextlib.contextmanager
     def plain_base(self) -> Iterator[None]:
         """Inside, the engine holds exactly the model without the adapter; afterwards the trainer's policy again."""
