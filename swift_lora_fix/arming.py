@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .common.log import info
+from .common.log import info, warning
 from .common.settings import Settings
 from .engine.vllm.dense.instrumentor import DenseLayers
 from .errors import SwiftLoraFixError
@@ -90,7 +90,8 @@ def arm() -> None:
 
 def apply(mode: str | None = None) -> Status:
     """Patch ms-swift or TRL now, all or nothing: whichever this script imported, or is installed. Of a script that
-    imported neither, where both are, nobody knows whose it is: then both. A second call changes nothing.
+    imported neither, where both are, nobody knows whose it is: then both, and if one of them cannot be patched there,
+    that one is named and the other is. A second call changes nothing.
 
     Args:
         mode: ``adapter``, ``fused`` or ``auto``; sets SWIFT_LORA_FIX_MODE in this process. None leaves it as it is.
@@ -109,7 +110,9 @@ def apply(mode: str | None = None) -> Status:
         return status()
     try:
         _megatron.check_absent()
-        if is_ms_swift() or releases.installed_trl() is None:
+        if _trl.is_instrumented and not _trainer.is_instrumented:
+            _trl.apply()  # again, whatever was loaded since
+        elif is_ms_swift() or releases.installed_trl() is None:
             _trainer.apply()
         elif TRL in sys.modules or releases.installed_swift() is None:
             _trl.apply()
@@ -129,15 +132,20 @@ def _apply_both() -> None:
     """ms-swift, which brings a TRL of its own choice with it; and that, which only TRL's own trainers notice."""
     try:
         _trainer.apply()
-    except ModuleNotFoundError as error:
-        info(f"ms-swift cannot be imported here ({error}): TRL alone is patched.")
-        _trl.apply()
+    except SwiftLoraFixError:
+        raise
+    except Exception as error:  # whatever an ms-swift that does not fit its surroundings raises
+        try:
+            _trl.apply()
+        except Exception:
+            raise error from None
+        warning(f"ms-swift cannot be imported here ({type(error).__name__}: {error}): TRL alone is patched.")
         return
     reason = _arming.reason
     try:
         _trl.apply()
         _arming.reason = f"{reason} and {releases.TRL_MODULE}"
-    except (SwiftLoraFixError, ImportError) as error:
+    except Exception as error:  # the same
         info(f"TRL's own trainers, if this script has any, are not patched: {error}")
 
 

@@ -1,7 +1,8 @@
 """The numbers of a sync, where users look: in ms-swift's own metrics, so in ``logging.jsonl`` and any ``--report_to``.
 
-All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds_validate``, ``_write``, ``_caches`` and
-``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``; ``probes_failed`` where a probe could not be made.
+All begin with ``lora_sync/``. At each sync: ``seconds`` and its parts ``seconds_validate``, ``_base``, ``_write``,
+``_caches`` and ``_wait``; beside it ``seconds_audit``; ``bytes``; ``policy_step``; ``probes_failed`` where a probe
+could not be made.
 
 At syncs that the gate examines: ``seconds_base_audit``, ``seconds_gate``; ``mismatch_mean``, ``mismatch_max`` (|logprob
 engine - trainer|, nats a token), ``mismatch_kl`` (k3); ``noise`` (nats a token: what this policy's own numerics
@@ -47,7 +48,7 @@ def of(session: Session) -> dict[str, float]:
         "policy_step": float(session.served_step or 0),
         "seconds_audit": seen.audit_seconds,
     }
-    for stage in ("validate", "write", "caches", "wait"):
+    for stage in ("validate", "base", "write", "caches", "wait"):
         numbers[f"seconds_{stage}"] = write.seconds.get(stage, 0.0)
     if seen.probes_failed:
         numbers["probes_failed"] = float(seen.probes_failed)

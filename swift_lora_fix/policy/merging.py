@@ -4,8 +4,9 @@ For a LoRA layer of weight W (out, in)::
 
     W' = cast(W + (B @ A) * s)
 
-W, A and B are converted to float32; product and sum are float32; the result is rounded once, to the engine's dtype
-(rounding.py). So each element is off by at most ``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)``, with
+W, A and B are converted to float32; product and sum are float32; the result is rounded once, to the engine's dtype, in
+bfloat16 by chance (rounding.py). So each element is off by at most
+``|W' - (W + s*B@A)| <= u*|W'| + g*(|s|*(|B| @ |A|) + |W|)``, for a W that the engine's dtype has, with
 u = 2**-7 for bfloat16 and 2**-11 for float16, and g = (r + 3) * 2**-24, the usual bound of an inner product of length r
 and two more operations (N. Higham, Accuracy and Stability of Numerical Algorithms, sections 2.1 and 3.1). On a GPU a
 kernel computes the products with two bfloat16 for each float32, and g grows by 1.25 * 2**-16

@@ -7,9 +7,9 @@ Science 9, 2022): what is lost is noise, and in a layer's sums over thousands of
 worth is measured by bench/rounding.py (docs/modes.md).
 
 The chance is a hash of the weight's name, row and column. So the same policy always has the same bits, in each
-process, for each slice, and after a resume; and a weight that moves on slowly changes once. A weight that does not
-change (dW = 0) keeps its bits. Where W itself is no bfloat16 number (float32 training), W + dW lies anywhere between
-two, and the nearest one is right in the mean, and closer. float16 is eight times finer: also the nearest.
+process, for each slice, and after a resume; and a weight that moves on slowly changes once. A W that is no bfloat16
+number is first rounded to the nearest, as vLLM loads the base: without an update the engine holds the plain base.
+float16 is eight times finer than bfloat16: there W + dW is rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import zlib
 
 import torch
 
-ROWS = 1024  # rounded at a time, so that this needs less memory than a layer
+ELEMENTS = 1 << 22  # rounded at a time, so that this needs less memory than a layer
+NAN = 0x7FC0  # in bfloat16; with what is added to its bits, a GPU's NaN (0x7FFFFFFF) would become -0
 
 
 def seed_of(source: str) -> int:
@@ -37,21 +38,20 @@ def rounded(
     rows = value.reshape(-1, value.shape[-1])
     base = plain.reshape(rows.shape)
     found = torch.empty_like(rows, dtype=dtype)
-    for start in range(0, len(rows), ROWS):
-        part = slice(start, start + ROWS)
-        chance = _chance(rows[part].shape, seed, row + start, column, value.device)
-        found[part] = _rounded(rows[part].contiguous(), base[part].float().contiguous(), chance)
+    step = max(1, ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        w = base[part].float()
+        moved = rows[part] + (w.bfloat16().float() - w)  # exact, and nothing where W is a bfloat16 number
+        found[part] = _rounded(moved, _chance(moved.shape, seed, row + start, column, value.device))
     return found.view(value.shape)
 
 
-def _rounded(value: torch.Tensor, base: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """By the bits of float32: the upper sixteen are bfloat16's. What is added to the lower ones decides what they
-    carry: one from 0 to 2**16 - 1 by chance, or what rounds to the nearest, and to even between two."""
-    bits = value.view(torch.int32)
-    to_nearest = ((bits >> 16) & 1) + 0x7FFF
-    is_bfloat16 = (base.view(torch.int32) & 0xFFFF) == 0
-    kept = (bits + torch.where(is_bfloat16, chance, to_nearest)) >> 16
-    return kept.to(torch.int16).view(torch.bfloat16)
+def _rounded(value: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """By the bits of float32: the upper sixteen are bfloat16's. Chance, 0 to 2**16 - 1, is added to the lower ones, and
+    what they carry decides."""
+    kept = (value.contiguous().view(torch.int32) + chance) >> 16
+    return torch.where(value.isnan(), NAN, kept).to(torch.int16).view(torch.bfloat16)
 
 
 def _chance(shape: torch.Size, seed: int, row: int, column: int, device: torch.device) -> torch.Tensor:

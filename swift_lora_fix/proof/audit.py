@@ -72,7 +72,7 @@ class _Lost:
 
     def rounding(self) -> Rounding:
         lost, squares, added = (float(torch.stack(s).sum()) for s in (self.lost, self.squares, self.added))
-        return Rounding(max(0.0, lost - 2 * math.sqrt(squares)) / added if added else None)
+        return Rounding(max(lost - 2 * math.sqrt(squares), 0.0) / added if added else None)
 
 
 @torch.no_grad()

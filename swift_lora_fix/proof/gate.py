@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -122,17 +122,21 @@ class Gate:
                         found.failed[one.kind] = str(error)
         finally:
             if rollout is not None:
-                self._forget_after(found)  # a run with the gate is the run without
+                self._forget_after(found.failed)  # a run with the gate is the run without
         return found
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def _ask_kind(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
         try:
-            return self._ask_what(rollout, kind, ahead)
-        finally:
+            asked = self._ask_what(rollout, kind, ahead)
+        except Exception as error:
             if ahead:
-                self._forget_answers()
+                self._forget_after({kind: f"{type(error).__name__}: {error}"})
+            raise
+        if ahead:
+            self._forget_answers()
+        return asked
 
     def _ask_what(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
         plain: tuple[Answers, ...] = ()
@@ -158,12 +162,12 @@ class Gate:
         if self.serving.reset_caches is not None:
             self.serving.reset_caches()
 
-    def _forget_after(self, found: Judgement) -> None:
+    def _forget_after(self, failed: Mapping[str, str]) -> None:
         """An engine that failed in a question keeps its requests, so that this fails too: then both are said."""
         try:
             self._forget_answers()
         except CacheResetError as error:
-            before = "; ".join(f"the probe with {kind} prompts failed: {why}" for kind, why in found.failed.items())
+            before = "; ".join(f"the probe with {kind} prompts failed: {why}" for kind, why in failed.items())
             raise CacheResetError(f"{error.args[0]} Before that, {before}." if before else error.args[0]) from error
 
     # ---- judging -----------------------------------------------------------------------------------------------------

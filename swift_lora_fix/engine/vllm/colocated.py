@@ -56,7 +56,8 @@ class AdapterModeWriter:
     def send_base(self, straight: bool = False) -> base.BaseRecord:
         if not held.is_held(self.engine):
             if not (straight and base.repeat(self.trainer, self.adapter, self._pushed)):
-                self._pushed = base.push(self.trainer, self.engine, self.adapter)
+                before = self._pushed.record if straight and self._pushed is not None else None
+                self._pushed = base.push(self.trainer, self.engine, self.adapter, before=before)
             assert self._pushed is not None
             return self._pushed.record
         if self._held is None:
@@ -123,7 +124,8 @@ class FusedModeWriter:
         """Straight without the weights that change: they are written right after it, where the push has proved them."""
         known = self.weights.is_known
         if not (straight and known and base.repeat(self.trainer, self.adapter, self._pushed)):
-            self._pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing)
+            before = self._pushed.record if straight and self._pushed is not None else None
+            self._pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing, before)
             self.weights.accept_base(self._pushed)
         assert self._pushed is not None
         return self._pushed.record

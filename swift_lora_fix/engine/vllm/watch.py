@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...common.digest import checksum
 
@@ -84,7 +85,9 @@ class WriteRecorder(TorchDispatchMode):
         super().__init__()
         self._pointers: set[int] = set()  # all storages written to
         self._covered: dict[int, dict[tuple[int, Any, Any], int]] = {}  # by storage: bytes of each view copied into
-        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: tensors made of a changing weight
+        self._made: dict[int, tuple[StorageWeakRef, str]] = {}  # by storage: tensors made of an engine's weight
+        self._elsewhere: dict[int, StorageWeakRef] = {}  # by storage: whatever else holds anything of a weight
+        self._buffers = {b.untyped_storage().data_ptr() for b in model.buffers() if b.numel()}
         self._locate, self._changing = locate, changing
         self._sources: dict[int, str] = {}  # by storage: the trainer's parameter that went there
         held = {name: p for name, p in model.named_parameters() if p.numel()}
@@ -104,6 +107,8 @@ class WriteRecorder(TorchDispatchMode):
                 self._record(first, pointer, args[1] if func is torch.ops.aten.copy_.default else None)
         if self._sources:
             self._note_reads(func, args, result)
+        if not func.is_view:
+            self._note_elsewhere(args, kwargs, result)
         return result
 
     def _cover(self, destination: torch.Tensor, pointer: int, is_copy: bool) -> None:
@@ -164,6 +169,22 @@ class WriteRecorder(TorchDispatchMode):
                 if source is not None and pointer != storage.data_ptr():
                     self._made[storage.data_ptr()] = StorageWeakRef(storage), source
 
+    def _note_elsewhere(self, args: Any, kwargs: Any, result: Any) -> None:
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.numel()]
+        if not any(self._is_of_a_weight(value) for value in given if not value.is_meta):
+            return
+        for value in (*tree_leaves(result), *tree_leaves(args[:1])):  # what is written to comes first
+            if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
+                storage = value.untyped_storage()
+                known = storage.data_ptr() in self._names or storage.data_ptr() in self._buffers
+                if not known and self._locate(value) is None:
+                    self._elsewhere[storage.data_ptr()] = StorageWeakRef(storage)
+
+    def _is_of_a_weight(self, value: torch.Tensor) -> bool:
+        pointer = value.untyped_storage().data_ptr()
+        made = self._elsewhere.get(pointer)
+        return pointer in self._sources or (made is not None and not made.expired()) or self._locate(value) is not None
+
     def _made_of(self, pointer: int) -> str | None:
         made, source = self._made.get(pointer, (None, None))
         return None if made is None or made.expired() else source
@@ -182,7 +203,10 @@ class WriteRecorder(TorchDispatchMode):
         return (written for written in self._all() if written.checksum is not None)
 
     def are_all_copies(self, model: torch.nn.Module) -> bool:
-        """Whether each byte of the model's parameters is a copy of what is known to be where in the trainer."""
+        """Whether each byte of the model's parameters is a copy of a known part of the trainer's, and nothing beside
+        them holds anything of a weight, but for buffers, which vLLM itself keeps through a sleep."""
+        if any(not made.expired() for made in self._elsewhere.values()):
+            return False
         sizes: dict[int, int] = {}
         for pointer, written in self._written.items():
             known = (w.destination for w in written.values() if w.region is not None)

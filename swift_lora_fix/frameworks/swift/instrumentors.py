@@ -65,7 +65,7 @@ class Trainer(Instrumentor):
         """
         self.paused = self.peft.paused = True
         try:
-            self.instrument(_import_rollout_module())
+            self.instrument(import_rollout_module())
         finally:
             self.paused = self.peft.paused = False
 
@@ -205,7 +205,7 @@ class Ray(_Named):
     )
 
 
-def _import_rollout_module() -> ModuleType:
+def import_rollout_module() -> ModuleType:
     version = _check_release()
     for package, what in (("vllm", "vLLM"), ("peft", "PEFT")):
         if importlib.util.find_spec(package) is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ... import arming
 from ...errors import SwiftLoraFixError
+from ...frameworks.swift.instrumentors import import_rollout_module
 from ...install import releases
 
 TIMEOUT_SECONDS = 300.0
@@ -77,6 +78,8 @@ def probe() -> Probe:
     """Load ms-swift, put the patches in and examine the engine. For a process that does nothing else."""
     problem = None
     try:
+        if releases.installed_swift() is not None:
+            import_rollout_module()  # else apply() would be content with TRL where this fails
         status = arming.apply()
     except SwiftLoraFixError as error:
         problem, status = str(error), arming.status()

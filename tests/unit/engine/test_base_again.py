@@ -11,6 +11,7 @@ import torch
 
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.policy import adapter, merging
+from swift_lora_fix.proof import audit
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
 
@@ -26,6 +27,7 @@ class Engine(torch.nn.Module):
         self.packed = torch.nn.Linear(8, 12, bias=False, dtype=torch.bfloat16)
         self.second = torch.nn.Linear(12, 4, bias=False, dtype=torch.bfloat16)
         self.derived: torch.Tensor | None = None
+        self.pool = torch.zeros(1, 4, 12)
         self.loads, self._write = 0, write
 
     def load(self, weights: Any) -> None:
@@ -92,7 +94,30 @@ def makes_another(engine: Engine, name: str, value: torch.Tensor) -> None:
         engine.second.weight.data.copy_(value.clone())
 
 
-@pytest.mark.parametrize("write", [derives, scales_in_place, repacks, makes_another])
+def joins(engine: Engine, name: str, value: torch.Tensor) -> None:
+    if "second" in name:
+        engine.derived = torch.cat([engine.second.weight.data, engine.second.weight.data])
+
+
+def notes_a_scale(engine: Engine, name: str, value: torch.Tensor) -> None:
+    if "second" in name:
+        engine.derived = engine.second.weight.data.abs().amax().reshape(1)
+
+
+def derives_from_what_came(engine: Engine, name: str, value: torch.Tensor) -> None:
+    if "second" in name:
+        engine.derived = value.float() * 2
+
+
+def fills_a_pool(engine: Engine, name: str, value: torch.Tensor) -> None:
+    if "second" in name:
+        engine.pool.copy_(torch.stack([engine.second.weight.data.float()]))
+
+
+MORE = [derives, scales_in_place, repacks, makes_another, joins, notes_a_scale, derives_from_what_came, fills_a_pool]
+
+
+@pytest.mark.parametrize("write", MORE)
 def test_what_is_more_than_copies_goes_through_vllms_loading_again(write: Write) -> None:
     model, engine = peft_model(), Engine(write)
     trainer, bound, pushed = pushed_to(model, engine)
@@ -100,18 +125,38 @@ def test_what_is_more_than_copies_goes_through_vllms_loading_again(write: Write)
     assert not base.repeat(trainer, bound, pushed)
 
 
-def test_a_trainers_base_that_changed_is_not_taken_for_the_one_that_was_sent() -> None:
-    model, engine = peft_model(), Engine()
+def fills_a_buffer(engine: Engine, name: str, value: torch.Tensor) -> None:
+    """vLLM keeps these through a sleep by itself."""
+    if "second" in name:
+        engine.get_buffer("scale").copy_(engine.second.weight.data.abs().amax())
+
+
+def test_what_is_made_for_a_buffer_stays_there() -> None:
+    model, engine = peft_model(), Engine(fills_a_buffer)
+    engine.register_buffer("scale", torch.zeros(()))
     trainer, bound, pushed = pushed_to(model, engine)
     engine.lose()
-    with torch.no_grad():
-        model.base_model.model.first.base_layer.weight[0, 0] += 1
-    assert not base.repeat(trainer, bound, pushed)
+    assert base.repeat(trainer, bound, pushed)
 
 
-def test_an_engine_whose_weights_were_replaced_is_loaded_again() -> None:
+@pytest.mark.parametrize("changing", [False, True])
+def test_a_trainers_base_that_drifts_is_not_taken_for_the_one_that_was_sent(changing: bool) -> None:
     model, engine = peft_model(), Engine()
-    trainer, bound, pushed = pushed_to(model, engine)
+    trainer, bound, pushed = pushed_to(model, engine, changing)
+    engine.lose()
+    with torch.no_grad():
+        model.base_model.model.embed.weight[0, 0] += 1
+    assert not base.repeat(trainer, bound, pushed)
+    handle: Any = SimpleNamespace(model=engine, load_format="auto")
+    again = base.push(trainer, handle, bound, before=pushed.record)
+    finding = audit.base(again.record, set())
+    assert finding is not None and finding.cause == "trainer-base-changed" and "embed" in finding.evidence
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_an_engine_whose_weights_were_replaced_is_loaded_again(changing: bool) -> None:
+    model, engine = peft_model(), Engine()
+    trainer, bound, pushed = pushed_to(model, engine, changing)
     engine.lose()
     engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.clone())
     assert not base.repeat(trainer, bound, pushed)

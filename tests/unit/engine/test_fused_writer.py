@@ -18,7 +18,7 @@ from swift_lora_fix.engine.vllm.colocated import FusedModeWriter, FusedServing, 
 from swift_lora_fix.engine.vllm.weights import base, folding
 from swift_lora_fix.engine.vllm.weights.fused import FusedWriter
 from swift_lora_fix.policy import adapter, merging
-from swift_lora_fix.policy.rounding import rounded
+from swift_lora_fix.policy.rounding import rounded, seed_of
 from swift_lora_fix.proof import audit
 from tests.support.fakes.trainer import port_of
 from tests.support.peft_models import peft_model
@@ -68,8 +68,9 @@ def made() -> tuple[torch.nn.Module, Engine, FusedWriter, base.Pushed]:
 
 def weight(model: torch.nn.Module, name: str = "first") -> torch.Tensor:
     layer = getattr(model.base_model.model, name)
-    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
-    return (layer.base_layer.weight + delta).detach().bfloat16()
+    w, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    value = (w + delta * layer.scaling["default"]).detach()
+    return rounded(value, w.detach(), torch.bfloat16, seed_of(FIRST.replace("first", name)))
 
 
 def test_the_weights_land_where_the_push_put_the_base(made: tuple) -> None:

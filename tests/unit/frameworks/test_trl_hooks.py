@@ -217,13 +217,33 @@ def test_an_ms_swift_that_cannot_be_imported_does_not_keep_trl_from_being_patche
     done = applying((), "4.6.0", "1.16.0", monkeypatch)
 
     def broken() -> None:
-        raise ModuleNotFoundError("No module named 'trl.experimental.ppo'")
+        raise ImportError("cannot import name 'PPOConfig' from 'trl.experimental'")
 
     monkeypatch.setattr(arming._trainer, "apply", broken)
     monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
         arming.apply()
     assert done == ["trl"] and "TRL alone is patched" in caplog.text
+    # what is left of the import that failed is no sign of ms-swift
+    monkeypatch.setitem(sys.modules, "swift", sys)
+    monkeypatch.setattr(type(arming._trl), "is_instrumented", property(lambda self: self is arming._trl))
+    arming.apply()
+    assert done == ["trl", "trl"]
+
+
+def test_where_neither_can_be_patched_the_error_is_ms_swifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    applying((), "4.0.1", "0.28.0", monkeypatch)
+
+    def broken() -> None:
+        raise ModuleNotFoundError("No module named 'no_such_dependency'")
+
+    def without_vllm() -> None:
+        raise UnsupportedReleaseError("LLM.generate is missing")
+
+    monkeypatch.setattr(arming._trainer, "apply", broken)
+    monkeypatch.setattr(arming._trl, "apply", without_vllm)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        arming.apply()
 
 
 def test_a_trl_that_is_too_old_does_not_keep_ms_swift_from_being_patched(

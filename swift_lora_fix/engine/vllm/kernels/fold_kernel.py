@@ -40,16 +40,14 @@ def _product(b, a, row, column, r, rows, columns, rank, b_rows, a_rows, scale, a
 
 
 @triton.jit
-def _rounded(value, plain, row, column, seed):
+def _rounded(value, row, column, seed):
     """float32 to bfloat16, in the words of policy/rounding.py."""
-    bits = value.to(tl.uint32, bitcast=True)
     h = row.to(tl.uint32) * 0x9E3779B1 + column.to(tl.uint32) * 0x85EBCA6B + seed.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
     chance = (h ^ (h >> 16)) & 0xFFFF
-    to_nearest = ((bits >> 16) & 1) + 0x7FFF
-    is_bfloat16 = (plain.to(tl.uint32, bitcast=True) & 0xFFFF) == 0
-    kept = (bits + tl.where(is_bfloat16, chance, to_nearest)) >> 16
+    kept = (value.to(tl.uint32, bitcast=True) + chance) >> 16
+    kept = tl.where(value == value, kept, 0x7FC0)  # not a number
     return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
@@ -89,12 +87,11 @@ def _fold(
     if MORE:
         for start in range(RANK, rank, RANK):
             added = _product(b, a, row, column, start + r, rows, columns, rank, b_rows, a_rows, scale, added, SPLIT)
-    plain = plain.to(tl.float32)
-    value = plain + added
     if BFLOAT16:
-        held = _rounded(value, plain, row + first_row, column + first_column, seed)
+        value = plain.to(tl.bfloat16).to(tl.float32) + added
+        held = _rounded(value, row + first_row, column + first_column, seed)
     else:
-        held = value.to(out.dtype.element_ty)
+        held = (plain.to(tl.float32) + added).to(out.dtype.element_ty)
     tl.store(out + row * out_rows + column * out_columns, held, mask=inside)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,17 @@ from ..watch import Region, WriteRecorder
 from .names import of_wrapped_layers, with_experts_as_they_are
 
 
-def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing: Collection[str] = ()) -> Pushed:
+def push(
+    trainer: TrainerPort,
+    engine: EngineHandle,
+    adapter: Adapter,
+    changing: Collection[str] = (),
+    before: BaseRecord | None = None,
+) -> Pushed:
     """Push the trainer's unmerged base into the engine; the trainer is only read. Returns what both hold from now on.
 
-    changing: names of the trainer's parameters that later writes will overwrite in the engine.
+    changing: names of the trainer's parameters that later writes will overwrite in the engine. before: of an earlier
+    push: what the trainer's base should be still.
 
     Some of the engine's parameters may be left unwritten, or written only in part. Raises EngineStateError naming them
     when the engine started with random weights (``load_format='dummy'``, ms-swift's default up to 4.1.1). When it
@@ -44,7 +51,7 @@ def push(trainer: TrainerPort, engine: EngineHandle, adapter: Adapter, changing:
         for w in recorder.frozen()
         if w.checksum is not None
     )
-    record = BaseRecord(engine.model, pieces, tuple(frozen_parameters(trainer.model)))
+    record = BaseRecord(engine.model, pieces, tuple(frozen_parameters(trainer.model)), before=before)
     derived = set(recorder.derived(engine.model))
     can_repeat = adapter.sharding == "none" and not derived and recorder.are_all_copies(engine.model)
     return Pushed(record, recorder.regions(), frozenset(derived & set(changing)), can_repeat)
@@ -58,7 +65,7 @@ def repeat(trainer: TrainerPort, adapter: Adapter, pushed: Pushed | None) -> boo
         return False
     held = {clean_name(name): parameter for name, parameter in trainer.model.named_parameters()}
     pieces = pushed.record.pieces
-    if any(piece.source not in held for piece in pieces):
+    if any(piece.source not in held for piece in pieces) or not pushed.is_alive():
         return False
     check_unmerged(adapter)
     for piece in pieces:
@@ -67,7 +74,7 @@ def repeat(trainer: TrainerPort, adapter: Adapter, pushed: Pushed | None) -> boo
     if pushed.record.engine_differences():
         return False
     if not pushed.record.repeats:
-        info(f"the engine lost its base: it goes straight to where vLLM's loader had put it, {len(pieces)} copies.")
+        info(f"the base goes straight to where vLLM's loader had put it before, {len(pieces)} copies.")
     pushed.record.repeats += 1
     return True
 
@@ -133,6 +140,11 @@ class Pushed:
     derived: frozenset[str]
     can_repeat: bool = False
 
+    def is_alive(self) -> bool:
+        """Whether the engine still computes with the tensors that the push wrote to."""
+        changing = [region.destination for regions in self.regions.values() for region in regions]
+        return self.record.are_alive([*changing, *(piece.destination for piece in self.record.pieces)])
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -150,11 +162,11 @@ class BaseRecord:
     """Checksums of the base in engine and trainer after a push, to compare with later ones.
 
     pieces: parts of the engine's parameters, in its own packed layout. vLLM's ``load_weights`` was watched as it put
-    the
-        trainer's tensors into place, and each piece was summed as it was written. Parameters that vLLM replaced before
-        the push ended (with a layout for its kernels) are left out: their expected content is unknown.
+        the trainer's tensors into place, and each piece was summed as it was written. Parameters that vLLM replaced
+        before the push ended (with a layout for its kernels) are left out: their expected content is unknown.
     frozen: the trainer's parameters. packed: finds what else its base holds, in buffers, each time: moving a model to
         another device replaces these. One whose kernel packs it anew is no longer compared.
+    before: an earlier record of the same trainer, whose checksums of it stay.
     """
 
     def __init__(
@@ -163,13 +175,18 @@ class BaseRecord:
         pieces: tuple[Piece, ...],
         frozen: tuple[tuple[str, torch.nn.Parameter], ...],
         packed: Callable[[], list[tuple[str, torch.Tensor]]] = list,
+        before: BaseRecord | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self._frozen, self._packed = frozen, packed
         self.repeats = 0  # how often the push was repeated
         alive = self._storages()
         self.pieces = tuple(piece for piece in pieces if _storage(piece.destination) in alive)
-        self._trainer = self._trainer_checksums()
+        # not what it is now: a base that has drifted would become the truth
+        self._trainer: dict[tuple[Any, ...], int] = {
+            **self._trainer_checksums(),
+            **(before._trainer if before is not None else {}),
+        }
 
     @property
     def parameters(self) -> int:
@@ -197,6 +214,10 @@ class BaseRecord:
         """Names of the trainer's base parameters whose bits (this rank's part) have changed since the push."""
         now = self._trainer_checksums()
         return [key[0] for key, was in self._trainer.items() if now.get(key, was) != was]
+
+    def are_alive(self, destinations: Iterable[torch.Tensor]) -> bool:
+        alive = self._storages()
+        return all(_storage(destination) in alive for destination in destinations)
 
     def _storages(self) -> set[int]:
         model = self._model()

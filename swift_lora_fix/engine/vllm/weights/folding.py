@@ -22,7 +22,7 @@ Fold = Callable[[torch.Tensor, Factors], None]
 PROOF_ROWS = 1024  # compared at a time, so that the proof needs less memory than a layer
 # what the split into two bfloat16 drops from a product (fold_kernel.py), with room for the float32 sum
 LEFT_OUT = 2.0**-15
-FLOAT32 = 2.0**-23  # of the sum with W, and of the comparison itself
+FLOAT32 = 2.0**-22  # of the sum with W, and of the comparison itself
 DTYPES = (torch.bfloat16, torch.float16)  # that an engine may hold
 
 
@@ -84,7 +84,8 @@ class Folding:
 
     def write_whole(self, factors: Factors, destination: torch.Tensor) -> bool:
         """The same for a whole weight that lies nowhere in the engine. False where no region of its kind was proved."""
-        if self._fold is None or not self._proved.get(_kind(factors, destination), False):
+        known = _fits(factors, destination) and self._proved.get(_kind(factors, destination), False)
+        if self._fold is None or not known:
             return False
         self._fold(destination, factors)
         return True
