@@ -7,20 +7,24 @@ that PEFT loads); ``resume`` (a checkpoint); ``arguments`` (for the config); ``l
 step whose rollout ends the process); ``faults`` (one a step from step 1 on, of plugins/slf_faults.py, or
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
 ``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated
-engine); ``bench`` (a file whose ``begin`` gets the trainer, in place of the probe).
+engine); ``bench`` (a file whose ``begin`` gets the trainer, in place of the probe); ``images`` (the model is
+``make_vision_model``'s, and the data set has images).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
 the trainer's frozen base that differ from the start), ``lora_changed`` (LoRA entries that syncs changed),
 ``lora_dtypes``, ``merges`` (calls of ``merge_adapter``), ``seconds`` (of the sync), ``lora_sum``, ``tokens``; of a
-server ``asked`` (the names that this rollout's requests asked for) and ``held`` (those that the server knows). It is
-measured from outside, and knows nothing of swift_lora_fix.
+server ``asked`` (the names that this rollout's requests asked for) and ``held`` (those that the server knows); with
+images ``image_mean``, ``image_max``, ``image_effect`` (the same of questions about an image), ``image_other`` (how far
+off another image would be), ``images`` (prompts of this rollout that have one) and ``longer`` (tokens by which vLLM's
+prompts are longer than TRL's). It is measured from outside, and knows nothing of swift_lora_fix.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import runpy
@@ -69,6 +73,7 @@ class Probe:
         self.start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
         self.client = self.generation.vllm_client if "server" in options else None
         self.lora_changed = self.merges = 0
+        self.of_rollout: dict[str, int] = {}
         self.seconds = 0.0
         self.dtypes: set[str] = set()
         sync, generate, merge = self.generation.sync_weights, self.generation.generate, BaseTuner.merge_adapter
@@ -93,10 +98,19 @@ class Probe:
                 os.kill(os.getpid(), signal.SIGKILL)
             return generate(*args, **kwargs)
 
-        def answered(*args: Any, **kwargs: Any) -> Any:
+        def answered(prompts: Any, *args: Any, **kwargs: Any) -> Any:
             """The engine may sleep as soon as TRL has its answers."""
-            outputs = self.ask(*args, **kwargs)
-            self.record([list(output.outputs[0].token_ids) for output in outputs])
+            outputs = self.ask(prompts, *args, **kwargs)
+            completions = [list(output.outputs[0].token_ids) for output in outputs]
+            if "images" in options:
+                if trainer._image_pad_token_id in sum(completions, []):
+                    return answered(prompts, *args, **kwargs)  # one token in 500, and TRL cannot score it
+                self.of_rollout = {
+                    "images": sum("multi_modal_data" in prompt for prompt in prompts),
+                    "longer": sum(len(output.prompt_token_ids) for output in outputs)
+                    - sum(len(prompt["prompt_token_ids"]) for prompt in prompts),
+                }
+            self.record(completions)
             return outputs
 
         BaseTuner.merge_adapter = counted
@@ -133,11 +147,14 @@ class Probe:
             request |= dict(return_token_ids=True, return_tokens_as_token_ids=True)
             choices = self.client.session.post(f"{self.client.base_url}/v1/completions", json=request).json()["choices"]
             return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        return self.answers_of_llm([{"prompt_token_ids": i} for i in ids])
+
+    def answers_of_llm(self, requests: list[dict[str, Any]]) -> list[tuple[list[int], list[float]]]:
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0)
         found = []
-        for output in self.ask([{"prompt_token_ids": i} for i in ids], how, use_tqdm=False):
+        for output in self.ask(requests, how, use_tqdm=False):
             answer = list(output.outputs[0].token_ids)
             found.append((answer, [at[token].logprob for at, token in zip(output.outputs[0].logprobs, answer)]))
         return found
@@ -150,7 +167,7 @@ class Probe:
         return {n: whole(p).clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def record(self, completions: list[list[int]]) -> None:
-        tokenizer = self.trainer.processing_class
+        tokenizer = self.trainer._tokenizer
         ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
         gaps, effects, tokens = [], [], []
         for prompt, (answer, engine) in zip(ids, self.answers(ids)):
@@ -173,10 +190,32 @@ class Probe:
             tokens=tokens,
             completions=completions,
             **({"asked": self.asked, "held": self.held()} if self.client else {}),
+            **(self.of_images() if "images" in self.options else {}),
         )
         self.asked = []
 
-    def score(self, prompt: list[int], answer: list[int]) -> tuple[list[float], list[float]]:
+    def of_images(self) -> dict[str, float]:
+        from . import trl_images
+
+        first, second = trl_images.pictures(Path(self.options["model"]))
+        gaps, effects, others = [], [], []
+        for text, picture, other in zip(trl_images.QUESTIONS, (first, second), (second, first)):
+            asked = trl_images.Asked(self.trainer.processing_class, text, picture, other)
+            ((answer, engine),) = self.answers_of_llm([asked.request])
+            answer = list(itertools.takewhile(self.trainer._image_pad_token_id.__ne__, answer))  # see ``answered``
+            held, plain = self.score(asked.ids, answer, asked.inputs)
+            blind, _ = self.score(asked.ids, answer, asked.inputs_of_other)
+            gaps += [abs(a - b) for a, b in zip(engine, held)]
+            effects += [abs(a - b) for a, b in zip(held, plain)]
+            others += [abs(a - b) for a, b in zip(held, blind)]
+        of = {"image_mean": gaps, "image_effect": effects, "image_other": others}
+        means = {name: sum(found) / len(found) for name, found in of.items()}
+        return {"image_max": max(gaps), **means, **self.of_rollout}
+
+    def score(
+        self, prompt: list[int], answer: list[int], seen: dict[str, Any] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """With the policy, and without the LoRA. seen: the processor's encoding of a prompt about an image."""
         import torch
 
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -184,9 +223,13 @@ class Probe:
         model.eval()
         ids = torch.tensor([prompt + answer], device=model.device)
         chosen = torch.tensor(answer, device=model.device)[:, None]
+        more = {name: value for name, value in (seen or {}).items() if name not in ("input_ids", "attention_mask")}
+        if "mm_token_type_ids" in more:
+            more["mm_token_type_ids"] = torch.nn.functional.pad(more["mm_token_type_ids"], (0, len(answer)))
+        more = {name: value.to(model.device) for name, value in more.items()}
 
         def logprobs() -> list[float]:
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+            logits = model(input_ids=ids, **more).logits[0, len(prompt) - 1 : -1].float()
             return logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
 
         with torch.no_grad():
@@ -242,8 +285,9 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from tests.support import trl_images
     from tests.support.tiny import PROMPTS
 
     kind = options.get("trainer", "GRPO")
@@ -278,7 +322,8 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     defaults = {name: value for name, value in defaults.items() if name in known}
     config = config_class(**{**defaults, **options.get("arguments", {})})
-    model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.bfloat16)
+    auto = AutoModelForImageTextToText if "images" in options else AutoModelForCausalLM
+    model = auto.from_pretrained(options["model"], dtype=torch.bfloat16)
     lora = None
     if "adapter" in options:
         model = PeftModel.from_pretrained(model, options["adapter"], is_trainable=True)
@@ -294,7 +339,7 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     return getattr(module, f"{kind}Trainer")(
         model=model,
         args=config,
-        train_dataset=Dataset.from_dict(rows),
+        train_dataset=trl_images.dataset(Path(options["model"])) if "images" in options else Dataset.from_dict(rows),
         peft_config=lora,
         **own,
     )

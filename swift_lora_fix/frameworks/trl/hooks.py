@@ -139,8 +139,11 @@ def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: 
     def infer(*args: Any, **kwargs: Any) -> Any:
         return session.engine.generate(lambda: wrapped(*args, **{**port.request_fields(), **kwargs}))
 
-    session.before_rollout(TrlRollout(port, infer, *args, **kwargs))
-    return infer(*args, **kwargs)
+    rollout = TrlRollout(port, infer, *args, **kwargs)
+    session.before_rollout(rollout)
+    outputs = infer(*args, **kwargs)
+    rollout.check_prompts(outputs)
+    return outputs
 
 
 def _score_completions(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ...common.shadowing import do_nothing, shadowed
 from ...engine.vllm.handle import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineHandle
@@ -58,6 +59,7 @@ class TrlTrainer:
         self.is_pushing = False  # TRL's own sync runs inside ours
         self.must_sync = False
         self.takes_folders = False  # its vLLM server does
+        self.told_of_prompts = False  # that TRL gives vLLM other prompts about images than it scores
         self._has_slept = False  # since the last sync
 
     @property
@@ -206,11 +208,17 @@ class TrlTrainer:
         said = [{"role": "user", "content": text}]
         return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
 
+    def image_prompt(self, text: str) -> str:
+        """A prompt of ``text`` about one image, as the processor's chat template writes it."""
+        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        return str(self.generation.processing_class.apply_chat_template(said, add_generation_prompt=True))
+
     def scoring(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def encoded(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
-        """The ids alone, padded on the right: TRL's rollouts are token ids, too."""
+        """The ids, padded on the right: TRL's rollouts are token ids, too. For prompts about an image also what the
+        processor makes of it."""
         width = max(len(answer.prompt) + len(answer.tokens) for answer in answers)
         rows = torch.zeros(3, len(answers), width, dtype=torch.int64)
         ids, mask, labels = rows[0], rows[1], rows[2].fill_(-100)
@@ -219,7 +227,8 @@ class TrlTrainer:
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
             labels[row, len(answer.prompt) : len(sequence)] = torch.tensor(answer.tokens)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        seen = self._seen(answers, width) if answers[0].request is not None else {}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels, **seen}
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         base: Any = self.model
         known = inspect.signature(base.get_base_model().forward).parameters
@@ -228,6 +237,18 @@ class TrlTrainer:
         if "logits_to_keep" in known:  # the first one kept predicts the first label
             inputs["logits_to_keep"] = width - min(len(answer.prompt) for answer in answers) + 1
         return inputs
+
+    def _seen(self, answers: Sequence[Answer], width: int) -> dict[str, torch.Tensor]:
+        """The processor's tensors beside the ids, those of tokens ``width`` wide. Raises ValueError where it writes a
+        prompt in another way than vLLM did."""
+        texts, images = zip(*(answer.request for answer in answers))
+        how = dict(padding=True, padding_side="right", return_tensors="pt")
+        made = dict(self.generation.processing_class(text=list(texts), images=[[one] for one in images], **how))
+        ids, mask = made.pop("input_ids"), made.pop("attention_mask").bool()
+        if [row[kept].tolist() for row, kept in zip(ids, mask)] != [list(answer.prompt) for answer in answers]:
+            raise ValueError("the processor writes a prompt about an image in another way than vLLM does")
+        more = (0, width - ids.shape[1])
+        return {name: pad(value, more) if value.shape == ids.shape else value for name, value in made.items()}
 
     # ---- what it is told to do ---------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.support.trl_driver import CHECKPOINT_STEP, Run
 
 HERE = Path(__file__).parent
 RUNS_HERE = releases.installed_trl() is not None and releases.installed_swift() is None
+HAS_VISION = importlib.util.find_spec("torchvision") is not None
 STEPS = 5
 # One a step from step 1 on, and the cause that is to be named; "" where nothing was broken.
 FAULTS = {
@@ -67,7 +69,7 @@ class Runs:
         environment = {"SWIFT_LORA_FIX_GATE_EVERY": "1"}
         if name == "killed":
             options["kill"] = CHECKPOINT_STEP + 1
-        if "resumed" in name:
+        if "resumed" in name and "images" not in name:
             options["resume"] = str(self.futures["killed"].result().checkpoint())
         if "adapter" in name:
             environment["SWIFT_LORA_FIX_MODE"] = "adapter"
@@ -80,6 +82,11 @@ class Runs:
         if "sleeping" in name:
             options["adapter"] = str(self.futures["killed"].result().checkpoint())
             arguments.update(max_steps=3, save_steps=100, vllm_enable_sleep_mode=True)
+        if "images" in name:
+            model = driver.make_model(driver.this_python(), self.folder / "models" / "images", "qwen2_5_vl")
+            options.update(model=str(model), images=True, lora={"target_modules": LANGUAGE_MODEL})
+            if "resumed" in name:
+                options["resume"] = str(self.futures["images"].result().checkpoint())
         if name == "auto":
             options["adapter"] = str(self.futures["killed"].result().checkpoint())
             environment["SWIFT_LORA_FIX_MODE"] = "auto"
@@ -100,6 +107,7 @@ class Runs:
         return Run(self.folder / name, options, environment, ranks=2 if "two_ranks" in name else 1)
 
 
+LANGUAGE_MODEL = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # of a vision-language model
 FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True}
 # More trainers with the same generation, and what they ask for.
 TRAINERS = {"distillation": "Distillation", "sdft": "SDFT", "sdpo": "SDPO", "gold": "GOLD"}
@@ -107,8 +115,10 @@ MORE: dict[str, dict[str, Any]] = {"gold": {"lmbda": 1.0}}
 # In the order in which they start; and what each needs.
 NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleeping", "adapter_sleeping", "auto")
 RANKS = ("two_ranks", "two_ranks_fsdp2")
+IMAGES = ("images", "adapter_images_resumed")
 SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example", *TRAINERS, *RANKS)
-NEEDS = {name: ("killed",) for name in NEED_ADAPTER}
+SCENARIOS += IMAGES if HAS_VISION else ()
+NEEDS = {name: ("killed",) for name in NEED_ADAPTER} | {"adapter_images_resumed": ("images",)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ from tests.support.peft_models import peft_model
 
 FOLDER = Path(swift_lora_fix.__file__).parent / "frameworks" / "trl"
 OF_ACCELERATE = {"unwrap_model", "distributed_type", "name", "deepspeed_plugin"}
-OF_TRANSFORMERS = {"args", "output_dir"}
+OF_TRANSFORMERS = {"args", "output_dir", "apply_chat_template"}
 OF_OTHERS = {"vllm_config", "lora_config", "model_config", "max_model_len", "collective_rpc", "_llm_weights_sleeping"}
 
 
