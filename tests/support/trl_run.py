@@ -167,7 +167,8 @@ class Probe:
         return {n: whole(p).clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
 
     def record(self, completions: list[list[int]]) -> None:
-        tokenizer = self.trainer._tokenizer
+        processing = self.trainer.processing_class
+        tokenizer = getattr(processing, "tokenizer", processing)
         ids = [tokenizer(text)["input_ids"] for text in ("Count to three.", "Which animal barks?", "Is water wet?")]
         gaps, effects, tokens = [], [], []
         for prompt, (answer, engine) in zip(ids, self.answers(ids)):
