@@ -5,6 +5,7 @@ Both recorders are PyTorch dispatch modes. vLLM does the packing, slicing and na
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -161,27 +162,20 @@ class WriteRecorder(TorchDispatchMode):
         of one that is lost they would be lost too."""
         if func.is_view or not isinstance(result, torch.Tensor) or result.numel() < 2:
             return
-        storage = result.untyped_storage()
-        for value in args[func._schema.is_mutable :]:
-            if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
-                pointer = value.untyped_storage().data_ptr()
+        for made, at in _in_memory(result):
+            for _, pointer in _in_memory([v for v in args[func._schema.is_mutable :] if isinstance(v, torch.Tensor)]):
                 source = self._sources.get(pointer) or self._made_of(pointer)
-                if source is not None and pointer != storage.data_ptr():
-                    self._made[storage.data_ptr()] = StorageWeakRef(storage), source
+                if source is not None and pointer != at:
+                    self._made[at] = StorageWeakRef(made.untyped_storage()), source
 
     def _note_elsewhere(self, args: Any, kwargs: Any, result: Any) -> None:
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor) and value.numel()]
-        if not any(self._is_of_a_weight(value) for value in given if not value.is_meta):
+        if not any(self._is_of_a_weight(value, pointer) for value, pointer in _in_memory((args, kwargs))):
             return
-        for value in (*tree_leaves(result), *tree_leaves(args[:1])):  # what is written to comes first
-            if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
-                storage = value.untyped_storage()
-                known = storage.data_ptr() in self._names or storage.data_ptr() in self._buffers
-                if not known and self._locate(value) is None:
-                    self._elsewhere[storage.data_ptr()] = StorageWeakRef(storage)
+        for value, pointer in _in_memory((result, args[:1])):  # what is written to comes first
+            if pointer not in self._names and pointer not in self._buffers and self._locate(value) is None:
+                self._elsewhere[pointer] = StorageWeakRef(value.untyped_storage())
 
-    def _is_of_a_weight(self, value: torch.Tensor) -> bool:
-        pointer = value.untyped_storage().data_ptr()
+    def _is_of_a_weight(self, value: torch.Tensor, pointer: int) -> bool:
         made = self._elsewhere.get(pointer)
         return pointer in self._sources or (made is not None and not made.expired()) or self._locate(value) is not None
 
@@ -226,3 +220,12 @@ class WriteRecorder(TorchDispatchMode):
     def _all(self) -> Iterator[Written]:
         for written in self._written.values():
             yield from written.values()
+
+
+def _in_memory(values: Any) -> Iterator[tuple[torch.Tensor, int]]:
+    """The tensors among these, in lists too, and where their storages begin; but for those without memory of their own
+    (on ``meta``, a DTensor, what a collective has not finished)."""
+    for value in tree_leaves(values):
+        if isinstance(value, torch.Tensor) and not value.is_meta and value.numel():
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                yield value, value.untyped_storage().data_ptr()

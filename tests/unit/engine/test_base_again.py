@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from swift_lora_fix.engine.vllm.watch import WriteRecorder
 from swift_lora_fix.engine.vllm.weights import base
 from swift_lora_fix.policy import adapter, merging
 from swift_lora_fix.proof import audit
@@ -160,3 +161,28 @@ def test_an_engine_whose_weights_were_replaced_is_loaded_again(changing: bool) -
     engine.lose()
     engine.packed.weight = torch.nn.Parameter(engine.packed.weight.data.clone())
     assert not base.repeat(trainer, bound, pushed)
+
+
+class Wrapping(torch.Tensor):
+    """As a DTensor is: it has no memory of its own."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapping:
+        made: Wrapping = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = [value.inner if isinstance(value, Wrapping) else value for value in args]
+        return Wrapping(func(*inner, **(kwargs or {})))
+
+
+def test_tensors_without_memory_of_their_own_are_let_through() -> None:
+    """Under FSDP2 the trainer's parameters are such, and are made whole while the push is watched."""
+    engine = Engine()
+    with WriteRecorder(engine, lambda part: None, ()):
+        engine.second.weight.data.copy_(torch.ones(4, 12))
+        assert torch.equal((Wrapping(torch.ones(2)) + 1).inner, torch.full((2,), 2.0))
