@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from swift_lora_fix.frameworks.swift.encoding import untraced
 
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # else compiled for a minute, for inference alone
 deepspeed.init_distributed("gloo")
 config = Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, vocab_size=256)
