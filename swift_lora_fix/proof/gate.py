@@ -122,7 +122,7 @@ class Gate:
                         found.failed[one.kind] = str(error)
         finally:
             if rollout is not None:
-                self._forget_after(found.failed)  # a run with the gate is the run without
+                self._forget_answers(found.failed)  # a run with the gate is the run without
         return found
 
     # ---- asking ------------------------------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ class Gate:
             asked = self._ask_what(rollout, kind, ahead)
         except Exception as error:
             if ahead:
-                self._forget_after({kind: f"{type(error).__name__}: {error}"})
+                self._forget_answers({kind: f"{type(error).__name__}: {error}"})
             raise
         if ahead:
-            self._forget_answers()
+            self._forget_answers({})
         return asked
 
     def _ask_what(self, rollout: RolloutPort, kind: str, ahead: bool) -> Asked:
@@ -158,14 +158,13 @@ class Gate:
         with self.serving.engine_without_adapter():
             return self._ask(rollout, kind, variant)
 
-    def _forget_answers(self) -> None:
-        if self.serving.reset_caches is not None:
-            self.serving.reset_caches()
-
-    def _forget_after(self, failed: Mapping[str, str]) -> None:
-        """An engine that failed in a question keeps its requests, so that this fails too: then both are said."""
+    def _forget_answers(self, failed: Mapping[str, str]) -> None:
+        """failed: why, by kind. An engine that failed in a question keeps its requests, so that this fails too: then
+        both are said."""
+        if self.serving.reset_caches is None:
+            return
         try:
-            self._forget_answers()
+            self.serving.reset_caches()
         except CacheResetError as error:
             before = "; ".join(f"the probe with {kind} prompts failed: {why}" for kind, why in failed.items())
             raise CacheResetError(f"{error.args[0]} Before that, {before}." if before else error.args[0]) from error

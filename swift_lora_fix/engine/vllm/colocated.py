@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -55,10 +56,8 @@ class AdapterModeWriter:
 
     def send_base(self, straight: bool = False) -> base.BaseRecord:
         if not held.is_held(self.engine):
-            if not (straight and base.repeat(self.trainer, self.adapter, self._pushed)):
-                before = self._pushed.record if straight and self._pushed is not None else None
-                self._pushed = base.push(self.trainer, self.engine, self.adapter, before=before)
-            assert self._pushed is not None
+            before = self._pushed if straight else None
+            self._pushed = base.push(self.trainer, self.engine, self.adapter, before=before)
             return self._pushed.record
         if self._held is None:
             self._held = held.prove(self.trainer, self.engine, self.adapter)
@@ -122,13 +121,12 @@ class FusedModeWriter:
 
     def send_base(self, straight: bool = False) -> base.BaseRecord:
         """Straight without the weights that change: they are written right after it, where the push has proved them."""
-        known = self.weights.is_known
-        if not (straight and known and base.repeat(self.trainer, self.adapter, self._pushed)):
-            before = self._pushed.record if straight and self._pushed is not None else None
-            self._pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing, before)
-            self.weights.accept_base(self._pushed)
-        assert self._pushed is not None
-        return self._pushed.record
+        before = self._pushed if straight else None
+        pushed = base.push(self.trainer, self.engine, self.adapter, self.weights.changing, before)
+        if pushed is not before:
+            self.weights.accept_base(pushed)
+            self._pushed = replace(pushed, can_repeat=pushed.can_repeat and self.weights.is_known)
+        return pushed.record
 
     def write(self) -> WriteReport:
         keep_views = not self.trainer.offloads_model

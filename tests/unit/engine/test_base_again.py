@@ -149,7 +149,7 @@ def test_a_trainers_base_that_drifts_is_not_taken_for_the_one_that_was_sent(chan
         model.base_model.model.embed.weight[0, 0] += 1
     assert not base.repeat(trainer, bound, pushed)
     handle: Any = SimpleNamespace(model=engine, load_format="auto")
-    again = base.push(trainer, handle, bound, before=pushed.record)
+    again = base.push(trainer, handle, bound, before=pushed)
     finding = audit.base(again.record, set())
     assert finding is not None and finding.cause == "trainer-base-changed" and "embed" in finding.evidence
 

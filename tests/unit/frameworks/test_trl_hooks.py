@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from types import SimpleNamespace
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,9 +195,21 @@ def test_apply_patches_whichever_this_script_uses(
     assert done == patched.split()
 
 
-def applying(loaded: tuple[str, ...], swift: str | None, trl: str | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A process with these modules and releases. Returns a list of what will be patched."""
+def applying(
+    loaded: tuple[str, ...],
+    swift: str | None,
+    trl: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Mapping[str, Exception] = MappingProxyType({}),
+) -> list[str]:
+    """A process with these modules and releases. Returns a list of what will be patched. fails: with what, by name."""
     done: list[str] = []
+
+    def patch(name: str) -> None:
+        if name in fails:
+            raise fails[name]
+        done.append(name)
+
     for name in ("trl", "swift"):
         if name in loaded:
             monkeypatch.setitem(sys.modules, name, sys)
@@ -204,8 +217,8 @@ def applying(loaded: tuple[str, ...], swift: str | None, trl: str | None, monkey
             monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(arming.releases, "installed_swift", lambda: swift)
     monkeypatch.setattr(arming.releases, "installed_trl", lambda: trl)
-    monkeypatch.setattr(arming._trainer, "apply", lambda: done.append("swift"))
-    monkeypatch.setattr(arming._trl, "apply", lambda: done.append("trl"))
+    monkeypatch.setattr(arming._trainer, "apply", lambda: patch("swift"))
+    monkeypatch.setattr(arming._trl, "apply", lambda: patch("trl"))
     monkeypatch.setattr(arming, "arm", lambda: None)
     return done
 
@@ -214,12 +227,8 @@ def test_an_ms_swift_that_cannot_be_imported_does_not_keep_trl_from_being_patche
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """ms-swift 4.6.0 beside TRL 1.16.0, which has no trl.experimental.ppo any more."""
-    done = applying((), "4.6.0", "1.16.0", monkeypatch)
-
-    def broken() -> None:
-        raise ImportError("cannot import name 'PPOConfig' from 'trl.experimental'")
-
-    monkeypatch.setattr(arming._trainer, "apply", broken)
+    broken = ImportError("cannot import name 'PPOConfig' from 'trl.experimental'")
+    done = applying((), "4.6.0", "1.16.0", monkeypatch, {"swift": broken})
     monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
         arming.apply()
@@ -232,16 +241,9 @@ def test_an_ms_swift_that_cannot_be_imported_does_not_keep_trl_from_being_patche
 
 
 def test_where_neither_can_be_patched_the_error_is_ms_swifts(monkeypatch: pytest.MonkeyPatch) -> None:
-    applying((), "4.0.1", "0.28.0", monkeypatch)
-
-    def broken() -> None:
-        raise ModuleNotFoundError("No module named 'no_such_dependency'")
-
-    def without_vllm() -> None:
-        raise UnsupportedReleaseError("LLM.generate is missing")
-
-    monkeypatch.setattr(arming._trainer, "apply", broken)
-    monkeypatch.setattr(arming._trl, "apply", without_vllm)
+    broken = ModuleNotFoundError("No module named 'no_such_dependency'")
+    without_vllm = UnsupportedReleaseError("LLM.generate is missing")
+    applying((), "4.0.1", "0.28.0", monkeypatch, {"swift": broken, "trl": without_vllm})
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         arming.apply()
 
@@ -249,12 +251,8 @@ def test_where_neither_can_be_patched_the_error_is_ms_swifts(monkeypatch: pytest
 def test_a_trl_that_is_too_old_does_not_keep_ms_swift_from_being_patched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = applying((), "3.10.3", "0.24.0", monkeypatch)
-
-    def too_old() -> None:
-        raise UnsupportedReleaseError("TRL 0.24.0 is older than 0.28.0")
-
-    monkeypatch.setattr(arming._trl, "apply", too_old)
+    too_old = UnsupportedReleaseError("TRL 0.24.0 is older than 0.28.0")
+    done = applying((), "3.10.3", "0.24.0", monkeypatch, {"trl": too_old})
     monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="swift.lora_fix"):
         arming.apply()

@@ -30,17 +30,20 @@ def push(
     engine: EngineHandle,
     adapter: Adapter,
     changing: Collection[str] = (),
-    before: BaseRecord | None = None,
+    before: Pushed | None = None,
 ) -> Pushed:
     """Push the trainer's unmerged base into the engine; the trainer is only read. Returns what both hold from now on.
 
-    changing: names of the trainer's parameters that later writes will overwrite in the engine. before: of an earlier
-    push: what the trainer's base should be still.
+    changing: names of the trainer's parameters that later writes will overwrite in the engine. before: an earlier push,
+    which the engine has lost. It is repeated, and returned, where that is possible; else the trainer's base should be
+    still what it was then.
 
     Some of the engine's parameters may be left unwritten, or written only in part. Raises EngineStateError naming them
     when the engine started with random weights (``load_format='dummy'``, ms-swift's default up to 4.1.1). When it
     loaded the model's files, they still hold those values, and one warning names them.
     """
+    if before is not None and repeat(trainer, adapter, before):
+        return before
     sources = _Sources(trainer)
     recording = WriteRecorder(engine.model, sources.locate, frozenset(changing))
     with recording as recorder, with_experts_as_they_are(engine.model):
@@ -51,17 +54,18 @@ def push(
         for w in recorder.frozen()
         if w.checksum is not None
     )
-    record = BaseRecord(engine.model, pieces, tuple(frozen_parameters(trainer.model)), before=before)
+    known = before.record if before is not None else None
+    record = BaseRecord(engine.model, pieces, tuple(frozen_parameters(trainer.model)), before=known)
     derived = set(recorder.derived(engine.model))
     can_repeat = adapter.sharding == "none" and not derived and recorder.are_all_copies(engine.model)
     return Pushed(record, recorder.regions(), frozenset(derived & set(changing)), can_repeat)
 
 
 @torch.no_grad()
-def repeat(trainer: TrainerPort, adapter: Adapter, pushed: Pushed | None) -> bool:
+def repeat(trainer: TrainerPort, adapter: Adapter, pushed: Pushed) -> bool:
     """Copy the base, but for what changes, to where that push put it: an engine that slept at level 2 has lost it.
     Returns whether this is possible, and the engine then held the same bits as after the push."""
-    if pushed is None or not pushed.can_repeat:
+    if not pushed.can_repeat:
         return False
     held = {clean_name(name): parameter for name, parameter in trainer.model.named_parameters()}
     pieces = pushed.record.pieces
