@@ -25,6 +25,7 @@ from swift_lora_fix.policy import adapter
 from swift_lora_fix.server.trainer import remote
 from swift_lora_fix.server.trainer.client import Bearer
 from swift_lora_fix.server.trainer.writer import RemoteWriter
+from tests.support.kills import say
 from tests.support.reload_client import KEY, peft_model_of, rollout_request, set_adapter, tokens_of
 
 SEEDS = (1, 2, 3)
@@ -63,7 +64,7 @@ def train(model: Any, url: str, references: dict[str, Any]) -> None:
         writer.engine.make_ready()
         outputs = writer.engine.generate(infer)
         right = tokens_of(vars(output) for output in outputs) == references[digest]
-        print(f"{'rollout' if right else 'WRONG'} {state.global_step} {digest}", flush=True)
+        say(f"{'rollout' if right else 'WRONG'} {state.global_step} {digest}")
         state.global_step += 1
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     folder, url, file = sys.argv[1:]
     torch.set_num_threads(1)
     model, references = peft_model_of(Path(folder), "bfloat16"), json.loads(Path(file).read_text())
-    print("ready", flush=True)
+    say("ready")
     for _ in sys.stdin:
         child = os.fork()
         if not child:
@@ -79,10 +80,10 @@ def main() -> None:
             try:
                 train(model, url, references)
             except Exception as error:
-                print(f"end {type(error).__name__}: {error}".replace("\n", " "), flush=True)
+                say(f"end {type(error).__name__}: {error}".replace("\n", " "))
             os._exit(1)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever ends is gone at once
-        print(f"trainer {child}", flush=True)
+        say(f"trainer {child}")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
     )
 
 
+def say(line: str) -> None:
+    """In one write. ``print`` makes two under PYTHONUNBUFFERED, and whoever is stopped in between leaves half a line."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 def is_there(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

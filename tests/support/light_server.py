@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from swift_lora_fix.engine.port import WriteReport
 from swift_lora_fix.engine.vllm.slots.staging import host_digest
 from swift_lora_fix.server.rollout import installing, receiver, worker
+from tests.support.kills import say
 from tests.support.reload_client import KEY
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     receiver._request_class = lambda worker: None
     torch.set_num_threads(1)
     os.environ.update(SWIFT_LORA_FIX_TRANSPORT="reload")
-    print("ready", flush=True)
+    say("ready")
     for _ in sys.stdin:
         child = os.fork()
         if not child:
@@ -165,7 +166,7 @@ def main() -> None:
             uvicorn.run(server.app, host="127.0.0.1", port=port, log_level="warning")
             os._exit(0)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        print(f"server {child}", flush=True)
+        say(f"server {child}")
 
 
 if __name__ == "__main__":
