@@ -140,7 +140,7 @@ def killed(server: Killable, trainers: Forking, kills: int, restarts: int, seed:
 
 
 def say(line: str) -> None:
-    """In one write. ``print`` makes two under PYTHONUNBUFFERED, and whoever is stopped in between leaves half a line."""
+    """In one write. Under PYTHONUNBUFFERED ``print`` makes two, and who is stopped in between leaves half a line."""
     os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 

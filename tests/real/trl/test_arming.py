@@ -1,16 +1,18 @@
-"""When TRL is patched, and that it is as it was afterwards: small programs, each in a process of its own."""
+"""When TRL is patched, and that it is as it was afterwards: small programs, each in a process of its own.
+
+Most begin with vLLM and torch imported (tests/support/forks.py), which costs most of the time.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
 from swift_lora_fix.install import releases
-from tests.support import driver
+from tests.support import driver, forks, hangs
 from tests.support.environments import clean_environment, swift_lora_fix
 
 pytestmark = pytest.mark.e2e
@@ -24,13 +26,14 @@ print("PATCHED", [hasattr(function, "_self_wrapper") for function in (
 """
 
 
-def program(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=clean_environment(PYTHONPATH=str(driver.REPOSITORY), VLLM_PLUGINS="swift_lora_fix", **environment),
-        capture_output=True,
-        text=True,
-        timeout=300,
+def program(code: str, is_fresh: bool = False, **more: str) -> str:
+    """What it prints. is_fresh: with nothing imported yet."""
+    code = textwrap.dedent(code)
+    environment = clean_environment(PYTHONPATH=str(driver.REPOSITORY), VLLM_PLUGINS="swift_lora_fix", **more)
+    done = (
+        hangs.run([sys.executable, "-c", code], env=environment)
+        if is_fresh
+        else forks.run(code, environment=environment)
     )
     return done.stdout + done.stderr
 
@@ -45,7 +48,7 @@ def program(code: str, **environment: str) -> str:
     ],
 )
 def test_it_is_patched_where_it_was_asked_for(code: str, patched: bool) -> None:
-    said = program(code + SHOW)
+    said = program(code + SHOW, is_fresh="trl" not in code)
     assert f"PATCHED {[patched] * 7}" in said, said
     line = f"[INFO:swift.lora_fix] patched {releases.TRL_MODULE} of TRL {releases.installed_trl()}."
     assert said.count(line) == ("fix" in code), said
@@ -88,10 +91,10 @@ def test_doctor_examines_a_trl_environment() -> None:
     report = json.loads(done.stdout)
     assert report["framework"] == "TRL" and "ms-swift" not in report["versions"] and not report["problems"]
     assert report["versions"]["trl"] == releases.installed_trl() and report["patches"]["applied"]
+    assert report["release"]["span"] == "1.11.0 to 1.16.0"
     mended = {defect["key"]: defect["mended"] for defect in report["defects"]}
     assert mended["trl-base-drift"] and not mended["trl-server-merges-twice"]
     assert (report["verdict"], done.returncode) == ("ready", 0), report["advice"]
     verdict, found, _, start, _ = swift_lora_fix("doctor").stdout.splitlines()
     assert verdict.endswith("nothing to do") and found.startswith(f"TRL {releases.installed_trl()}, vLLM ")
     assert start == "Use it: import swift_lora_fix, before the trainer is made."
-    assert "What stock TRL 1.11.0 to 1.16.0 does wrong" in swift_lora_fix("doctor", "--verbose").stdout

@@ -113,6 +113,7 @@ def test_what_works_and_is_not_as_it_should_be() -> None:
     assert "set VLLM_PLUGINS=lora,swift_lora_fix." in text
     assert "'0' (tensor parallel was tested with 0 only)" in text
     assert FAMILY and all(defect.title.split()[0] in text for defect in FAMILY.defects)
+    assert f"What stock ms-swift {FAMILY.label} does wrong with LoRA" in text
     assert "\u2026" not in done.stdout, "rich's mark for what it cut off"
 
 
