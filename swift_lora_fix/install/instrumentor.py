@@ -15,7 +15,7 @@ from ..errors import SwiftLoraFixError
 from .registry import PatchSet
 
 # Environment variables that tell processes that vLLM starts what was asked for in this one. They are ours, not
-# settings. The entry point (plugin/vllm/swift_lora_fix_vllm.py) reads them, and cannot import this module.
+# settings. The entry point (entry_point/swift_lora_fix_vllm.py) reads them, and cannot import this module.
 PARENT_ARMED = "SWIFT_LORA_FIX_ARMED"
 PARENT_USES_MEMORY = "SWIFT_LORA_FIX_MEMORY"
 INTERNAL = frozenset({PARENT_ARMED, PARENT_USES_MEMORY})

@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_package_alone(built: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     info = f"swift_lora_fix-{swift_lora_fix.__version__}.dist-info"
     assert tops == {"swift_lora_fix", "swift_lora_fix_vllm.py", info}
-    for name in ("py.typed", "plugin/swift_lora_fix_plugin.py", "plugin/verify/swift_lora_fix_verify.py"):
+    for name in ("py.typed", "plugin/swift_lora_fix_plugin.py", "tools/verify/plugin/swift_lora_fix_verify.py"):
         assert f"swift_lora_fix/{name}" in names
 
 

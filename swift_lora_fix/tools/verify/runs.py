@@ -20,7 +20,7 @@ from ..plugin import PLUGIN_FILE
 from .facts import Request, Side, Sync
 from .inputs import check_model, prepare, rank_of, resolve
 
-OBSERVER = PLUGIN_FILE.parent / "verify" / "swift_lora_fix_verify.py"
+OBSERVER = Path(__file__).parent / "plugin" / "swift_lora_fix_verify.py"
 COMMON = {  # of both frameworks' runs
     "max_completion_length": 16,
     "num_generations": 2,
