@@ -81,8 +81,14 @@ def gaps_of(part: Scored) -> torch.Tensor | str:
 
 
 def drops_out(model: torch.nn.Module) -> bool:
-    """Whether a forward of ``model`` in its current mode applies dropout."""
-    return any(module.training and _rate(module) > 0 for module in model.modules())
+    """Whether a forward of ``model`` in its current mode is random: by dropout, or noise on the embeddings."""
+    return any(module.training and (_rate(module) > 0 or _is_noisy(module)) for module in model.modules())
+
+
+def _is_noisy(module: torch.nn.Module) -> bool:
+    """Whether transformers' NEFTune adds noise to what this embedding gives in training
+    (``transformers.integrations.neftune``)."""
+    return bool(vars(module).get("neftune_noise_alpha"))
 
 
 def _rate(module: torch.nn.Module) -> float:

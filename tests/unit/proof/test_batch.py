@@ -145,3 +145,18 @@ def test_dropout_is_seen_and_switched_off() -> None:
     attention = torch.nn.Module()
     attention.attention_dropout = 0.1  # type: ignore[assignment]  # as transformers' attention layers have it
     assert batch.drops_out(attention) and not batch.drops_out(attention.eval())
+
+
+def test_noise_on_the_embeddings_is_at_random_too() -> None:
+    try:
+        from transformers.integrations.neftune import neftune_post_forward_hook
+    except ImportError:  # transformers 4
+        from transformers.trainer_utils import neftune_post_forward_hook
+
+    embedding, tokens = torch.nn.Embedding(4, 4), torch.tensor([[1, 2]])
+    assert not batch.drops_out(embedding)
+    embedding.neftune_noise_alpha = 5.0  # type: ignore[assignment]  # as transformers' trainer activates it
+    embedding.register_forward_hook(neftune_post_forward_hook)
+    assert not torch.equal(embedding(tokens), embedding(tokens)) and batch.drops_out(embedding)
+    embedding.eval()
+    assert torch.equal(embedding(tokens), embedding(tokens)) and not batch.drops_out(embedding)
