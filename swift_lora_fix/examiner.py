@@ -116,6 +116,7 @@ class Examiner:
         if whole:
             self.schedule.note_look()
         asks = whole and settings.gate_every > 0 and self._may_ask(rollout, missing, finding)
+        asks = asks and self._are_its_own(self.engine.logits_processors)
         pending = None
         if self.all_ranks(asks) if together else asks:
             started = time.perf_counter()
@@ -182,6 +183,15 @@ class Examiner:
         is_safe = audited is None or (has_floor and audited.cause != "not-finite")
         return missing is None and rollout.has_requests and is_safe
 
+    def _are_its_own(self, processors: Sequence[str]) -> bool:
+        """Whether what the engine says is its model's own. If not, one line says so."""
+        if processors and self.says_once("logits processors"):
+            warning(
+                f"logits processors change what the engine's model says ({', '.join(processors)}), and the trainer has "
+                "none: the engine is not asked. Its values alone are compared with the trainer's."
+            )
+        return not processors
+
     # ---- the gate ----------------------------------------------------------------------------------------------------
 
     def _gate(self) -> Gate:
@@ -227,6 +237,8 @@ class Examiner:
         like with like, one line says why."""
         trainer, seen = self.trainer, self.examination
         reason = scored.why_not
+        if not reason and self.engine.logits_processors:
+            reason = "logits processors have changed them"
         if not reason and (trainer.is_asynchronous or served.step != trainer.step):
             reason = "they were made by an earlier policy"
         anew = not reason and batch.drops_out(trainer.model)

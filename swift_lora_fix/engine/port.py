@@ -116,6 +116,10 @@ class ServingPort(Protocol):
     def reset_caches(self) -> Callable[[], None] | None:
         """Drops what a probe left in the caches; None when this process cannot do that."""
 
+    @property
+    def abort_unfinished(self) -> Callable[[], None] | None:
+        """Drops the requests of a probe that failed; None when this process cannot do that."""
+
     def engine_without_adapter(self) -> AbstractContextManager[None]: ...
 
     def trainer_without_adapter(self) -> AbstractContextManager[None]: ...
@@ -208,6 +212,10 @@ class EnginePort(Protocol):
     @property
     def cache_block(self) -> int:
         """Tokens per block of the prefix cache."""
+
+    @property
+    def logits_processors(self) -> Sequence[str]:
+        """Names of what changes the logits after the model: then its answers are not its own."""
 
     def make_ready(self) -> bool:
         """Called before rollouts: restore what an engine elsewhere lost. Returns whether anything was restored."""

@@ -152,15 +152,21 @@ class Gate:
 
     def _ask(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
         texts = self.texts.prompts(variant, kind)
-        return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS, with_media=kind == probe.MEDIA))
+        try:
+            return tuple(rollout.ask(texts * self.serving.copies, probe.NEW_TOKENS, with_media=kind == probe.MEDIA))
+        except Exception:
+            if self.serving.abort_unfinished is not None:
+                with contextlib.suppress(Exception):  # of a dead engine: the next rollout says so
+                    self.serving.abort_unfinished()
+            raise
 
     def _ask_plain(self, rollout: RolloutPort, kind: str, variant: int) -> Answers:
         with self.serving.engine_without_adapter():
             return self._ask(rollout, kind, variant)
 
     def _forget_answers(self, failed: Mapping[str, str]) -> None:
-        """failed: why, by kind. An engine that failed in a question keeps its requests, so that this fails too: then
-        both are said."""
+        """failed: why, by kind. Where an engine that failed in a question kept its requests this fails, too: then both
+        are said."""
         if self.serving.reset_caches is None:
             return
         try:

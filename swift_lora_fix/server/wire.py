@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, Stri
 
 from ..errors import AccessError, ProtocolError
 
-PROTOCOL = 5
+PROTOCOL = 6
 PREFIX = "/swift_lora_fix"
 POLICY_HEADER = "X-Swift-Lora-Fix-Policy"
 BYTES = "application/octet-stream"

@@ -33,7 +33,7 @@ class Scripted:
         self.staged: Any = None
         self.plain, self.boot, self.epoch, self.sums = False, "first", 0, sums
         self.host = this_host()
-        self.lora_dtype = "bfloat16"
+        self.lora_dtype, self.logits_processors = "bfloat16", list[str]()
         self.before: Any = None
         self.layout: Any = None
         self.memory: Any = None
@@ -109,6 +109,7 @@ class Scripted:
         elif route == "base":
             return 200, {"sums": self.sums, "boot": self.boot, "epoch": self.epoch}, {}
         about = {"protocol": PROTOCOL, "enable_lora": True, "max_lora_rank": 16, "lora_dtype": self.lora_dtype}
+        about.update(logits_processors=self.logits_processors)
         about.update(boot=self.boot, epoch=self.epoch, host=self.host, before=self.before)
         if route == "stage" and not content["nccl"]:
             about["memory"] = {**self.memory.address.as_dict(), **self.elsewhere}

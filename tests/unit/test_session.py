@@ -490,6 +490,27 @@ def test_a_probe_that_fails_is_a_warning_and_a_number(gated: Session, caplog: py
     assert "not looked at: answers of the engine (no probe could be judged at this sync)" in custody
 
 
+class Ban:
+    """As a user's logits processor for vLLM."""
+
+
+def test_an_engine_with_logits_processors_is_not_asked(
+    gated: Session, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.vllm_config.model_config.logits_processors = ["mine:Ban", Ban]
+    gated.examiner.gate = FakeGate()  # type: ignore[assignment]  # which has no answers
+    for _ in range(2):
+        gated.trainer.learner.updates += 1  # type: ignore[attr-defined]
+        gated.synchronize()
+        roll_out(gated)
+    said = [message for message in caplog.messages if "logits processors" in message]
+    assert len(said) == 1 and "(mine:Ban, Ban)" in said[0] and "the engine is not asked" in said[0]
+    custody = next(message for message in caplog.messages if "chain of custody" in message)
+    assert "looked at: the LoRA slots' values" in custody and "not looked at: answers of the engine" in custody
+    engine.vllm_config.model_config.logprobs_mode = "raw_logprobs"  # taken before them
+    steps_with(gated, judged())
+
+
 def test_a_probe_that_leaves_it_open_is_a_warning_and_the_next_sync_is_asked(
     gated: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

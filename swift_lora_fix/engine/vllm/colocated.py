@@ -172,6 +172,7 @@ class AdapterServing:
     def __init__(self, trainer: TrainerPort, engine: EngineHandle, adapter: Adapter) -> None:
         self._trainer, self._adapter = trainer, adapter
         self.reset_caches: Callable[[], None] | None = engine.reset_caches
+        self.abort_unfinished: Callable[[], None] | None = engine.abort_unfinished
 
     @contextlib.contextmanager
     def engine_without_adapter(self) -> Iterator[None]:
@@ -197,6 +198,7 @@ class FusedServing:
     def __init__(self, engine: EngineHandle, writer: FusedWriter) -> None:
         self._writer = writer
         self.reset_caches: Callable[[], None] | None = engine.reset_caches
+        self.abort_unfinished: Callable[[], None] | None = engine.abort_unfinished
         # ``standing_in`` all-gathers under FSDP2; ranks route to different experts, so these all-gathers would deadlock
         experts = any(".experts." in module.path for module in writer.modules)
         self.rounds = not (experts and writer.adapter.sharding == "fsdp2")

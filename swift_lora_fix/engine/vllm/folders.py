@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -63,6 +63,7 @@ class FolderEngine:
     is_shared = True
     is_asleep = False
     cache_block = 128  # vLLM's largest default, that of its CPU backend
+    logits_processors: Sequence[str] = ()  # nobody tells us
 
     def __init__(self, trainer: TrainerPort) -> None:
         self.client = trainer.server_client
@@ -223,7 +224,7 @@ class FolderServing:
 
     rounds, copies = False, 1
     stand_ins: Collection[torch.nn.Module] = ()
-    reset_caches = None
+    reset_caches = abort_unfinished = None
 
     def __init__(self, engine: FolderEngine, adapter: Adapter) -> None:
         self._engine, self._adapter = engine, adapter

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +22,25 @@ from .prefix_cache import sparing_reset
 ADAPTER_ID = releases.FIXED_ADAPTER_ID
 ADAPTER_NAME = "swift_lora"
 ADAPTER_PATH = "swift_dummy_lora_path"
+
+
+def logits_processors(given: Sequence[Any] | None, logprobs_mode: str) -> tuple[str, ...]:
+    """Names of the logits processors in an engine's logprobs, but for vLLM's own.
+
+    given: the engine's argument ``logits_processors``. vLLM adds those of its entry point group in installed packages
+    (``build_logitsprocs``). Logprobs are taken before or after them (``raw_...``, ``processed_...``).
+    """
+    if logprobs_mode.startswith("raw"):
+        return ()
+    names = [one if isinstance(one, str) else one.__qualname__ for one in given or ()]
+    return (*names, *_installed_logits_processors())
+
+
+@cache
+def _installed_logits_processors() -> tuple[str, ...]:
+    found, group = metadata.entry_points(), "vllm.logits_processors"
+    entries: Any = found.select(group=group) if hasattr(found, "select") else found.get(group, ())  # Python 3.9: a dict
+    return tuple(entry.value for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,11 @@ class EngineHandle:
         return int(self.llm_engine.vllm_config.cache_config.block_size or 16)
 
     @property
+    def logits_processors(self) -> Sequence[str]:
+        config = self.llm_engine.vllm_config.model_config
+        return logits_processors(config.logits_processors, config.logprobs_mode)
+
+    @property
     def is_asleep(self) -> bool:
         return bool(self.executor.is_sleeping)
 
@@ -110,6 +137,13 @@ class EngineHandle:
                 "The engine still has unfinished requests, so its policy cannot be replaced now: they would be "
                 "finished by another policy than they began with. Wait for them, or abort them, before the sync."
             )
+
+    def abort_unfinished(self) -> None:
+        """Abort all requests that it has: of a call of its own that raised, they are still there."""
+        unfinished = list(self.llm_engine.output_processor.request_states)
+        abort = self.llm_engine.abort_request
+        # these are vLLM's own ids; before it had them (0.11), they were the caller's
+        abort(unfinished, **({"internal": True} if "internal" in inspect.signature(abort).parameters else {}))
 
     def reset_caches(self) -> None:
         """Drop what the engine computed with the previous policy: prefix (KV) cache and encoder cache.

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from ...common.log import info, warning
 from ...common.settings import Settings
+from ...engine.vllm.handle import logits_processors
 from ...errors import AccessError, StagingError
 from ...install import releases
 from ...policy.model_files import base_sums
@@ -34,6 +35,7 @@ _KEY = (
     "The request does not have --api_key of this server: `Authorization: Bearer KEY` is expected (for a trainer set "
     "SWIFT_LORA_FIX_API_KEY)."
 )
+LOGPROBS_MODE = "processed_logprobs"  # of each engine of ms-swift's
 Work = Coroutine[Any, Any, "Answer | None"]
 
 
@@ -124,6 +126,7 @@ class Policies:
             "enable_lora": bool(args.vllm_enable_lora),
             "max_lora_rank": args.vllm_max_lora_rank,
             "lora_dtype": str(dtype).split(".")[-1] if dtype is not None else None,
+            "logits_processors": logits_processors(self._engine_kwargs().get("logits_processors"), LOGPROBS_MODE),
             "policy": self.policy and self.policy.as_dict(),
             "plain": self.plain,
             "workers": self.server.num_connections,
@@ -140,9 +143,12 @@ class Policies:
         info = getattr(self.server.args, "model_info", None)
         return getattr(info, "torch_dtype", None) or getattr(self.server.args, "torch_dtype", None)
 
+    def _engine_kwargs(self) -> dict[str, Any]:
+        return getattr(self.server.args, "vllm_engine_kwargs", None) or {}
+
     def _lora_dtype(self) -> Any:
         """The servers' LoRA dtype. vLLM's ``auto`` means the model's dtype."""
-        asked = (getattr(self.server.args, "vllm_engine_kwargs", None) or {}).get("lora_dtype", "auto")
+        asked = self._engine_kwargs().get("lora_dtype", "auto")
         return self._model_dtype() if asked == "auto" else getattr(torch, str(asked).split(".")[-1], None)
 
     # ---- who gives orders --------------------------------------------------------------------------------------------

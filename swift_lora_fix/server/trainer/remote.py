@@ -65,6 +65,12 @@ class RemoteEngine:
         return getattr(torch, self.statuses[0]["lora_dtype"]) if self.engine is not None else torch.float32
 
     @property
+    def logits_processors(self) -> list[str]:
+        """Of all servers, each once; none on ranks that do not talk to them."""
+        statuses = self.statuses if self.engine is not None else ()
+        return list(dict.fromkeys(name for status in statuses for name in status["logits_processors"]))
+
+    @property
     def max_lora_rank(self) -> int:
         return min(int(status["max_lora_rank"]) for status in self.statuses)
 

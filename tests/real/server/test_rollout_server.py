@@ -99,6 +99,7 @@ def test_it_says_what_it_is(server: ReloadServer) -> None:
         "max_lora_rank": 16,
         "policy": None,
         "plain": False,
+        "logits_processors": [],
         "workers": 1,
         "epoch": 0,
     }

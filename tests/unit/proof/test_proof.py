@@ -429,7 +429,7 @@ def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
         rollout.cached, rollout.resets = "", rollout.resets + 1
 
     serving: Any = SimpleNamespace(
-        copies=1, rounds=False, reset_caches=reset, engine_without_adapter=plain, stand_ins=(),
+        copies=1, rounds=False, reset_caches=reset, abort_unfinished=None, engine_without_adapter=plain, stand_ins=(),
         trainer_without_adapter=lambda: adapter.scaled(bound, 0.0),
     )  # fmt: skip
     texts = lambda self, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]  # noqa: E731
@@ -548,6 +548,25 @@ def test_an_engine_that_dies_in_a_question_is_named_beside_what_it_left_behind(m
         errors.CacheResetError, match=r"still running. Before that, .*short.* KeyError: 'cpu_gemm_wna16'"
     ):
         made.judge(asked, rollout)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_a_question_that_failed_left_in_the_engine_is_aborted_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    rollout, left, done = Rollout(), ["request"], []
+    made = made_gate(monkeypatch, rollout)
+
+    def reset() -> None:
+        done.append("reset")
+        if left:
+            raise errors.CacheResetError("a request is still running.")
+
+    monkeypatch.setattr(rollout, "ask", lambda *_, **__: {}["set_offset"])
+    monkeypatch.setattr(made.serving, "reset_caches", reset)
+    monkeypatch.setattr(made.serving, "abort_unfinished", lambda: (done.append("abort"), left.clear()))
+    judged = made.judge(made.ask(rollout, bool, ahead), None if ahead else rollout)
+    assert judged.failed == {probe.SHORT: "KeyError: 'set_offset'"} and done == ["abort", "reset"]
 
 
 def test_a_kind_of_prompts_that_fails_takes_no_verdict_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
