@@ -87,7 +87,7 @@ def determine(
     loads = _loads.get(model, {})
     folder = _folder(claimed, loads.get(adapter.name))
     norm = float(torch.stack([value.float().norm() for value in held.values()]).norm())
-    b_is_zero = not any(bool(value.any()) for key, value in held.items() if is_b(key))
+    b_is_zero = _does_nothing(held)
     facts: dict[str, Any] = dict(norm=norm, b_is_zero=b_is_zero, words=adapter.words)
     facts["reference"] = loads.get("ref_adapter")
     if folder is None:
@@ -106,6 +106,12 @@ def determine(
         _compare(folder, saved, held, norm, b_is_zero, adapter.words)
     kind = "resume" if claimed else "adapters"
     return AdapterOrigin(kind, str(folder), saved_step, digest, compared=compared, fork=fork, **facts)
+
+
+def _does_nothing(held: dict[str, torch.Tensor]) -> bool:
+    """Whether each B is zero, as PEFT begins; of an embedding that is A (``LoraLayer.reset_lora_parameters``)."""
+    begins = {key: key.replace("lora_embedding_B", "lora_embedding_A") for key in held if is_b(key)}
+    return not any(bool(held[key].any()) and bool(held[twin].any()) for key, twin in begins.items())
 
 
 def _folder(claimed: str | os.PathLike[str] | None, loaded: str | None) -> Path | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from swift_lora_fix import errors
 from swift_lora_fix.policy import adapter, files, origin
-from tests.support.peft_models import peft_model
+from tests.support.peft_models import Tiny, peft_model
 
 
 def decide(model: torch.nn.Module, resume: Path | None = None, step: int = 0) -> origin.AdapterOrigin:
@@ -32,6 +33,15 @@ def test_from_scratch() -> None:
     found = decide(peft_model(zero_b=True))
     assert (found.kind, found.path, found.b_is_zero) == ("scratch", None, True)
     assert "LoRA weights from scratch" in str(found) and "every lora_B is zero" in str(found)
+
+
+def test_from_scratch_with_an_embedding() -> None:
+    """PEFT begins with A of zero there."""
+    model = get_peft_model(Tiny(), LoraConfig(r=4, target_modules=["first", "embed"]))
+    assert decide(model).kind == "scratch"
+    with torch.no_grad():
+        model.get_parameter("base_model.model.embed.lora_embedding_A.default").normal_()
+    assert decide(model).kind == "memory"
 
 
 def test_weights_that_no_file_explains() -> None:
