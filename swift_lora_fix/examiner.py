@@ -250,11 +250,11 @@ class Examiner:
             if found is not None:
                 seen.batch = found
                 metrics.record_batch(trainer, found)
-                self._weigh_batch(served, found)
+                self._weigh_batch(served, found, scored.temperature)
         if reason and self.says_once(f"batch: {kind}"):
             info(f"the rollouts' own logprobs are not compared with the trainer's: {reason}.")
 
-    def _weigh_batch(self, served: Served, found: batch.Batch) -> None:
+    def _weigh_batch(self, served: Served, found: batch.Batch, temperature: float) -> None:
         """The run's own prompts as evidence, beside a verdict that found the engine sound.
 
         They have what the gate's have not: images, tools, other lengths. They have no hypotheses of their own, so this
@@ -263,7 +263,7 @@ class Examiner:
         verdict = self.examination.verdict
         if verdict is None or not verdict.agrees:
             return
-        explained = max(verdict.noise, verdict.distance.mean) + verdict.rounding
+        explained = (max(verdict.noise, verdict.distance.mean) + verdict.rounding) / min(1.0, temperature)
         if found.distance.mean <= BATCH_FAR * explained:  # not for NaN
             return
         if self.says_once(f"batch: far at step {served.step}"):

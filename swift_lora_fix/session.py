@@ -362,6 +362,11 @@ class Session:
         self.writer.validate()
         self.last_write = self.writer.write()
 
+    def forget_origin(self) -> None:
+        """Training begins from a checkpoint: at the next sync the adapter is compared with its file."""
+        self.origin = None
+        self.examiner.forget_custody()
+
     def _find_origin(self) -> str:
         """Find the adapter's origin, check it against its file, and return the digest that the engine must get."""
         trainer = self.trainer

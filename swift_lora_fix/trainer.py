@@ -53,6 +53,10 @@ class BatchPort(Protocol):
         """Why the engine's and the trainer's logprobs of the same tokens cannot be compared in this run; empty if they
         can. The same on all ranks."""
 
+    @property
+    def temperature(self) -> float:
+        """At which both took the logprobs. Below 1 it magnifies how far apart they are."""
+
     def scored(self, anew: bool) -> Sequence[Scored]:
         """The rollouts in the parts that were scored together, where the engine's logprobs are known. anew: score them
         again without dropout, a collective when parameters are sharded."""

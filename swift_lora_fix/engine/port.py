@@ -128,6 +128,10 @@ class ServingPort(Protocol):
         """The trainer computes with the rounded weights that the engine should hold. Only if ``rounds``."""
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """What the engine computes in; None where that is the trainer's."""
+
+    @property
     def stand_ins(self) -> Collection[torch.nn.Module]:
         """The trainer's modules that compute in place of their children in ``trainer_as_rounded`` and
         ``trainer_without_adapter``."""

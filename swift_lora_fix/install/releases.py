@@ -408,6 +408,7 @@ TRL_HOOKS = (
     Target("VLLMGeneration.generate", is_function=False),
     Target("LLM.__init__", names=("model", "enable_lora", "max_loras", "max_lora_rank")),
     Target("LLM.generate", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
+    Target("LLM.chat", positional=1, names=("sampling_params", "use_tqdm", "lora_request")),
 )
 OLDEST_TRL_WITH_VLLM_SERVE = "1.11.0"  # older ones have a server of their own, without LoRA
 TRL_SERVER_HOOKS = (

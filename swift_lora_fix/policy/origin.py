@@ -23,6 +23,7 @@ from .kinds import is_b
 
 TOWERS = "vit.safetensors"  # lora_llm keeps what it trains whole here, beside the adapter (tuner_plugin/lora_llm.py)
 _loads: weakref.WeakKeyDictionary[Any, dict[str, str]] = weakref.WeakKeyDictionary()
+_trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models that were trained since
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class AdapterOrigin:
 def record_load(model: Any, adapter_name: str, folder: Any) -> None:
     """Remember that PEFT loaded ``folder`` into ``model``'s adapter. Called by the hook on ``load_adapter``."""
     _loads.setdefault(model, {})[adapter_name] = os.fspath(folder)
+    _trained.discard(model)
+
+
+def note_trained(model: Any) -> None:
+    """``model`` was trained: it need not hold what was loaded into it before."""
+    _trained.add(model)
 
 
 def determine(
@@ -98,7 +105,8 @@ def determine(
     fork = check_fork(file, digest)
     saved_step = checkpoint_step(folder)
     expected_step = (saved_step or 0) if claimed else 0
-    compared = step <= expected_step  # at later steps the trainer rightly holds other values
+    # at later steps the trainer rightly holds other values, or where the model was trained before this run
+    compared = step <= expected_step and (bool(claimed) or model not in _trained)
     if compared:
         saved = read_weights(file)
         if (folder / TOWERS).is_file():

@@ -98,7 +98,12 @@ class Gate:
         """
         found = []
         with probe.same_random_state(self.trainer.device):
-            for kind in probe.kinds(self.trainer, together(rollout.has_media)):
+            media = together(rollout.has_media)
+            try:
+                kinds = _attempt(partial(probe.kinds, self.trainer, media), together)
+            except _ProbeError as error:
+                found, kinds = [Asked(probe.SHORT, failed=str(error))], []
+            for kind in kinds:
                 try:
                     found.append(_attempt(partial(self._ask_kind, rollout, kind, ahead), together))
                 except _ProbeError as error:
@@ -288,7 +293,7 @@ class Gate:
 
     @contextlib.contextmanager
     def _shaken(self, how: contextlib.AbstractContextManager[None]) -> Iterator[None]:
-        with shaken(self.trainer.model, self.serving.stand_ins), how:
+        with shaken(self.trainer.model, self.serving.stand_ins, self.serving.dtype), how:
             yield
 
 

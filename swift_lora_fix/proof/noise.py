@@ -15,15 +15,19 @@ SILENT = (torch.nn.Identity, torch.nn.Dropout, torch.nn.ModuleList, torch.nn.Mod
 
 
 @contextlib.contextmanager
-def shaken(model: torch.nn.Module, whole: Collection[torch.nn.Module] = ()) -> Iterator[None]:
+def shaken(
+    model: torch.nn.Module, whole: Collection[torch.nn.Module] = (), engine: torch.dtype | None = None
+) -> Iterator[None]:
     """Each leaf module's output x is x * (1 + u * step), rounded to its dtype again: u at random in [-1, 1], the same
-    for the same shapes; step half the distance from 1 to the next number of the coarser dtype, the output's own or the
-    base's (an engine computes in that): 2^-8 for bf16, and never finer than TF32, which kernels take for float32. Hooks
-    only, gone afterwards.
+    for the same shapes; step half the distance from 1 to the next number of the coarsest dtype, of the output's, the
+    base's and the engine's: 2^-8 for bf16, and never finer than TF32, which kernels take for float32. Hooks only, gone
+    afterwards.
 
+    engine: what the engine computes in, where that is not the base's dtype.
     whole: modules that compute in place of their children while this lasts.
     """
-    coarsest = max([TF32, *(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())])
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    coarsest = max([TF32, *(torch.finfo(dtype).eps for dtype in {*dtypes, engine or torch.float32})])
     generators: dict[torch.device, torch.Generator] = {}
 
     def shake(module: torch.nn.Module, inputs: Any, output: Any) -> Any:

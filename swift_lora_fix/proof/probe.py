@@ -49,6 +49,8 @@ class Texts:
     def _body(self, kind: str, length: int) -> str:
         words, body = WORDS.split(), ""
         while len(self.trainer.tokenizer.encode(body, add_special_tokens=False)) < length:
+            if body.count(" ") > 4 * length + len(words):  # an alphabet of its own: digits, amino acids, moves
+                raise ValueError(f"the tokenizer makes no {length} tokens of {body.count(' ')} English words")
             body = f"{body} {' '.join(words)}" if kind == LONG else f"{body} {words[body.count(' ') % len(words)]}"
         return body
 

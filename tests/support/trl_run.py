@@ -8,7 +8,8 @@ step whose rollout ends the process); ``faults`` (one a step from step 1 on, of 
 ``plain_base``: the engine gets the trainer's base without the LoRA; ``unload``: the server forgets the policy);
 ``example`` (a script of examples/, whose trainer it is); ``server`` (url of a ``vllm serve``, in place of a colocated
 engine); ``bench`` (a file whose ``begin`` gets the trainer, in place of the probe); ``images`` (the model is
-``make_vision_model``'s, and the data set has images).
+``make_vision_model``'s, and the data set has images); ``rollout`` (a ``rollout_func`` that asks the engine itself, in
+turn by ``chat`` and by ``generate``); ``dtype`` (of the trainer's model).
 
 At each rollout one line goes to FOLDER/probe.jsonl: ``mean``, ``max`` (|logprob engine - trainer|, nats, over greedy
 continuations of fixed prompts), ``effect`` (of the LoRA on the trainer's own logprobs), ``base_changed`` (entries of
@@ -54,6 +55,23 @@ def rewards(completions: list[Any], **kwargs: Any) -> list[float]:
     """Each completion's place in an order that the texts decide: never a tie, and no state."""
     marks = [(zlib.crc32(f"{os.environ.get('RANK', '0')} {text}".encode()), i) for i, text in enumerate(completions)]
     return [sorted(marks).index(mark) / len(marks) for mark in marks]
+
+
+def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """A user's, which names no adapter."""
+    from vllm import SamplingParams
+
+    llm, how = trainer.vllm_generation.llm, SamplingParams(temperature=1.0, max_tokens=16, logprobs=0)
+    if trainer.state.global_step % 2:
+        outputs = llm.generate(prompts, how, use_tqdm=False, lora_request=None)
+    else:
+        outputs = llm.chat([[{"role": "user", "content": text}] for text in prompts], how, use_tqdm=False)
+    answers = [output.outputs[0] for output in outputs]
+    return {
+        "prompt_ids": [output.prompt_token_ids for output in outputs],
+        "completion_ids": [list(answer.token_ids) for answer in answers],
+        "logprobs": [[at[token].logprob for at, token in zip(a.logprobs, a.token_ids)] for a in answers],
+    }
 
 
 def whole(parameter: Any) -> Any:
@@ -324,7 +342,7 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     defaults = {name: value for name, value in defaults.items() if name in known}
     config = config_class(**{**defaults, **options.get("arguments", {})})
     auto = AutoModelForImageTextToText if "images" in options else AutoModelForCausalLM
-    model = auto.from_pretrained(options["model"], dtype=torch.bfloat16)
+    model = auto.from_pretrained(options["model"], dtype=getattr(torch, options.get("dtype", "bfloat16")))
     lora = None
     if "adapter" in options:
         model = PeftModel.from_pretrained(model, options["adapter"], is_trainable=True)
@@ -334,6 +352,8 @@ def build(folder: Path, options: dict[str, Any]) -> Any:
     own = dict(reward_funcs=rewards) if kind in ("GRPO", "RLOO", "SDPO") else {}
     if kind in ("Distillation", "GOLD"):
         own = dict(teacher_model=options["model"])
+    if "rollout" in options:
+        own["rollout_func"] = rollout
     rows = {"prompt": PROMPTS, **({"privileged_context": PROMPTS} if kind in ("SDFT", "SDPO") else {})}
     if kind == "GOLD":  # it wants answers, too, though with lmbda 1 it learns from its own
         rows = {"prompt": PROMPTS, "completion": PROMPTS}

@@ -320,7 +320,7 @@ def test_custody_names_what_was_looked_at_after_a_repair_and_names_it_once(
 class ScoredBatch:
     """Two tokens that the engine and the trainer are half a nat apart on; a quarter where nothing is dropped out."""
 
-    why_not = ""
+    why_not, temperature = "", 1.0
 
     def __init__(self) -> None:
         self.asked: list[bool] = []
@@ -363,6 +363,33 @@ def test_rollouts_far_beyond_what_the_gate_explains_are_a_warning(
         for _ in range(2):
             session.note_batch(scored)
     assert len([message for message in caplog.messages if "the rollouts are farther" in message]) == warned
+
+
+def test_a_low_temperature_magnifies_what_is_explained(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("swift"), "propagate", True)
+    session.trainer.model.eval()
+    session.examination.verdicts = judged().verdicts
+    scored = ScoredBatch()
+    for temperature in (0.05, 2.0):  # half a nat apart, where 0.05 nats are allowed at 1
+        scored.temperature = temperature
+        session.note_batch(scored)
+        said = [message for message in caplog.messages if "the rollouts are farther" in message]
+        assert len(said) == (temperature > 1)
+
+
+def test_a_resume_after_an_evaluation_is_compared_with_its_file(
+    session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    before, session.origin = session.origin, None
+    session.forget_origin()
+    session.trainer.learner.updates += 1  # type: ignore[attr-defined]
+    session.synchronize()
+    roll_out(session)
+    assert session.origin == before is not None and any("LoRA weights from" in message for message in caplog.messages)
+    assert any("chain of custody" in message for message in caplog.messages)
 
 
 def test_with_dropout_rollouts_are_scored_anew_where_the_gate_asked(session: Session) -> None:

@@ -173,6 +173,7 @@ class AdapterServing:
         self._trainer, self._adapter = trainer, adapter
         self.reset_caches: Callable[[], None] | None = engine.reset_caches
         self.abort_unfinished: Callable[[], None] | None = engine.abort_unfinished
+        self.dtype: torch.dtype | None = engine.dtype
 
     @contextlib.contextmanager
     def engine_without_adapter(self) -> Iterator[None]:
@@ -199,6 +200,7 @@ class FusedServing:
         self._writer = writer
         self.reset_caches: Callable[[], None] | None = engine.reset_caches
         self.abort_unfinished: Callable[[], None] | None = engine.abort_unfinished
+        self.dtype: torch.dtype | None = engine.dtype
         # ``standing_in`` all-gathers under FSDP2; ranks route to different experts, so these all-gathers would deadlock
         experts = any(".experts." in module.path for module in writer.modules)
         self.rounds = not (experts and writer.adapter.sharding == "fsdp2")

@@ -225,6 +225,7 @@ class FolderServing:
     rounds, copies = False, 1
     stand_ins: Collection[torch.nn.Module] = ()
     reset_caches = abort_unfinished = None
+    dtype = torch.bfloat16  # unless it was told otherwise, vLLM computes in 16 bits; nobody tells us
 
     def __init__(self, engine: FolderEngine, adapter: Adapter) -> None:
         self._engine, self._adapter = engine, adapter

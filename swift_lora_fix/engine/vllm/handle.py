@@ -89,6 +89,11 @@ class EngineHandle:
         return self.lora_config.lora_dtype
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.llm_engine.vllm_config.model_config.dtype
+
+    @property
     def quantization(self) -> str | None:
         """vLLM's name of how the engine holds its weights, or None."""
         return self.llm_engine.vllm_config.model_config.quantization

@@ -32,6 +32,10 @@ class SwiftBatch:
         altering = [f"{name} {config[name]}" for name, plain in _PLAIN.items() if config.get(name) not in plain]
         return f"sampling altered them ({', '.join(altering)})" if altering else ""
 
+    @property
+    def temperature(self) -> float:
+        return float(self.trainer.temperature)
+
     def scored(self, anew: bool) -> list[Scored]:
         parts, start = [], 0
         for batch in self._batches:

@@ -29,11 +29,16 @@ class TrlBatch:
             return "TRL does not score its rollouts here (vllm_importance_sampling_correction is off)"
         if not generation.temperature > 0:
             return "they were sampled at temperature 0"
-        asked = {name: getattr(generation, name) for name in _PLAIN} | generation.generation_kwargs
+        asked = {name: getattr(generation, name, plain[0]) for name, plain in _PLAIN.items()}
+        asked |= generation.generation_kwargs
         altering = [f"{name} {asked[name]}" for name, plain in _PLAIN.items() if asked[name] not in plain]
         if asked.get("temperature", generation.temperature) != generation.temperature:
             altering.append(f"temperature {asked['temperature']}")
         return f"sampling altered them ({', '.join(altering)})" if altering else ""
+
+    @property
+    def temperature(self) -> float:
+        return float(self.trainer.vllm_generation.temperature)
 
     def scored(self, anew: bool) -> list[Scored]:
         batch = self._batch
@@ -65,4 +70,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "min_p": (None, 0.0),
     "repetition_penalty": (1.0,),
     "structured_outputs_regex": (None, ""),
+    # of generation_kwargs alone
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "min_tokens": (0, None),
+    "structured_outputs": (None,),
 }

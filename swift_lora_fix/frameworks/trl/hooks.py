@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import inspect
 import typing
+from contextvars import ContextVar
 from typing import Any, Callable
 
 from ... import session as sessions
 from ...common.log import info
 from ...common.settings import Settings
 from ...install.registry import Patch, PatchSet
+from ...policy import origin
 from . import port as ports
 from . import starting
 from .batch import TrlBatch
 from .port import TrlTrainer
-from .rollouts import TrlRollout, TrlServerRollout
+from .rollouts import TrlChat, TrlRollout, TrlServerRollout
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+_chats: ContextVar[bool] = ContextVar("chats", default=False)  # within ``LLM.chat`` of a trainer's engine
 
 
 def _make_generation(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -135,15 +138,39 @@ def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: 
     session = sessions.session_of(port.generation) if port is not None else None
     if session is None or port is None:
         return wrapped(*args, **kwargs)
+    if _chats.get():
+        return wrapped(*args, **port.completed(kwargs))
 
     def infer(*args: Any, **kwargs: Any) -> Any:
-        return session.engine.generate(lambda: wrapped(*args, **{**port.request_fields(), **kwargs}))
+        return session.engine.generate(lambda: wrapped(*args, **port.completed(kwargs)))
 
     rollout = TrlRollout(port, infer, *args, **kwargs)
     session.before_rollout(rollout)
     outputs = infer(*args, **kwargs)
     rollout.check_prompts(outputs)
     return outputs
+
+
+def _engine_chat(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
+    """In newer releases of vLLM it does not come by ``LLM.generate``. The gate's own questions do."""
+    port = ports.port_of_engine(llm)
+    session = sessions.session_of(port.generation) if port is not None else None
+    if session is None or port is None:
+        return wrapped(*args, **kwargs)
+    generate = GENERATION.beneath("LLM.generate")
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        return session.engine.generate(lambda: generate(llm, *args, **port.completed(kwargs)))
+
+    def chat(*args: Any, **kwargs: Any) -> Any:
+        token = _chats.set(True)
+        try:
+            return session.engine.generate(lambda: wrapped(*args, **port.completed(kwargs)))
+        finally:
+            _chats.reset(token)
+
+    session.before_rollout(TrlChat(port, ask, chat, *args, **kwargs))
+    return chat(*args, **kwargs)
 
 
 def _score_completions(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -162,9 +189,16 @@ def _make_accelerator(wrapped: Callable[..., Any], trainer: Any, args: Args, kwa
 
 
 def _train(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
-    given = inspect.signature(wrapped).bind(*args, **kwargs)
-    ports.note_claim(trainer, given.arguments.get("resume_from_checkpoint"))
-    return wrapped(*args, **kwargs)
+    """Of each of transformers' trainers: one that has trained the model before has a part in what it holds."""
+    claim = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("resume_from_checkpoint")
+    ports.note_claim(trainer, claim)
+    session = sessions.session_of(trainer.vllm_generation) if hasattr(trainer, "vllm_generation") else None
+    if claim and session is not None:
+        session.forget_origin()  # an evaluation has served what was there before
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        origin.note_trained(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def _port(session: sessions.Session) -> TrlTrainer:
@@ -205,6 +239,12 @@ GENERATION = PatchSet(
             _engine_generate,
             why="TRL's requests name no adapter, and nothing checks what the engine holds",
             goes_when="TRL's requests name the adapter, and a missing one is refused",
+        ),
+        Patch(
+            "LLM.chat",
+            _engine_chat,
+            why="a rollout_func may call it, and TRL up to 0.29 does: it names no adapter, and nothing is checked",
+            goes_when="with that of LLM.generate",
         ),
     ),
 )

@@ -180,6 +180,12 @@ class TrlTrainer:
 
         return {"lora_request": LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)}
 
+    def completed(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a request, with `request_fields` where they say nothing else. (vLLM's older ``LLM.chat``
+        passes ``lora_request=None`` on to ``LLM.generate``.)"""
+        given = {name: value for name, value in kwargs.items() if name != "lora_request" or value is not None}
+        return {**self.request_fields(), **given}
+
     # ---- what a probe must know --------------------------------------------------------------------------------------
 
     @property
@@ -201,12 +207,14 @@ class TrlTrainer:
         return len(self.prompt_ids("a"))
 
     def prompt_ids(self, text: str) -> list[int]:
-        """A prompt of ``text``, with the tokenizer's chat template where it has one."""
-        tokenizer = self.tokenizer
-        if not tokenizer.chat_template:
-            return list(tokenizer(text)["input_ids"])
-        said = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
+        """A prompt of ``text``, with the tokenizer's chat template where it has one that takes a user's message alone:
+        some raise without a system's."""
+        tokenizer, said = self.tokenizer, [{"role": "user", "content": text}]
+        if tokenizer.chat_template:
+            with contextlib.suppress(Exception):
+                made = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+                return list(made["input_ids"])
+        return list(tokenizer(text)["input_ids"])
 
     def image_prompt(self, text: str) -> str:
         """A prompt of ``text`` about one image, as the processor's chat template writes it."""

@@ -22,7 +22,7 @@ class TrlRollout:
         sampling_params: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._trainer, self._infer = trainer, infer
+        self._trainer, self._infer, self._again = trainer, infer, infer
         self._prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         self._sampling = sampling_params
 
@@ -85,9 +85,20 @@ class TrlRollout:
         how = self._sampling.clone()
         how.max_tokens = min(most_tokens, int(how.max_tokens or most_tokens))
         started = time.perf_counter()
-        outputs = self._infer(self._prompts, how, use_tqdm=False)
+        outputs = self._again(self._prompts, how, use_tqdm=False)
         seconds = time.perf_counter() - started
         return max(1, sum(len(answer.token_ids) for output in outputs for answer in output.outputs)) / seconds
+
+
+class TrlChat(TrlRollout):
+    """One call of ``LLM.chat``, which a ``rollout_func`` may make. chat: the call itself; infer: ``LLM.generate``, for
+    our probes; the rest are the call's arguments."""
+
+    def __init__(
+        self, trainer: TrlTrainer, infer: Callable[..., Any], chat: Callable[..., Any], *args: Any, **kwargs: Any
+    ):
+        super().__init__(trainer, infer, *args, **kwargs)
+        self._again = chat
 
 
 def images_of(prompt: Any) -> list[Any]:

@@ -240,7 +240,7 @@ class RemoteServing(AdapterServing):
         self._servers, self._adapter = engine, adapter
         # only the main rank talks to the servers
         self.reset_caches = engine.reset_caches if engine.engine is not None else None
-        self.abort_unfinished = None
+        self.abort_unfinished = self.dtype = None
         # ms-swift's client splits the requests among the servers, in contiguous parts
         self.copies = len(engine.servers.urls) or 1
 

@@ -94,6 +94,9 @@ class Runs:
         if name == "rloo":
             options.update(trainer="RLOO", lora={"use_dora": True, "modules_to_save": ["lm_head"]})
             arguments.update(max_steps=3, save_steps=100)
+        if name == "adapter_rollout_func":  # in float32, which TRL loads models in; the engine is bf16's
+            options.update(rollout=True, dtype="float32")
+            arguments.update(save_steps=100, bf16=False)
         if name == "example":
             options.update(fixed=False, example=str(driver.REPOSITORY / "examples" / "trl_grpo.py"))
             arguments.update(max_steps=3, save_steps=100)
@@ -117,6 +120,7 @@ NEED_ADAPTER = ("adapter_faults", "adapter_resumed", "resumed", "faults", "sleep
 RANKS = ("two_ranks", "two_ranks_fsdp2")
 IMAGES = ("images", "adapter_images_resumed")
 SCENARIOS = ("killed", "uninterrupted", *NEED_ADAPTER, "stock", "rloo", "example", *TRAINERS, *RANKS)
+SCENARIOS += ("adapter_rollout_func",)
 SCENARIOS += IMAGES if HAS_VISION else ()
 NEEDS = {name: ("killed",) for name in NEED_ADAPTER} | {"adapter_images_resumed": ("images",)}
 

@@ -55,6 +55,17 @@ def test_engine_and_trainer_agree_at_every_sync(run: Run, name: str) -> None:
     assert metrics[-1]["lora_sync/distinguishable"] == 1, "a missing or doubled adapter would be noticed"
 
 
+@pytest.mark.needs("adapter_rollout_func")
+def test_what_a_rollout_func_asks_itself_is_answered_by_the_policy(run: Run) -> None:
+    """By ``LLM.chat`` at even steps and ``LLM.generate`` at odd ones. TRL compares the logprobs with the trainer's."""
+    assert run.returncode == 0, run.log[-3000:]
+    lines = run.metrics()[:STEPS]
+    for step, line in enumerate(lines):
+        assert line["sampling/sampling_logp_difference/mean"] < 2.5 * line["lora_sync/noise"], (step, line)
+        assert f"engine and trainer agree at step {step}" in run.log
+    assert lines[-1]["lora_sync/distinguishable"] == 1 and run.probes()[-1]["effect"] > 0.5
+
+
 @served
 def test_the_trainer_is_only_read(run: Run, name: str) -> None:
     for probe in run.probes():

@@ -47,7 +47,9 @@ class FakeEngine:
         self.model_executor = SimpleNamespace(is_sleeping=False, driver_worker=driver)
         self.vllm_config = SimpleNamespace(
             lora_config=SimpleNamespace(max_lora_rank=4, lora_dtype=torch.bfloat16),
-            model_config=SimpleNamespace(quantization=None, logits_processors=None, logprobs_mode="processed_logprobs"),
+            model_config=SimpleNamespace(
+                quantization=None, logits_processors=None, logprobs_mode="processed_logprobs", dtype=torch.bfloat16
+            ),
             cache_config=SimpleNamespace(block_size=16),
             load_config=SimpleNamespace(load_format="auto"),
         )

@@ -191,7 +191,9 @@ def test_whether_it_is_current_is_known_whatever_happens(made: tuple, monkeypatc
 def test_a_lora_request_on_top_of_the_merged_weights_is_noticed() -> None:
     model, engine = peft_model(), Engine()
     trainer = port_of(model, take=engine.load, has_lora=False, names_adapter=False)
-    handle: Any = SimpleNamespace(model=engine, load_format="auto", reset_caches=None, abort_unfinished=None)
+    handle: Any = SimpleNamespace(
+        model=engine, load_format="auto", reset_caches=None, abort_unfinished=None, dtype=None
+    )
     bound = adapter.bind(model, apart=False)
     writer = FusedModeWriter(trainer, handle, bound, merging.bind(model, "default"))
     assert writer.what_is_missing() is None
@@ -490,7 +492,7 @@ def test_an_engine_that_fails_is_named_before_the_cache_reset_that_fails_with_it
 
     failed: list[bool] = []
     held = SimpleNamespace(modules=(), adapter=SimpleNamespace(sharding="none"), plain_base=contextlib.nullcontext)
-    serving = FusedServing(SimpleNamespace(reset_caches=reset, abort_unfinished=None), held)  # type: ignore[arg-type]
+    serving = FusedServing(SimpleNamespace(reset_caches=reset, abort_unfinished=None, dtype=None), held)  # type: ignore[arg-type]
     with pytest.raises(errors.CacheResetError, match="The engine had failed before: RuntimeError: head dim"):
         with serving.engine_without_adapter():
             failed.append(True)

@@ -178,7 +178,9 @@ def trainer(request: pytest.FixtureRequest) -> Any:
 
 def gate_of(trainer: Any) -> Gate:
     port, bound = trainer.port(), adapters.bind(trainer.model)
-    serving = AdapterServing(port, SimpleNamespace(reset_caches=None, abort_unfinished=None), bound)  # type: ignore[arg-type]
+    serving = AdapterServing(
+        port, SimpleNamespace(reset_caches=None, abort_unfinished=None, dtype=torch.float32), bound
+    )  # type: ignore[arg-type]
     return Gate(port, bound, serving, BLOCK, bool)
 
 

@@ -218,11 +218,28 @@ def test_a_batch_is_scored_anew_without_dropout_and_with_its_images() -> None:
     assert trainer.chunks == [4, 2], "in parts, as TRL scores: a whole batch may be more than the memory holds"
 
 
+def test_a_chat_template_that_refuses_a_lone_users_message_is_not_used() -> None:
+    class Tokenizer:
+        chat_template = "raise_exception('The first message must be a system message')"
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(self.chat_template)
+
+    port: Any = SimpleNamespace(tokenizer=Tokenizer())
+    assert TrlTrainer.prompt_ids(port, "ab") == [97, 98]
+
+
 @pytest.mark.parametrize(
     "sampling, lacking, why",
     [
         ({"top_p": 0.9}, "", "sampling altered them (top_p 0.9)"),
         ({"generation_kwargs": {"top_k": 5}}, "", "sampling altered them (top_k 5)"),
+        ({"generation_kwargs": {"logit_bias": {5: -100}}}, "", "sampling altered them (logit_bias {5: -100})"),
+        ({"generation_kwargs": {"structured_outputs": {"choice": ["yes"]}}}, "", "sampling altered them (structured_"),
+        ({"generation_kwargs": {"frequency_penalty": 0.0, "bad_words": []}}, "", ""),
         ({"generation_kwargs": {"temperature": 0.5}}, "", "sampling altered them (temperature 0.5)"),
         ({"temperature": 0.0}, "", "they were sampled at temperature 0"),
         ({}, "old_per_token_logps", "TRL does not score its rollouts here"),

@@ -44,6 +44,22 @@ def test_from_scratch_with_an_embedding() -> None:
     assert decide(model).kind == "memory"
 
 
+def test_a_model_that_was_trained_since_it_was_loaded_need_not_hold_its_file(checkpoint: Path) -> None:
+    """SFT, then GRPO of the same model: its trainer begins at step 0."""
+    model = peft_model(seed=2)
+    origin.record_load(model, "default", checkpoint)
+    with pytest.raises(errors.ResumeMismatchError):
+        decide(model)
+    origin.note_trained(model)
+    found = decide(model)
+    assert found.kind == "adapters" and not found.compared and "not compared: already trained" in str(found)
+    with pytest.raises(errors.ResumeMismatchError):
+        decide(model, checkpoint, step=7)
+    origin.record_load(model, "default", checkpoint)
+    with pytest.raises(errors.ResumeMismatchError):
+        decide(model)
+
+
 def test_weights_that_no_file_explains() -> None:
     assert decide(peft_model()).kind == "memory"
 

@@ -430,7 +430,7 @@ def made_gate(monkeypatch: pytest.MonkeyPatch, rollout: Rollout) -> gate.Gate:
 
     serving: Any = SimpleNamespace(
         copies=1, rounds=False, reset_caches=reset, abort_unfinished=None, engine_without_adapter=plain, stand_ins=(),
-        trainer_without_adapter=lambda: adapter.scaled(bound, 0.0),
+        dtype=None, trainer_without_adapter=lambda: adapter.scaled(bound, 0.0),
     )  # fmt: skip
     texts = lambda self, variant=0, kind="": [f"{n + 7 * variant} a" for n in range(4)]  # noqa: E731
     monkeypatch.setattr(probe.Texts, "prompts", texts)
@@ -525,7 +525,7 @@ def test_a_probe_that_fails_fails_on_all_ranks_in_the_same_place(monkeypatch: py
 
     monkeypatch.setattr(rollout, "ask", lambda *_, **__: 1 / 0)
     asked = made.ask(rollout, together)
-    assert told == [False, False], "no images, and then no answers"
+    assert told == [False, True, False], "no images, the kinds of prompts, and then no answers"
     assert "ZeroDivisionError" in made.judge(asked).failed[probe.SHORT]
     monkeypatch.undo()
     made = made_gate(monkeypatch, rollout)
@@ -548,6 +548,23 @@ def test_an_engine_that_dies_in_a_question_is_named_beside_what_it_left_behind(m
         errors.CacheResetError, match=r"still running. Before that, .*short.* KeyError: 'cpu_gemm_wna16'"
     ):
         made.judge(asked, rollout)
+
+
+def test_prompts_that_cannot_be_made_are_a_probe_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = Rollout()
+    made = made_gate(monkeypatch, rollout)
+    monkeypatch.setattr(probe, "kinds", lambda trainer, has_media: 1 / 0)
+    judged = made.judge(made.ask(rollout, bool), rollout)
+    assert list(judged.failed) == [probe.SHORT] and "ZeroDivisionError" in judged.failed[probe.SHORT]
+
+
+def test_a_tokenizer_that_knows_no_english_makes_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of digits, or of amino acids: it was asked for ever."""
+    digits = SimpleNamespace(encode=lambda text, add_special_tokens: [int(each) for each in text if each.isdigit()])
+    trainer: Any = SimpleNamespace(tokenizer=digits, template_tokens=1, longest_prompt=1024)
+    for kind in (probe.SHORT, probe.LONG):
+        with pytest.raises(ValueError, match="the tokenizer makes no .* tokens of .* English words"):
+            probe.Texts(trainer, 16).prompts(kind=kind)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -591,6 +608,10 @@ def test_shaking_moves_every_layer_by_a_rounding_step_and_leaves_nothing() -> No
     assert 0 < off.max() <= 2.0**-7 and torch.equal(moved, again), "a step, and the rounding of it"
     assert torch.equal(model(given).float(), before) and not any(m._forward_hooks for m in model.modules())
     wide, given = torch.nn.Sequential(torch.nn.Linear(4, 512)).eval(), torch.ones(1, 4)
+    for engine, step in ((None, 2.0**-11), (torch.bfloat16, 2.0**-8)):
+        with shaken(wide, engine=engine):
+            off = ((wide(given) - wide[0].forward(given)) / wide[0].forward(given)).abs()
+        assert step / 2 < off.max() <= 1.01 * step, "the engine's rounding, where it is the coarser"
     before = wide(given)
     with shaken(wide):
         off = ((wide(given) - before) / before).abs().max()
