@@ -60,6 +60,7 @@ class Examiner:
 
     def bind(self, engine: EnginePort, writer: WriterPort) -> None:
         self.engine, self.writer, self.gate = engine, writer, None
+        self._is_altered: bool | None = None  # on any rank, by logits processors; None: not asked yet
 
     def begin(self) -> None:
         """A sync begins: nothing is known of it."""
@@ -237,7 +238,9 @@ class Examiner:
         like with like, one line says why."""
         trainer, seen = self.trainer, self.examination
         reason = scored.why_not
-        if not reason and self.engine.logits_processors:
+        if self._is_altered is None:  # of servers only the main rank knows
+            self._is_altered = not self.all_ranks(not self.engine.logits_processors)
+        if not reason and self._is_altered:
             reason = "logits processors have changed them"
         if not reason and (trainer.is_asynchronous or served.step != trainer.step):
             reason = "they were made by an earlier policy"

@@ -411,10 +411,27 @@ def test_ranks_score_anew_together(session: Session, monkeypatch: pytest.MonkeyP
     session.trainer.model.train()
     session.trainer.model.dropout = torch.nn.Dropout(0.1)
     session.examination.verdicts = judged().verdicts
+    session.examiner._is_altered = False
     monkeypatch.setattr(examiner, "ranks_agree", lambda fine, device: False)  # the other one's gate did not ask
     scored = ScoredBatch()
     session.note_batch(scored)
     assert not scored.asked, "a sharded trainer would wait for it for ever"
+
+
+def test_ranks_leave_out_together_what_one_of_them_knows_to_be_altered(
+    session: Session, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rollout servers only the main rank knows; a comparison is all ranks'."""
+    caplog.set_level(logging.INFO, logger="swift.lora_fix")
+    session.trainer.learner.world = 2  # type: ignore[attr-defined]
+    session.trainer.model.eval()
+    asked: list[bool] = []
+    monkeypatch.setattr(examiner, "ranks_agree", lambda fine, device: asked.append(fine) or False)
+    scored = ScoredBatch()
+    for _ in range(2):
+        session.note_batch(scored)
+    assert not scored.asked and asked == [True], "once a run"
+    assert any("logits processors have changed them" in message for message in caplog.messages)
 
 
 def test_what_is_not_like_with_like_is_said_once_and_not_recorded(
