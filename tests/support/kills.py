@@ -224,6 +224,13 @@ def is_free(port: int) -> bool:
     return False
 
 
+def wait_until_free(port: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_free(port):
+        assert time.monotonic() < end, f"port {port} is still taken"
+        time.sleep(0.01)
+
+
 def tree(process: psutil.Process) -> Iterator[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         yield from process.children(recursive=True)

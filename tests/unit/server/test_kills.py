@@ -68,6 +68,7 @@ class Light:
 
     def restart(self) -> None:
         self.stop()
+        kills.wait_until_free(self.port)  # who was killed may take a moment to go, and listens until then
         self.web = self.forking.start("server")
         self.wait()
 
