@@ -121,10 +121,10 @@ def _generate(wrapped: Callable[..., Any], generation: Any, args: Args, kwargs: 
 
 
 def _server_generate(wrapped: Callable[..., Any], client: Any, args: Args, kwargs: Kwargs) -> Any:
-    port = ports.port_of_engine(client)
-    session = sessions.session_of(port.generation) if port is not None else None
-    if session is None or port is None:
+    session = _session_of_engine(client)
+    if session is None:
         return wrapped(*args, **kwargs)
+    port = _port(session)
 
     def infer(*args: Any, **kwargs: Any) -> Any:
         return session.engine.generate(lambda: wrapped(*args, **kwargs))
@@ -134,10 +134,10 @@ def _server_generate(wrapped: Callable[..., Any], client: Any, args: Args, kwarg
 
 
 def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
-    port = ports.port_of_engine(llm)
-    session = sessions.session_of(port.generation) if port is not None else None
-    if session is None or port is None:
+    session = _session_of_engine(llm)
+    if session is None:
         return wrapped(*args, **kwargs)
+    port = _port(session)
     if _chats.get():
         return wrapped(*args, **port.completed(kwargs))
 
@@ -153,10 +153,10 @@ def _engine_generate(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: 
 
 def _engine_chat(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwargs) -> Any:
     """In newer releases of vLLM it does not come by ``LLM.generate``. The gate's own questions do."""
-    port = ports.port_of_engine(llm)
-    session = sessions.session_of(port.generation) if port is not None else None
-    if session is None or port is None:
+    session = _session_of_engine(llm)
+    if session is None:
         return wrapped(*args, **kwargs)
+    port = _port(session)
     generate = GENERATION.beneath("LLM.generate")
 
     def ask(*args: Any, **kwargs: Any) -> Any:
@@ -175,8 +175,7 @@ def _engine_chat(wrapped: Callable[..., Any], llm: Any, args: Args, kwargs: Kwar
 
 def _score_completions(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs) -> Any:
     batch = wrapped(*args, **kwargs)
-    # ms-swift's trainers are TRL's, too, and have no such generation
-    session = sessions.session_of(trainer.vllm_generation) if hasattr(trainer, "vllm_generation") else None
+    session = _session_of(trainer)
     if session is not None:
         session.note_batch(TrlBatch(trainer, batch))
     return batch
@@ -192,13 +191,24 @@ def _train(wrapped: Callable[..., Any], trainer: Any, args: Args, kwargs: Kwargs
     """Of each of transformers' trainers: one that has trained the model before has a part in what it holds."""
     claim = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("resume_from_checkpoint")
     ports.note_claim(trainer, claim)
-    session = sessions.session_of(trainer.vllm_generation) if hasattr(trainer, "vllm_generation") else None
+    session = _session_of(trainer)
     if claim and session is not None:
         session.forget_origin()  # an evaluation has served what was there before
     try:
         return wrapped(*args, **kwargs)
     finally:
         origin.note_trained(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _session_of(trainer: Any) -> sessions.Session | None:
+    """None, too, for trainers without vLLM, and ms-swift's, which are TRL's and have no such generation."""
+    return sessions.session_of(trainer.vllm_generation) if hasattr(trainer, "vllm_generation") else None
+
+
+def _session_of_engine(engine: Any) -> sessions.Session | None:
+    """Of the trainer whose ``LLM``, or whose servers' client, this is."""
+    port = ports.port_of_engine(engine)
+    return sessions.session_of(port.generation) if port is not None else None
 
 
 def _port(session: sessions.Session) -> TrlTrainer:
